@@ -1,0 +1,240 @@
+"""Documents -> prompts -> decoding -> parsed mentions -> scores: the way of the data in evaluation."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import ner
+from .corpus import Document, Sentence, Span, sentences
+from .decode import generate
+from .distributed import World
+from .draft import SourceDrafter
+from .model import Llama
+from .score import bootstrap, format_table, score
+from .tokenizer import Tokenizer
+
+DRAFT_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote about a sentence, and what it means. `parsed.spans` are relative to the sentence."""
+
+    sentence: Sentence
+    output: str
+    parsed: ner.Parsed
+    overlong: bool = False  # the prompt does not fit the context, so nothing was asked
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Work done by decoding, over all processes."""
+
+    seconds: float
+    sentences: int
+    tokens: int
+    forward_passes: int
+
+    def to_dict(self) -> dict:
+        return {
+            "seconds": self.seconds,
+            "sentences_per_second": self.sentences / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "tokens": self.tokens,
+            "forward_passes": self.forward_passes,
+        }
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    task: ner.Task,
+    asked: Sequence[Sentence],
+    world: World,
+    batch_size: int = 32,
+    draft_tokens: int = DRAFT_TOKENS,
+    quiet: bool = False,
+) -> tuple[list[Answer], Speed]:
+    """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
+    the order of the sentences.
+
+    Args:
+        batch_size: sentences decoded side by side.
+        draft_tokens: drafted from the source for a forward pass, in tagging; 0 is plain greedy decoding.
+    """
+    started = time.perf_counter()
+    mine = asked[world.rank :: world.size]
+    prompts = [tokenizer.encode(ner.prompt(task, sentence.text)) for sentence in mine]
+    context = model.config.max_position_embeddings
+    fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
+    limits = [_limit(tokenizer, mine[index].text, context - len(prompts[index])) for index in fits]
+    drafter = None
+    if task.format == "tagging" and draft_tokens:
+        drafter = SourceDrafter(tokenizer, task, [mine[index].text for index in fits], draft_tokens)
+    with tqdm(total=len(mine), desc="decoding", unit="sentence", disable=quiet or not world.is_main) as bar:
+        decoding = generate(
+            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, progress=bar.update
+        )
+    outputs = [("", False)] * len(mine)
+    for index, ids, truncated in zip(fits, decoding.outputs, decoding.truncated, strict=True):
+        outputs[index] = (tokenizer.decode(ids), truncated)
+    answers = []
+    for index, (sentence, (output, truncated)) in enumerate(zip(mine, outputs, strict=True)):
+        parsed = ner.parse(task, sentence.text, output, truncated)
+        answers.append(Answer(sentence, output, parsed, overlong=len(prompts[index]) >= context))
+    tokens = sum(len(ids) + 1 for ids in decoding.outputs)
+    shares = world.gather(answers)
+    answers = [shares[index % world.size][index // world.size] for index in range(len(asked))]
+    tokens, passes = world.sum([tokens, decoding.forward_passes])
+    return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), int(passes))
+
+
+def _limit(tokenizer: Tokenizer, text: str, room: int) -> int:
+    """New tokens allowed for a sentence: its tagged form is at most 2.5 times as long even where every
+    word is a mention (BC5CDR: 63 tokens on 40 on average)."""
+    return min(3 * len(tokenizer.encode_continuation(" " + text)) + 32, room)
+
+
+def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:
+    """The answers of one-label models about the same sentences as one: a character carries one label, that
+    which comes first in `order`."""
+    together = []
+    for answers in zip(*by_label.values(), strict=True):
+        parsed = [item.parsed for item in answers]
+        spans = ner.join(dict(zip(by_label, (p.spans for p in parsed), strict=True)), order)
+        together.append(
+            Answer(
+                answers[0].sentence,
+                "\n".join(item.output for item in answers),
+                ner.Parsed(
+                    spans=spans,
+                    entities=sum((p.entities for p in parsed), ()),
+                    not_in_source=sum((p.not_in_source for p in parsed), ()),
+                    exact_copy=all(p.exact_copy for p in parsed),
+                    unbalanced=any(p.unbalanced for p in parsed),
+                    truncated=any(p.truncated for p in parsed),
+                    unaligned=sum(p.unaligned for p in parsed),
+                ),
+                any(item.overlong for item in answers),
+            )
+        )
+    return together
+
+
+def predicted_documents(documents: Sequence[Document], answers: Sequence[Answer]) -> list[Document]:
+    """The documents with the mentions of the answers, as document offsets, in place of their own."""
+    found: dict[str, list[Span]] = {}
+    for item in answers:
+        shifted = found.setdefault(item.sentence.document, [])
+        for span in item.parsed.spans:
+            shifted.append(Span(span.start + item.sentence.start, span.end + item.sentence.start, span.label))
+    return [replace(document, spans=tuple(sorted(found.get(document.id, ())))) for document in documents]
+
+
+def select(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
+    """The first `limit` sentences of documents, and the documents with only the gold mentions in them."""
+    every = [sentence for document in documents for sentence in sentences(document)]
+    if limit is None or limit >= len(every):
+        return list(documents), every
+    chosen = every[:limit]
+    last = chosen[-1]
+    end = last.start + len(last.text)
+    kept = []
+    for document in documents:
+        if document.id != last.document:
+            kept.append(document)
+            continue
+        kept.append(replace(document, spans=tuple(span for span in document.spans if span.end <= end)))
+        return kept, chosen
+    raise AssertionError("a sentence without its document")
+
+
+def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Sequence[str]) -> dict:
+    """Scores of answers against documents' own mentions of these labels, ready for JSON.
+
+    The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
+    as a false positive. `secondary` has two other conventions: each string placed at its first
+    occurrence only, and the set of (sentence, string, label).
+    """
+    gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
+    exact, first, strings, gold_strings = set(), set(), set(), set()
+    for item in answers:
+        sentence, parsed = item.sentence, item.parsed
+        here, text = (sentence.document, sentence.start), sentence.text
+        named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
+        invented = {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
+        exact |= invented | {_key(sentence, span) for span in parsed.spans}
+        first |= invented | {_key(sentence, span) for span in ner.locate(text, named, first_only=True)}
+        strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
+        gold_strings |= {
+            (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
+        }
+    return {
+        **score(gold, exact, labels),
+        "interval": bootstrap(gold, exact, [document.id for document in documents]),
+        "secondary": {
+            "first_occurrence": score(gold, first, labels),
+            "string_set": score(gold_strings, strings, labels),
+        },
+        "health": health(answers),
+        "documents": len(documents),
+        "sentences": len(answers),
+    }
+
+
+def _key(sentence: Sentence, span: Span) -> tuple[str, int, int, str]:
+    return (sentence.document, sentence.start + span.start, sentence.start + span.end, span.label)
+
+
+def health(answers: Sequence[Answer]) -> dict:
+    """How well-formed the outputs are: counts of sentences, except `exact_copy` (a share of them),
+    `unaligned` and `not_in_source` (counts of mentions)."""
+    parsed = [item.parsed for item in answers]
+    return {
+        "exact_copy": sum(p.exact_copy for p in parsed) / max(1, len(parsed)),
+        "unbalanced": sum(p.unbalanced for p in parsed),
+        "truncated": sum(p.truncated for p in parsed),
+        "unaligned": sum(p.unaligned for p in parsed),
+        "not_in_source": sum(len(p.not_in_source) for p in parsed),
+        "overlong": sum(item.overlong for item in answers),
+    }
+
+
+def write_result(result: dict, folder: Path) -> Path:
+    """Writes `eval-SPLIT.json` into a folder; a reader never meets half of it."""
+    path = folder / f"eval-{result['split']}.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    return partial.replace(path)
+
+
+def read_result(folder: Path, split: str) -> dict:
+    return json.loads((folder / f"eval-{split}.json").read_text())
+
+
+def format_report(result: dict) -> str:
+    """The scores as a table for the terminal, with the health of the outputs below."""
+    interval, state, secondary = result["interval"], result["health"], result["secondary"]
+    lines = [
+        format_table(result),
+        f"95 % interval of micro F1 (bootstrap over {result['documents']} documents): "
+        f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
+        f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
+        f"string set {100 * secondary['string_set']['micro']['f1']:.2f}",
+        f"outputs: {100 * state['exact_copy']:.1f} % exact copies; "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {state[name]}"
+            for name in ("unbalanced", "truncated", "unaligned", "not_in_source", "overlong")
+        ),
+    ]
+    if "speed" in result:
+        speed = result["speed"]
+        lines.append(
+            f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
+            f"{speed['tokens'] / max(1, speed['forward_passes']):.1f} tokens a forward pass"
+        )
+    return "\n".join(lines)

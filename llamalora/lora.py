@@ -1,0 +1,267 @@
+"""Low-rank adaptation: W0 + scale * B A, injected into a model that never mentions it (Hu et al. 2022).
+
+Dimensions: N tokens, I input features, O output features, R rank, V vocabulary, D hidden.
+A is (R, I) and B is (O, R), both fp32, whatever the dtype of the frozen W0 (O, I), which keeps its own
+name and place, so that the keys of the base model do not move.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# the nine kinds of layer of the paper's section 3.4, in its order
+KINDS = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "gate": "gate_proj",
+    "embed": "embed_tokens",
+    "head": "lm_head",
+}
+_KIND_OF = {module: kind for kind, module in KINDS.items()}
+
+
+def parse_targets(targets: str) -> tuple[str, ...]:
+    """`all` or a comma list of kinds -> kinds in the paper's order.
+
+    Raises:
+        ValueError: an unknown or missing kind.
+    """
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    unknown = [name for name in names if name not in (*KINDS, "all")]
+    if unknown or not names:
+        raise ValueError(f"unknown target {', '.join(unknown) or targets!r}; choose all or any of {','.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in names or "all" in names)
+
+
+def kind_of(name: str) -> str | None:
+    """The kind (`q` ... `head`) of the layer with this module name; None for other modules."""
+    return _KIND_OF.get(name.rpartition(".")[2])
+
+
+class _LinearWithDelta(torch.autograd.Function):
+    """x W0^T + scale (x A^T) B^T, with W0 frozen.
+
+    Beside autograd's own form this saves two passes over the output (the sum is the second product's
+    accumulator) and keeps no half-precision copy of A, B or x between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
+            inner = F.linear(rows, A.to(dtype)).mul_(scale)  # (N, R)
+            y = torch.addmm(F.linear(rows, weight.to(dtype)), inner, B.to(dtype).T)
+        ctx.save_for_backward(x, weight, A, B, inner)
+        ctx.scale, ctx.dtype = scale, dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, A, B, inner = ctx.saved_tensors
+        dtype = ctx.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            rows, grad = x.reshape(-1, x.shape[-1]).to(dtype), grad.reshape(-1, grad.shape[-1])
+            grad_inner = (grad @ B.to(dtype)).mul_(ctx.scale)  # (N, R)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.addmm(grad @ weight.to(dtype), grad_inner, A.to(dtype)).view_as(x).to(x.dtype)
+            grad_A = (grad_inner.T @ rows).to(A.dtype)
+            grad_B = (grad.T @ inner).to(B.dtype)
+        return grad_x, None, grad_A, grad_B, None, None
+
+
+class _LoRA:
+    """What both adapted layers share: the two factors, merging and its exact undoing."""
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def _init_lora(self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool):
+        rank = A[0]
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.weight = base.weight.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(A, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
+        self._original: nn.Parameter | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self._original is not None
+
+    def delta(self) -> Tensor:
+        """scale * B A in fp32, in the shape of the weight."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if not self.merged:
+            merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
+            self._original, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
+
+    def restore(self) -> None:
+        if self.merged:
+            self.weight, self._original = self._original, None
+
+
+class LoRALinear(_LoRA, nn.Linear):
+    """A bias-free linear layer with a low-rank update: h = W0 x + scale * B A x (the paper's equation 2).
+
+    A starts as nn.Linear's own initialisation and B as zeros, so the update starts as zero.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, generator=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora)
+        self.dropout = dropout
+        if not self.lora_A.is_meta:
+            bound = 1 / math.sqrt(self.in_features)
+            with torch.no_grad():
+                self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.weight)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        if self.dropout and self.training:
+            inner = F.linear(F.dropout(x, self.dropout).to(dtype), self.lora_A.to(dtype)) * self.scale
+            return F.linear(x, self.weight) + F.linear(inner, self.lora_B.to(dtype))
+        return _LinearWithDelta.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, dtype)
+
+    def delta(self) -> Tensor:
+        return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+
+class LoRAEmbedding(_LoRA, nn.Embedding):
+    """An embedding with a low-rank update: row i is W0[i] + scale * B A[:, i]; A is (R, V), B is (D, R).
+
+    As in loralib and PEFT, A starts as zeros and B as a normal draw.
+    """
+
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, rslora: bool, dropout: float, generator=None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.padding_idx = self.max_norm = None
+        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora)
+        if not self.lora_B.is_meta:
+            with torch.no_grad():
+                self.lora_B.copy_(torch.empty(self.lora_B.shape).normal_(generator=generator))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        if self.merged:
+            return rows
+        inner = F.embedding(ids, self.lora_A.T) * self.scale  # (..., R)
+        return rows + F.linear(inner, self.lora_B).to(rows.dtype)
+
+    def delta(self) -> Tensor:
+        return (self.lora_B.float() @ self.lora_A.float()).T * self.scale
+
+
+def inject_lora(
+    model: nn.Module,
+    targets: str = "all",
+    rank: int = 8,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Freezes the model and puts a low-rank update on every layer of the target kinds, in place.
+
+    Args:
+        targets: `all` or a comma list of q k v o up down gate embed head.
+        rank: R; the update has R * (I + O) parameters a layer.
+        alpha: the update is scaled by alpha / rank; default rank, so 1 (the paper's equation 2).
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+        dropout: on the input of A, in training mode; not on the embedding.
+        seed: of the initial values, the same on every process and device.
+
+    Raises:
+        ValueError: an unknown target, a target that matches no layer, or what `adapt` refuses.
+    """
+    kinds = parse_targets(targets)
+    names = [name for name, _ in model.named_modules() if kind_of(name) in kinds]
+    absent = [kind for kind in kinds if kind not in map(kind_of, names)]
+    if absent:
+        raise ValueError(f"no layer of the model is of kind {', '.join(absent)}")
+    adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed)
+
+
+def adapt(
+    model: nn.Module,
+    layers: Mapping[str, tuple[int, float]],
+    rslora: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """`inject_lora` layer by layer: module name -> its rank and alpha.
+
+    Raises:
+        ValueError: a rank below 1, a dropout outside [0, 1), or a model that carries LoRA already.
+    """
+    if lora_layers(model):
+        raise ValueError("the model carries LoRA layers already")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    too_wide = []
+    for name, (rank, alpha) in layers.items():
+        base = model.get_submodule(name)
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; it must be at least 1")
+        if rank > min(base.weight.shape):
+            too_wide.append(name)
+        cls = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, cls(base, rank, alpha, rslora, dropout, generator))
+    if too_wide:
+        shown = ", ".join(too_wide[:4]) + (f" and {len(too_wide) - 4} more" if len(too_wide) > 4 else "")
+        warnings.warn(f"the rank exceeds the smaller dimension of {shown}: it adds nothing there", stacklevel=2)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    """The adapted layers by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _LoRA)}
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every update to its frozen weight, in fp32, rounded once to the weight's dtype.
+
+    Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
+    then have a matrix each.
+    """
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `merge` bitwise: the original weights were kept, and are put back."""
+    for layer in lora_layers(model).values():
+        layer.restore()
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that learns, each shared parameter once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of values: `trainable`, and `base`, the model without its updates (a tied matrix once)."""
+    names = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lora = sum(count for name, count in names.items() if name.endswith((".lora_A", ".lora_B")))
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return {"trainable": trainable, "base": sum(names.values()) - lora}

@@ -1,0 +1,434 @@
+"""Llama-2 by hand: the configuration, the network, the key/value cache. It knows nothing of LoRA.
+
+Dimensions: B batch, T tokens, D hidden, F feed-forward, H query heads, K key/value heads, E head size,
+S cache slots, V vocabulary, N tokens of a packed row, L longest sequence of a rectangle.
+Module names are Hugging Face's, so a checkpoint loads without a key map.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class ConfigError(ValueError):
+    """A model configuration that this implementation cannot represent; the message names the field."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (only the low ones)."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama, field names as in a Hugging Face `config.json`."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    @staticmethod
+    def named(name: str) -> "LlamaConfig":
+        """The shape of `llama-2-7b`, `llama-2-13b` or `llama-2-70b` (Touvron et al. 2023).
+
+        Raises:
+            ConfigError: another name.
+        """
+        if name not in LLAMA_2:
+            raise ConfigError(f"unknown model name {name!r}; known are {', '.join(LLAMA_2)}")
+        return LLAMA_2[name]
+
+    @staticmethod
+    def from_dict(config: dict) -> "LlamaConfig":
+        """From the contents of a Hugging Face `config.json`.
+
+        Raises:
+            ConfigError: what this Llama cannot represent (another architecture or activation, biases,
+                quantised weights, an unknown rope scaling), or a field that is missing or malformed.
+        """
+        _refuse_unrepresentable(config)
+        rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
+        scaling = config.get("rope_scaling") or rope
+        try:
+            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            eos = config.get("eos_token_id")
+            return LlamaConfig(
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(config["intermediate_size"]),
+                num_hidden_layers=int(config["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                rope_scaling=_rope_scaling(scaling),
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                bos_token_id=config.get("bos_token_id"),
+                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            )
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]} is missing") from None
+        except (TypeError, ZeroDivisionError, ValueError) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+
+    def to_dict(self) -> dict:
+        """The contents of a `config.json` that transformers reads as LlamaForCausalLM."""
+        config = {field.name: getattr(self, field.name) for field in fields(self)}
+        scaling = self.rope_scaling
+        if scaling is not None:
+            config["rope_scaling"] = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+            if scaling.rope_type == "llama3":
+                config["rope_scaling"] = dict(vars(scaling))
+        if isinstance(self.eos_token_id, tuple):
+            config["eos_token_id"] = list(self.eos_token_id)
+        return config | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+
+
+LLAMA_2 = {
+    "llama-2-7b": LlamaConfig(),
+    "llama-2-13b": LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "llama-2-70b": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+
+
+def _refuse_unrepresentable(config: dict) -> None:
+    for name, only in {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": None,
+        "partial_rotary_factor": 1.0,
+    }.items():
+        if config.get(name, only) not in (only, None):
+            raise ConfigError(f"{name} is {config[name]!r}; this Llama supports only {only!r}")
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if "LlamaForCausalLM" not in architectures:
+        raise ConfigError(f"architectures is {architectures}; only LlamaForCausalLM is supported")
+
+
+def _rope_scaling(scaling: dict) -> RopeScaling | None:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"rope_scaling type is {kind!r}; supported are default, linear and llama3")
+    names = [field.name for field in fields(RopeScaling) if field.name != "rope_type"]
+    return RopeScaling(kind, **{name: scaling[name] for name in names if name in scaling})
+
+
+@lru_cache
+def _inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Rotary frequencies, in radians a position, of the E/2 pairs of dimensions."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent  # (E/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    # Llama 3: waves longer than the original context are stretched, short ones kept, between them a blend
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / wavelength
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling.factor)
+
+
+def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, each (B, T, 1, E/2) in fp32, for positions (B, T)."""
+    angles = (positions[..., None].float() * _inverse_frequencies(config, positions.device))[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, heads, E), rotate-half convention; computed in fp32 like the angles."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+class Rectangle:
+    """Sequences of similar length as a right-padded rectangle (batch, L), where causality alone keeps real
+    tokens from seeing padding."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        count, longest = len(lengths), max(lengths)
+        self.shape = (count, longest)
+        self.tokens = sum(lengths)
+        self.slots = None  # (tokens,) into the flattened rectangle; None: it is full
+        if self.tokens < count * longest:
+            row, offset = _rows_and_offsets(lengths)
+            self.slots = (row * longest + offset).to(device)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(tokens, heads, E) -> (batch, L, heads, E), zeros where there is no token."""
+        if self.slots is None:
+            return x.unflatten(0, self.shape)
+        rows, longest = self.shape
+        return x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slots, x).unflatten(0, self.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, L, ...) -> (tokens, ...), the inverse of `unpack`."""
+        x = x.flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+
+class Packing:
+    """How sequences of unequal lengths stand behind each other in one row, without padding.
+
+    Every matrix product sees the row, (1, N, D); only attention lays the sequences out as rectangles.
+
+    Args:
+        lengths: tokens of each sequence in the row.
+        starts: with a cache, the position at which each sequence goes on; without, all start at 0 and see
+            only themselves.
+        rows: the cache rows that the sequences are written to; default 0, 1, ... Sequences that go on
+            must be given for all rows of the cache (a length may be 0).
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        device: torch.device,
+        starts: list[int] | None = None,
+        rows: list[int] | None = None,
+    ):
+        row, offset = _rows_and_offsets(lengths)
+        first = torch.tensor(starts or [0] * len(lengths))
+        self.continues = starts is not None
+        self.positions = (first[row] + offset)[None].to(device)  # (1, N)
+        self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
+        self.extent = int((first + torch.tensor(lengths)).max())
+        self.mask = None
+        if self.continues:
+            self.rectangles = [Rectangle(lengths, device)]
+            reach = first[:, None] + torch.arange(max(lengths))  # (batch, L)
+            self.mask = (torch.arange(self.extent) <= reach[..., None])[:, None].to(device)  # (batch, 1, L, S)
+        else:
+            self.rectangles = [Rectangle(group, device) for group in _similar(lengths, device)]
+
+
+def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """For each token of a packed row: its sequence, and its place in that sequence."""
+    sizes = torch.tensor(lengths)
+    row = torch.arange(len(lengths)).repeat_interleave(sizes)
+    return row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
+
+
+def _similar(lengths: list[int], device: torch.device) -> list[list[int]]:
+    """Neighbours of similar length. A CPU pays for every padded query; on a GPU one launch is cheaper."""
+    if device.type != "cpu":
+        return [lengths]
+    groups = [[lengths[0]]]
+    for length in lengths[1:]:
+        longest, shortest = max(length, *groups[-1]), min(length, *groups[-1])
+        if shortest < 0.8 * longest:
+            groups.append([])
+        groups[-1].append(length)
+    return groups
+
+
+class KVCache:
+    """Keys and values of every layer; slot s of a row holds the token at position s of that row.
+
+    Slots behind a row's last token may hold what a rejected draft left there: no query reaches them before
+    they are written again.
+    """
+
+    def __init__(self, config: LlamaConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
+        """Stores k, v (1, N, K, E) at the packing's rows and positions."""
+        place = (layer, packing.rows, packing.positions[0])
+        self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
+
+    def read(self, layer: int, packing: Packing) -> tuple[Tensor, Tensor]:
+        """The keys and values (batch, S, K, E) up to the packing's furthest position."""
+        return self.keys[layer, :, : packing.extent], self.values[layer, :, : packing.extent]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, angles, packing: Packing | None, cache: KVCache | None) -> Tensor:
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (B, T, H, E)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (B, T, K, E)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            cache.write(self.layer, k, v, packing)
+        if packing is None:
+            y = attend(q, k, v)
+        elif packing.continues:
+            (rectangle,) = packing.rectangles
+            y = attend(rectangle.unpack(q[0]), *cache.read(self.layer, packing), packing.mask)
+            y = rectangle.pack(y)[None]
+        else:
+            sizes = [rectangle.tokens for rectangle in packing.rectangles]
+            parts = zip(packing.rectangles, *(x[0].split(sizes) for x in (q, k, v)), strict=True)
+            y = torch.cat([one.pack(attend(*map(one.unpack, qkv))) for one, *qkv in parts])[None]
+        return self.o_proj(y.flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
+
+    Causal with T = S, or where `mask` (B, 1, T, S) is true.
+    """
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is None and (q.device.type != "cpu" or q.dtype == torch.float32):
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    # The queries of a group stand behind each other, so that keys and values are not copied for each head.
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, E)
+    if mask is not None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+    else:
+        # PyTorch's flash kernel for the CPU takes three times as long as plain products in half precision.
+        future = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        y = torch.matmul(scores.masked_fill_(future.repeat(groups, 1), -torch.inf).softmax(-1), v)
+    return y.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything below the output head: ids to hidden states."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None, recompute: bool = False
+    ) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T).
+
+        Args:
+            packing: ids is one row (1, N) of several sequences.
+            cache: is written, and read where the packing continues; needs a packing.
+            recompute: activation checkpointing: keep only each block's input for the backward pass.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)[None] if packing is None else packing.positions
+        context = (rope(self.config, positions), packing, cache)
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            if recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model: `model` is the backbone, `lm_head` the output head (one matrix if tied)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T); `packing` and `cache` as in `Backbone.forward`."""
+        return self.lm_head(self.model(ids, packing, cache))

@@ -1,0 +1,321 @@
+"""The task as text: the prompt, the answer a sentence should get, and the mentions an answer means.
+
+Two formats (tagging, extraction) for one label or for all (Table 6 of the paper). `parse` is the inverse of
+`render` and reads whatever a model writes: it never raises, and it places no mention that it cannot find.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from .align import Alignment, edit_alignment
+from .corpus import Sentence, Span
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the model is asked. `dataclasses.asdict` and `from_dict` carry it through JSON.
+
+    Attributes:
+        format: `tagging` (the sentence again, mentions marked) or `extraction` (a list of mentions).
+        labels: the entity types, in the order of the answer.
+        per_label: one model for one label (`@@...##`; `a, b`) instead of one for all labels
+            (`[Label]...[/Label]`; `Disease: a; Chemical: b, c`).
+        instruction: put the instruction of figure 2 before the input.
+        demonstrations: (sentence, answer) pairs shown before the input.
+    """
+
+    format: str
+    labels: tuple[str, ...]
+    per_label: bool
+    instruction: bool = False
+    demonstrations: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in ("tagging", "extraction"):
+            raise ValueError(f"format is {self.format!r}, must be 'tagging' or 'extraction'")
+        if not isinstance(self.labels, tuple) or not self.labels or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must be a tuple of one or more different labels, not {self.labels!r}")
+        for label in self.labels:
+            if not re.fullmatch(r"\w([^\[\]@#:;,\n]*\w)?", label):
+                raise ValueError(f"label {label!r} must begin and end with letter or digit, without []@#:;,")
+        if self.per_label and len(self.labels) != 1:
+            raise ValueError(f"a per-label task has exactly one label, not {', '.join(self.labels)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "Task":
+        """The inverse of `dataclasses.asdict`, also after JSON, which turns tuples into lists."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields of a task: {', '.join(sorted(unknown))}")
+        pairs = tuple((text, answer) for text, answer in values.get("demonstrations", ()))
+        return cls(**{**values, "labels": tuple(values["labels"]), "demonstrations": pairs})
+
+    def tags(self, label: str) -> tuple[str, str]:
+        """The opening and the closing tag of a label."""
+        return ("@@", "##") if self.per_label else (f"[{label}]", f"[/{label}]")
+
+
+# ---- writing: prompt and answer ----
+
+
+def prompt(task: Task, text: str) -> str:
+    """What the model reads; it answers after the final `Answer:`. The per-label instruction is figure 2's."""
+    instruction = _instruction(task) + "\n" if task.instruction else ""
+    shown = "".join(f"Input: {example}\nAnswer: {answer}\n" for example, answer in task.demonstrations)
+    return f"{instruction}{shown}Input: {text}\nAnswer:"
+
+
+def _instruction(task: Task) -> str:
+    names = _listed(task.labels)
+    start = f"The task is to identify {names} entities in the input. Please "
+    if task.format == "tagging" and task.per_label:
+        return start + ("rewrite the input text and surround the start and end of "
+                        f"{names} entities with @@ and ##, respectively.")
+    if task.format == "tagging":
+        marks = _listed([f"{label} entities with {' and '.join(task.tags(label))}" for label in task.labels])
+        return start + f"rewrite the input text and surround the start and end of {marks}, respectively."
+    if task.per_label:
+        return start + f"list the {names} entities of the input text, separated by commas."
+    return start + ("list the entities of the input text by type, in the form "
+                    + "; ".join(f"{label}: entity, entity" for label in task.labels) + ".")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def render(task: Task, text: str, spans: Iterable[Span]) -> str:
+    """The right answer for a sentence, without the space that follows `Answer:` (formats of Table 6).
+
+    Spans of other labels are ignored; the others must not overlap.
+    """
+    spans = sorted(span for span in spans if span.label in task.labels)
+    if task.format == "tagging":
+        pieces = []
+        position = 0
+        for span in spans:
+            assert position <= span.start, f"overlapping spans, the second {span}"
+            opener, closer = task.tags(span.label)
+            pieces += [text[position:span.start], opener, text[span.start:span.end], closer]
+            position = span.end
+        return "".join(pieces) + text[position:]
+    lists = []
+    for label in task.labels:
+        strings = dict.fromkeys(text[span.start:span.end] for span in spans if span.label == label)
+        if strings:
+            lists.append(("" if task.per_label else f"{label}: ") + ", ".join(strings))
+    return "; ".join(lists)
+
+
+def draw_demonstrations(
+    task: Task, sentences: Sequence[Sentence], k: int, seed: int
+) -> tuple[tuple[str, str], ...]:
+    """`k` (sentence, answer) pairs from training sentences, those with a mention before the others."""
+    if k > len(sentences):
+        raise ValueError(f"{k} demonstrations from {len(sentences)} sentences")
+    draw = random.Random(seed)
+    shuffled = draw.sample(sentences, len(sentences))
+    shuffled.sort(key=lambda sentence: not any(span.label in task.labels for span in sentence.spans))
+    return tuple((sentence.text, render(task, sentence.text, sentence.spans)) for sentence in shuffled[:k])
+
+
+# ---- reading: from an answer to mentions ----
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What an answer says, and how healthy it is.
+
+    Attributes:
+        spans: mentions as offsets into the sentence, sorted, not overlapping.
+        entities: (label, string) as the model wrote them, in its order.
+        not_in_source: those of them that the sentence does not hold: false positives without a place.
+        exact_copy: tagging: without its tags the output is the sentence; extraction: all strings are in it.
+        unbalanced: tags that do not pair up (tagging), or text outside the labelled lists (extraction).
+        truncated: as given to `parse`: generation met its limit.
+        unaligned: tagged mentions that were rejected, since a boundary has no counterpart in the sentence.
+    """
+
+    spans: tuple[Span, ...]
+    entities: tuple[tuple[str, str], ...]
+    not_in_source: tuple[tuple[str, str], ...]
+    exact_copy: bool
+    unbalanced: bool
+    truncated: bool
+    unaligned: int
+
+
+def parse(task: Task, text: str, output: str, truncated: bool = False) -> Parsed:
+    """Reads a model's answer to the sentence `text`.
+
+    Tagging: an unclosed tag is dropped, a stray closer ignored, of nested mentions the outer stays, a closer
+    of another label closes with the opener's label; a copy that is not exact is aligned (`align.py`).
+    Extraction: see `locate`. Of a truncated list the last, perhaps cut, entity is dropped.
+    """
+    if task.format == "tagging":
+        return _parse_tagging(task, text, output.strip(), truncated)
+    return _parse_extraction(task, text, output, truncated)
+
+
+def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parsed:
+    plain, tags = _split_tags(task, text, output, truncated)
+    stretches, unbalanced = _pair(tags)
+    alignment = Alignment(text, plain, truncated)
+    source = " ".join(text.split())
+    entities, placed, missing = [], [], []
+    for stretch in stretches:
+        written = plain[stretch.start:stretch.end]
+        entity = written.strip()
+        if not entity:
+            continue
+        entities.append((stretch.label, entity))
+        start = stretch.start + len(written) - len(written.lstrip())
+        bounds = alignment.project(start, start + len(entity))
+        if bounds and (not placed or placed[-1].end <= bounds[0]):
+            placed.append(Span(*bounds, stretch.label))
+        elif " ".join(entity.split()) not in source:
+            missing.append((stretch.label, entity))
+    return Parsed(tuple(placed), tuple(entities), tuple(missing), plain.strip() == text.strip(), unbalanced,
+                  truncated, len(entities) - len(placed))
+
+
+_Tag = tuple[int, str, bool]  # position in the output without tags, label, whether it closes
+
+
+def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[str, list[_Tag]]:
+    """The output without its tags, and the tags."""
+    meaning = {tag: (label, closes) for label in task.labels for closes, tag in enumerate(task.tags(label))}
+    legal = "|".join(map(re.escape, meaning))
+    pieces = re.split(f"({legal})", output)  # texts at even places, tags at odd ones
+    literal: set[int] = set()
+    if re.search(legal, text):
+        # The sentence itself holds what looks like a tag. The cheapest alignment, in which tags may be
+        # inserted for nothing, tells its copy from a tag. Whitespace counts: "@@ @@fever##" of "@@ fever".
+        tokens = [(place, token) for place, piece in enumerate(pieces)
+                  for token in ([piece] if place % 2 else re.findall(r"\w+|\W", piece))]
+        free = {index for index, (place, _) in enumerate(tokens) if place % 2}
+        source = re.findall(rf"{legal}|\w+|\W", text)
+        copied = edit_alignment(source, [token for _, token in tokens], free, open_end=truncated)
+        literal = {tokens[index][0] for index in free if copied[index] >= 0}
+    plain, tags = "", []
+    for place, piece in enumerate(pieces):
+        if place % 2 and place not in literal:
+            tags.append((len(plain), *meaning[piece]))
+        else:
+            plain += piece
+    return plain, tags
+
+
+def _pair(tags: Iterable[_Tag]) -> tuple[list[Span], bool]:
+    """The stretches that tags enclose, the outer of nested ones, and whether some tag had no partner."""
+    opened: list[tuple[int, str]] = []
+    closed = []
+    unbalanced = False
+    for position, label, closes in tags:
+        if not closes:
+            opened.append((position, label))
+            continue
+        if not opened:
+            unbalanced = True
+            continue
+        top = len(opened) - 1
+        index = next((index for index in range(top, -1, -1) if opened[index][1] == label), top)
+        unbalanced |= index < top or opened[top][1] != label
+        closed.append(Span(opened[index][0], position, opened[index][1]))
+        del opened[index:]
+    outer: list[Span] = []
+    for span in sorted(closed, key=lambda span: (span.start, -span.end)):
+        if not outer or outer[-1].end <= span.start:
+            outer.append(span)
+    return outer, unbalanced or bool(opened)
+
+
+def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Parsed:
+    if truncated:
+        separators = list(re.finditer(r"[,;]\s", output))
+        output = output[:separators[-1].start()] if separators else ""
+    if task.per_label:
+        outside, lists = "", [(task.labels[0], output)]
+    else:
+        heads = "|".join(map(re.escape, task.labels))
+        outside, *pieces = re.split(rf"(?:^|;)\s*({heads}):(?=\s|$)", output.strip())
+        lists = list(zip(pieces[::2], pieces[1::2], strict=True))
+    written = [(label, string) for label, items in lists for string in _items(text, items)]
+    entities = tuple(dict.fromkeys(written))
+    missing = tuple((label, string) for label, string in entities if not _occurrences(text, string))
+    unbalanced = bool(outside.strip())
+    return Parsed(locate(text, entities), entities, missing, not missing, unbalanced, truncated, 0)
+
+
+def _items(text: str, items: str) -> list[str]:
+    """The strings of a list. A comma or semicolon parts them, unless a part cannot be a mention on its own.
+
+    Such a part joins the longest run of its neighbours that the sentence holds. To join whatever the sentence
+    holds would cost 2 to 3 points of F1 on gold: "nausea, vomiting" is nearly always two mentions.
+    """
+    parts = re.split(r"([,;]\s+)", items.strip())  # strings at even places, separators at odd ones
+    longest = 2 * len(re.findall(r"[,;]\s", text)) + 1
+    found = []
+    start = 0
+    while start < len(parts):
+        end = start + 1
+        for stop in range(min(len(parts), start + longest), end, -2):
+            run = "".join(parts[start:stop])
+            if not all(map(_stands_alone, parts[start:stop:2])) and _occurrences(text, run):
+                end = stop
+                break
+        found.append("".join(parts[start:end]))
+        start = end + 1
+    return [string for string in found if string]
+
+
+def _stands_alone(part: str) -> bool:
+    """Brackets pair up, some letter, and not the end of an enumeration ("renal, and hepatic failure")."""
+    paired = all(part.count(opening) == part.count(closing) for opening, closing in ("()", "[]"))
+    return paired and bool(re.search(r"[^\W\d_]", part)) and not re.match(r"(and|or)\b", part)
+
+
+def _occurrences(text: str, string: str) -> list[tuple[int, int]]:
+    """Where a string stands in the text, whatever its whitespace: as whole words, or else inside words."""
+    words = string.split()
+    if not words or not all(word in text for word in words):  # spares a wrong string the regex
+        return []
+    body = r"\s+".join(map(re.escape, words))
+    before = r"(?<!\w)" if re.match(r"\w", string) else ""
+    after = r"(?!\w)" if re.search(r"\w$", string) else ""
+    for pattern in (before + body + after, body):
+        if found := [match.span() for match in re.finditer(pattern, text)]:
+            return found
+    return []
+
+
+def locate(text: str, entities: Iterable[tuple[str, str]], first_only: bool = False) -> tuple[Span, ...]:
+    """The places of (label, string) pairs in a sentence: every occurrence as whole words, longest first.
+
+    A string that stands in the sentence only inside a longer word is placed there. Places do not overlap: of
+    two labels for one string the first wins.
+
+    Args:
+        first_only: each string is placed once, at its first free occurrence.
+    """
+    placed: list[Span] = []
+    for label, string in sorted(entities, key=lambda entity: -len(entity[1])):
+        free = [span for start, end in _occurrences(text, string)
+                if not any(start < other.end and other.start < end for other in placed)
+                for span in [Span(start, end, label)]]
+        placed += free[:1] if first_only else free
+    return tuple(sorted(placed))
+
+
+def join(spans_by_label: Mapping[str, Iterable[Span]], order: Sequence[str]) -> tuple[Span, ...]:
+    """The predictions of per-label models as one: an earlier label of `order` wins where two spans overlap.
+
+    The paper's order is Disease, Chemical (section 3.3).
+    """
+    kept: list[Span] = []
+    for label in order:
+        kept += [span for span in spans_by_label.get(label, ())
+                 if all(span.end <= other.start or other.end <= span.start for other in kept)]
+    return tuple(sorted(kept))

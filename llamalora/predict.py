@@ -1,0 +1,105 @@
+"""Annotates new text with a trained model: one document a line, or PubTator, as a stream."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from . import corpus, evaluate, ner, run
+from .cli import UsageError
+from .corpus import CorpusError, Document
+from .distributed import join_world
+from .lora import merge
+from .training import DTYPES, choose_precision
+
+DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
+_TITLE = re.compile(r"[^|\t]+\|t\|")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora predict", description=__doc__)
+    parser.add_argument("--run", required=True, help="run folder of train.py")
+    parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
+    parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
+    parser.add_argument("file", help="text with one document a line, or PubTator; - for standard input")
+    arguments = parser.parse_args(argv)
+    if arguments.batch < 1:
+        raise UsageError(f"--batch is {arguments.batch}; it must be at least 1")
+    if arguments.file != "-" and not Path(arguments.file).is_file():
+        raise CorpusError(f"{arguments.file}: no such file")
+    with join_world() as world:
+        precision, _ = choose_precision(arguments.precision, world.device)
+        model, tokenizer, config = run.load_trained(Path(arguments.run), arguments.which, precision, world.device)
+        merge(model)
+        task = ner.Task.from_dict(config["task"])
+        documents = read_stream(arguments.file)
+        while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
+            _, asked = evaluate.select(chunk, None)
+            answers, _ = evaluate.answer(model, tokenizer, task, asked, world, arguments.batch, quiet=True)
+            if world.is_main:
+                write(evaluate.predicted_documents(chunk, answers), arguments.to)
+
+
+def write(documents: Iterable[Document], form: str) -> None:
+    """To standard output: PubTator, or JSON lines with id, text and entities (start, end, label, text)."""
+    if form == "pubtator":
+        corpus.write_pubtator(documents, sys.stdout)
+    else:
+        for document in documents:
+            entities = [vars(span) | {"text": document.text[span.start : span.end]} for span in document.spans]
+            print(json.dumps({"id": document.id, "text": document.text, "entities": entities}, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def read_stream(path: str) -> Iterator[Document]:
+    """The documents of a file or of standard input (`-`), without their mentions, as they come.
+
+    PubTator is recognised by its first line (`ID|t|...`); in other text each line that is not blank is a
+    document, its id the number of the line.
+
+    Raises:
+        CorpusError: text that is not UTF-8, or malformed PubTator.
+    """
+    file = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115  (closed when the process ends)
+    name = "standard input" if path == "-" else path
+    lines = _decoded(file, name)
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = (line for part in ([first], lines) for line in part)
+    if _TITLE.match(first[1]):
+        yield from _pubtator(lines, name)
+        return
+    for number, line in lines:
+        if line.strip():
+            yield Document(str(number), line, (), corpus.sentence_bounds(line))
+
+
+def _decoded(file, name: str) -> Iterator[tuple[int, str]]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{name}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _pubtator(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Document]:
+    """Title and abstract of each document; mention lines are passed over."""
+    id, text = None, ""
+    for number, line in lines:
+        parts = line.split("|", 2)
+        if len(parts) == 3 and parts[1] == "t":
+            if id is not None:
+                yield Document(id, text, (), corpus.sentence_bounds(text))
+            id, text = parts[0], parts[2]
+        elif len(parts) == 3 and parts[1] == "a" and parts[0] == id:
+            text += " " + parts[2] if parts[2] else ""
+        elif line.strip() and "\t" not in line:
+            raise CorpusError(f"{name}:{number}: neither a title, an abstract nor a mention of document {id}")
+    if id is not None:
+        yield Document(id, text, (), corpus.sentence_bounds(text))

@@ -1,0 +1,325 @@
+"""A training run: its settings, what they resolve to on this machine, and the folder that keeps it."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from . import corpus, ner
+from .adapter import load_adapter, save_adapter
+from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
+from .cli import UsageError, option
+from .distributed import World
+from .lora import KINDS, inject_lora, parse_targets
+from .model import Llama
+from .tokenizer import Tokenizer, check_fit, load_tokenizer
+from .training import DTYPES, choose_precision
+
+HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
+CONFIG = "config.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of train.py. `None` is resolved by `resolve`, and the result saved with the run."""
+
+    model: str | None = option(None, "Hugging Face folder (default: weights/llama-2-7b if there, else weights/tiny)")
+    data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else data/sample)")
+    out: str | None = option(None, "folder of the run (default: a new one under runs/)")
+    format: str = option("tagging", "what the model answers", ("tagging", "extraction"))
+    labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
+    instruction: bool = option(False, "put the instruction of figure 2 before the input")
+    shots: int = option(0, "demonstrations from the training split before the input")
+    method: str = option("lora", "train low-rank updates, or every parameter", ("lora", "full"))
+    targets: str = option("all", f"kinds of layer that get LoRA: all, or a comma list of {','.join(KINDS)}")
+    rank: int = option(8, "rank of the updates")
+    alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    dropout: float = option(0.0, "on the input of the updates")
+    epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 300 steps)")
+    lr: float | None = option(None, "peak learning rate (default: 0.8 / hidden size for LoRA, a tenth of it for full)")
+    schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
+    warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
+    weight_decay: float = option(0.0, "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
+    batch_tokens: int = option(2048, "tokens of an optimizer step, over all processes")
+    micro_tokens: int = option(2048, "tokens of a forward pass, on one process")
+    overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
+    limit_train: int | None = option(None, "use only the first N training sentences")
+    precision: str = option("auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"))
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
+    eval_every: int | None = option(None, "evaluate on the development split every N steps (default: each epoch)")
+    eval_limit: int | None = option(None, "evaluate on its first N sentences")
+    eval_batch: int = option(32, "sentences decoded side by side")
+    save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
+    keep: int = option(2, "checkpoints to keep")
+
+    # what may differ when a run is resumed, because it does not change what is learnt
+    FREE = ("out", "micro_tokens", "activation_checkpointing", "eval_batch", "save_every", "keep")
+
+    def __post_init__(self):
+        for name, least in {
+            "rank": 1, "epochs": 1, "batch_tokens": 1, "micro_tokens": 1, "limit_train": 1, "eval_every": 1,
+            "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0, "weight_decay": 0,
+            "warmup": 0,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.lr is not None and not 0 < self.lr < 10:
+            raise UsageError(f"--lr is {self.lr}; it must be above 0 (and below 10)")
+        if self.warmup > 1:
+            raise UsageError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
+        try:
+            parse_targets(self.targets)
+        except ValueError as error:
+            raise UsageError(f"--targets: {error}") from None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings without `None`, and the reason of each choice made for the user."""
+
+    settings: Settings
+    why: dict[str, str]
+
+
+def resolve(settings: Settings, device: torch.device) -> Resolved:
+    """Fills in model, data, output folder and precision.
+
+    Raises:
+        CheckpointError: no such model folder.
+    """
+    why = {}
+    model, why["model"] = _default(settings.model, "weights/llama-2-7b", "weights/tiny", "config.json")
+    data, why["data"] = _default(settings.data, "data/bc5cdr", "data/sample", ".")
+    precision, why["precision"] = choose_precision(settings.precision, device)
+    out = settings.out
+    if out is None:
+        what = settings.method if settings.method == "full" else f"r{settings.rank}"
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
+        out = str(HOME / "runs" / name)
+    config = read_config(model)
+    lr = settings.lr
+    if lr is None:
+        lr = float(f"{0.8 / config.hidden_size * (0.1 if settings.method == 'full' else 1):.3g}")
+    return Resolved(replace(settings, model=model, data=data, out=out, precision=precision, lr=lr), why)
+
+
+def _default(given: str | None, preferred: str, built_in: str, proof: str) -> tuple[str, str]:
+    if given is not None:
+        return given, "requested"
+    if (HOME / preferred / proof).exists():
+        return str(HOME / preferred), f"found at {preferred}"
+    return str(HOME / built_in), f"built in, since {preferred} is not there"
+
+
+def make_task(settings: Settings, splits: Mapping[str, list[corpus.Document]]) -> ner.Task:
+    """The task that the settings and the corpus define.
+
+    Raises:
+        UsageError: a label that the corpus does not have.
+    """
+    known = corpus.labels(document for documents in splits.values() for document in documents)
+    if settings.labels == "all":
+        labels, per_label = known, False
+    else:
+        labels = tuple(label.strip() for label in settings.labels.split(",") if label.strip())
+        per_label = len(labels) == 1
+        unknown = [label for label in labels if label not in known]
+        if unknown or not labels:
+            raise UsageError(
+                f"--labels: no mention has label {', '.join(unknown)!r}; the corpus has {', '.join(known)}"
+            )
+    if not known:
+        raise UsageError(f"--data {settings.data}: the corpus holds no mention, so there is no label to learn")
+    try:
+        task = ner.Task(settings.format, labels, per_label, settings.instruction)
+    except ValueError as error:
+        raise UsageError(f"--labels: {error}") from None
+    if settings.shots:
+        sentences = [sentence for document in splits["train"] for sentence in corpus.sentences(document)]
+        shown = ner.draw_demonstrations(task, sentences, settings.shots, settings.seed)
+        task = replace(task, demonstrations=shown)
+    return task
+
+
+def build_model(settings: Settings, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """The base model with what is to be trained in it, and its tokenizer.
+
+    With LoRA the frozen weights are stored in the precision of the products; in full fine-tuning all
+    weights are fp32 and cast by autocast.
+
+    Raises:
+        CheckpointError, TokenizerError, UsageError: as their names say.
+    """
+    tokenizer = load_tokenizer(settings.model)
+    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
+    full = settings.method == "full"
+    model = load_model(settings.model, torch.float32 if full else DTYPES[settings.precision], device)
+    if full:
+        model.requires_grad_(True)
+    else:
+        try:
+            inject_lora(
+                model, settings.targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, settings.seed
+            )
+        except ValueError as error:
+            raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
+    return model, tokenizer
+
+
+def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
+    """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
+    if settings.method == "full":
+        save_model(model, folder)
+        for name in TOKENIZER_FILES:
+            source = Path(settings.model) / name
+            if source.is_file():
+                (folder / name).write_bytes(source.read_bytes())
+    else:
+        save_adapter(model, folder, base_model=settings.model)
+
+
+def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer, dict]:
+    """The trained model of a run (LoRA not yet merged), its tokenizer, and the run's `config.json`.
+
+    Args:
+        which: `best` (on the development split) or `last`.
+
+    Raises:
+        CheckpointError: no such run, or one without a trained model yet.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    config = read_json(run / CONFIG)
+    settings = read_settings(run)
+    folder = run / which
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    full = settings.method == "full"
+    model = load_model(folder if full else settings.model, DTYPES[precision], device)
+    if not full:
+        load_adapter(model, folder)
+    return model, load_tokenizer(settings.model), config
+
+
+def read_settings(run: Path) -> Settings:
+    """The resolved settings of a run.
+
+    Raises:
+        CheckpointError: no run is there, or its configuration is not this version's.
+    """
+    stored = read_json(run / CONFIG).get("settings")
+    names = {field.name for field in fields(Settings)}
+    if not isinstance(stored, dict) or set(stored) != names:
+        raise CheckpointError(f"{run / CONFIG}: holds no settings of a llamalora run of this version")
+    return Settings(**stored)
+
+
+def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:
+    """The contents of a run's `config.json`: all that another person needs to repeat it."""
+    packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "settings": asdict(settings),
+        "task": asdict(task),
+        "model": model.config.to_dict(),
+        "fingerprints": fingerprints(settings),
+        "versions": versions,
+    }
+
+
+def fingerprints(settings: Settings) -> dict[str, str]:
+    """Short hashes of base model, tokenizer and training data, by which a resumed run knows its own."""
+    model = Path(settings.model)
+    weights = sorted(model.glob("*.safetensors"))
+    tokenizers = [model / name for name in TOKENIZER_FILES[:2] if (model / name).is_file()]
+    return {
+        "base model": _fingerprint([model / "config.json", *weights]),
+        "tokenizer": _fingerprint(tokenizers),
+        "data": _fingerprint(sorted(corpus.find_splits(settings.data).values())),
+    }
+
+
+def _fingerprint(paths: list[Path]) -> str:
+    """Of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def start_folder(folder: Path, config: dict, world: World) -> None:
+    """Claims a new output folder for this process and records the run's configuration in it.
+
+    Raises:
+        UsageError: the folder holds a run already, or other files.
+    """
+    problem = None
+    if world.is_main:
+        if (folder / CONFIG).exists():
+            problem = f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            problem = f"--out {folder}: exists and is not an empty folder"
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    problem = world.from_main(problem)
+    if problem:
+        raise UsageError(problem)
+
+
+def lock(folder: Path):
+    """Keeps other processes from writing to a run; holds as long as the returned file is open.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--out {folder}: another process is writing to this run") from None
+    return file
+
+
+def check_resumable(folder: Path, settings: Settings) -> None:
+    """Refuses to resume a run as another one.
+
+    Raises:
+        UsageError: a setting, the base model, the tokenizer or the data is not the run's; all are listed.
+    """
+    stored = asdict(read_settings(folder))
+    differences = [
+        f"--{name.replace('_', '-')} is {value}, the run has {stored[name]}"
+        for name, value in asdict(settings).items()
+        if name not in (*Settings.FREE, "model", "data") and value != stored[name]
+    ]
+    then = read_json(folder / CONFIG).get("fingerprints", {})
+    for name, value in fingerprints(settings).items():
+        if then.get(name) != value:
+            differences.append(f"the {name} is not the one that the run was started with")
+    if differences:
+        raise UsageError("\n  ".join([f"--resume {folder}: this is not the same run:", *differences]))

@@ -1,0 +1,121 @@
+"""Resumable run state on disk: atomic, hashed, free of pickle, newest sound one first.
+
+A checkpoint is a folder `step-000120/` of safetensors and JSON with a manifest of SHA-256 sums. It is
+written beside its destination, synced, and renamed into place, so a crash leaves the previous one intact.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import CheckpointError, read_json
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces `folder` by one that `fill` writes: complete with its manifest, or not at all."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+    (partial / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
+    _sync(partial / MANIFEST)
+    _sync(partial)
+    replaced = folder.with_name(folder.name + ".old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a folder against its manifest.
+
+    Raises:
+        CheckpointError: the first file that is missing, damaged, or a manifest that is.
+    """
+    sums = read_json(folder / MANIFEST)
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if _sha256(path) != expected:
+            raise CheckpointError(f"{path}: damaged, its SHA-256 differs from {MANIFEST}")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoint folders of a run, newest first."""
+    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.suffix == ""), reverse=True)
+
+
+def save_checkpoint(run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
+    """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`."""
+
+    def fill(folder: Path) -> None:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            folder / "tensors.safetensors",
+        )
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    write_atomically(run / "checkpoints" / f"step-{cursor:06d}", fill)
+    for old in checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], dict] | None:
+    """Tensors and state of the newest sound checkpoint; damaged ones are named and passed over.
+
+    None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
+    """
+    found = checkpoints(run)
+    for folder in found:
+        try:
+            verify(folder)
+            return load_file(folder / "tensors.safetensors"), read_json(folder / "state.json")
+        except CheckpointError as error:
+            say(f"checkpoint passed over: {error}")
+    if found:
+        raise CheckpointError(f"{run / 'checkpoints'}: all {len(found)} checkpoints are damaged")
+    return None
+
+
+def clean_partial(run: Path) -> None:
+    """Removes what an interrupted save left behind."""
+    for path in [*run.glob("*.tmp"), *(run / "checkpoints").glob("*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*run.glob("*.old"), *(run / "checkpoints").glob("*.old")]:
+        target = path.with_suffix("")
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)  # the crash fell between the two renames
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

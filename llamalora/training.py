@@ -1,0 +1,200 @@
+"""The parts of a training step: schedule, optimizer, masked loss, one scaled update.
+
+Dimensions: M supervised tokens, D hidden, V vocabulary.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .batch import MicroBatch
+from .distributed import World
+from .lora import trainable_parameters
+from .model import Llama
+
+LOGITS_AT_ONCE = 2**25  # logits held at a time: 128 MiB in fp32
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on: gradients that stay infinite, or parameters that never move."""
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """`auto` -> what the device computes natively; returns the precision and why."""
+    if requested != "auto":
+        return requested, "requested"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{name} computes bf16"
+        return "fp16", f"{name} has no bf16"
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return "bf16", f"the CPU ({capabilities}) computes bf16"
+    return "fp32", f"the CPU ({capabilities}) has no bf16 arithmetic"
+
+
+def autocast(precision: str, device: torch.device):
+    """The context of forward passes: parameters stay as they are, products run in `precision`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: str) -> float:
+    """The rate of update 0 ... total - 1: linear warm-up, then `cosine` to zero or `constant`."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (update - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def backward(
+    model: Llama,
+    batch: MicroBatch,
+    supervised: int,
+    scaler: torch.amp.GradScaler,
+    precision: str,
+    recompute: bool = False,
+) -> float:
+    """Forward and backward of one micro-batch; gradients add up in the parameters.
+
+    The loss is the sum of cross entropies over the micro-batch's supervised tokens, divided by
+    `supervised`, their number in the whole optimizer step: a mean of means would favour short answers.
+    The output head sees supervised positions only and a chunk at a time: each chunk's logits are
+    gone, backward pass included, before the next are made.
+
+    Returns:
+        This micro-batch's share of the step's loss, in nats a token.
+    """
+    loss_sum = torch.zeros((), device=batch.ids.device)
+    with autocast(precision, batch.ids.device):
+        hidden = model.model(batch.ids, packing=batch.packing, recompute=recompute)
+        hidden = hidden[0].index_select(0, batch.predictors)  # (M, D)
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+        for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
+            logits = model.lm_head(states)  # (chunk, V)
+            losses, gradient = _cross_entropy(logits, targets)
+            logits.backward(scaler.scale(gradient.div_(supervised)).to(logits.dtype))
+            loss_sum += losses.sum() / supervised
+    if hidden.requires_grad:
+        hidden.backward(leaf.grad)
+    return loss_sum.item()
+
+
+@torch.no_grad()
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row of logits (M, V), in fp32, and its gradient (M, V): softmax minus one-hot.
+
+    Both at once take two passes over the logits and one fp32 copy of them; autograd takes twice that.
+    """
+    wide = logits.float()
+    log_sum = wide.logsumexp(-1, keepdim=True)  # (M, 1)
+    losses = (log_sum - wide.gather(1, targets[:, None]))[:, 0]
+    gradient = (wide - log_sum).exp_()
+    return losses, gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did."""
+
+    grad_norm: float  # before clipping, over all trainable parameters
+    skipped: bool  # gradients were not finite, parameters stayed
+
+
+class Optimizer:
+    """AdamW over the trainable parameters, with clipping, loss scaling, and the step that is skipped
+    when a gradient is not finite: by all processes alike, since they hold the same summed gradients."""
+
+    MOST_SKIPS = 25  # in a row; fp16's scale halves at each, from 65536 far below 1
+
+    def __init__(self, model: nn.Module, precision: str, device: torch.device, weight_decay: float, clip: float):
+        self.parameters = trainable_parameters(model)
+        self.adam = torch.optim.AdamW(
+            self.parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.clip = clip or math.inf
+        self.skips_in_a_row = 0
+
+    def step(self, lr: float, world: World) -> Update:
+        """Sums gradients over processes, unscales, clips, updates.
+
+        Raises:
+            DivergedError: `MOST_SKIPS` steps in a row had gradients that were not finite.
+        """
+        world.sum_gradients(self.parameters.values())
+        self.adam.param_groups[0]["lr"] = lr
+        self.scaler.unscale_(self.adam)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip).item()
+        finite = math.isfinite(norm)
+        if finite:
+            self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad(set_to_none=True)
+        self.skips_in_a_row = 0 if finite else self.skips_in_a_row + 1
+        if self.skips_in_a_row == self.MOST_SKIPS:
+            raise DivergedError(
+                f"{self.MOST_SKIPS} steps in a row had gradients that are not finite (loss scale "
+                f"{self.scaler.get_scale():g}); lower --lr, or use --precision fp32 to find the cause"
+            )
+        return Update(norm, not finite)
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything that a resumed run needs: parameters and moments by name, and JSON values."""
+        tensors = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adam.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors, {"scaler": self.scaler.state_dict(), "skips_in_a_row": self.skips_in_a_row}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            # torch keeps the step count on the CPU unless the fused kernel wants it on the device
+            moments = {
+                key: tensors[f"{key}.{name}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{name}" in tensors
+            }
+            if moments:
+                self.adam.state[parameter] = moments
+        self.scaler.load_state_dict(state["scaler"])
+        self.skips_in_a_row = state["skips_in_a_row"]
+
+
+class MovementCheck:
+    """Proof that every trainable parameter learns: some move only from the second update on, because
+    their partner starts as zero, so the check is made after `UPDATES` of them."""
+
+    UPDATES = 3
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+        self.before = self._fingerprints()
+
+    @torch.no_grad()
+    def _fingerprints(self) -> dict[str, tuple[float, float]]:
+        return {
+            name: (parameter.sum(dtype=torch.float64).item(), parameter.norm(dtype=torch.float64).item())
+            for name, parameter in self.parameters.items()
+        }
+
+    def __call__(self) -> None:
+        """
+        Raises:
+            DivergedError: naming the parameters that are what they were.
+        """
+        still = [name for name, value in self._fingerprints().items() if value == self.before[name]]
+        if still:
+            shown = ", ".join(still[:6]) + (f" and {len(still) - 6} more" if len(still) > 6 else "")
+            raise DivergedError(f"after {self.UPDATES} updates these parameters have not moved: {shown}")

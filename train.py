@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Fine-tunes a Llama for named-entity recognition: `python train.py`, or under torchrun for several processes."""
+
+import argparse
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llamalora import corpus, evaluate, run, runstate
+from llamalora.batch import Example, MicroBatch, deal, encode_all, plan_epoch, show
+from llamalora.cli import UsageError, add_flags, from_flags, run_command
+from llamalora.distributed import World, join_world
+from llamalora.lora import count_parameters, merge, restore
+from llamalora.training import DivergedError, MovementCheck, Optimizer, autocast, backward, learning_rate
+
+FEWEST_STEPS = 300  # by default a small corpus is passed over more often than 3 times, up to this many steps
+
+
+def train(settings: run.Settings, world: World, resume: bool = False) -> dict | None:
+    """Trains, evaluates and saves as the settings say.
+
+    Returns:
+        The scores on the development split of the best model; None without such a split.
+    """
+    resolved = run.resolve(settings, world.device)
+    settings, folder = resolved.settings, Path(resolved.settings.out)
+    if resume:
+        run.check_resumable(folder, settings)
+    splits = {name: corpus.read(path) for name, path in corpus.find_splits(settings.data).items()}
+    if "train" not in splits:
+        raise UsageError(f"--data {settings.data}: has no training split")
+    task = run.make_task(settings, splits)
+    model, tokenizer = run.build_model(settings, world.device)
+    sentences = [sentence for document in splits["train"] for sentence in corpus.sentences(document)]
+    examples, skipped = encode_all(
+        task, tokenizer, sentences[: settings.limit_train], model.config.max_position_embeddings, settings.overlong
+    )
+    if not examples:
+        raise UsageError(f"--data {settings.data}: the training split holds no sentence that can be learnt from")
+    lengths = [len(example) for example in examples]
+    if settings.epochs is None:
+        per_epoch = len(plan_epoch(lengths, settings.batch_tokens, settings.seed, 0))
+        settings = replace(settings, epochs=max(3, math.ceil(FEWEST_STEPS / per_epoch)))
+    plan = [
+        (epoch, step)
+        for epoch in range(settings.epochs)
+        for step in plan_epoch(lengths, settings.batch_tokens, settings.seed, epoch)
+    ]
+
+    if not resume:
+        run.start_folder(folder, run.describe(settings, task, model), world)
+    lock = run.lock(folder) if world.is_main else None  # noqa: F841  (held until the end)
+    announce(world, resolved, settings, task, model, splits, examples, skipped, len(plan))
+    world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
+
+    optimizer = Optimizer(model, settings.precision, world.device, settings.weight_decay, settings.clip)
+    progress = Progress()
+    if resume:
+        progress = load_progress(folder, optimizer, world)
+    moved = MovementCheck(optimizer.parameters) if progress.updates == 0 else None
+    warmup = round(settings.warmup * len(plan))
+    log = StepLog(folder, world, len(plan), progress.cursor)
+
+    model.train()
+    with Interrupt() as interrupt:
+        for cursor in range(progress.cursor, len(plan)):
+            epoch, step = plan[cursor]
+            started = time.perf_counter()
+            torch.manual_seed(hash((settings.seed, cursor, world.rank)))  # of dropout
+            supervised = sum(examples[index].supervised for index in step)
+            lr = learning_rate(settings.lr, progress.updates, len(plan), warmup, settings.schedule)
+            loss = 0.0
+            for indices in deal(step, lengths, world.size, settings.micro_tokens)[world.rank]:
+                if indices:
+                    batch = MicroBatch.of([examples[index] for index in indices], world.device)
+                    loss += backward(
+                        model,
+                        batch,
+                        supervised,
+                        optimizer.scaler,
+                        settings.precision,
+                        settings.activation_checkpointing,
+                    )
+            update = optimizer.step(lr, world)
+            loss, stop = world.sum([loss, interrupt.signal])
+
+            progress.cursor = cursor + 1
+            progress.updates += not update.skipped
+            if moved and progress.updates == moved.UPDATES:
+                moved()
+                moved = None
+            log.step(cursor + 1, epoch, loss, lr, update, [examples[i] for i in step], time.perf_counter() - started)
+
+            last_of_epoch = cursor + 1 == len(plan) or plan[cursor + 1][0] != epoch
+            due = (cursor + 1) % settings.eval_every == 0 if settings.eval_every else last_of_epoch
+            if not stop and "dev" in splits and (due or cursor + 1 == len(plan)):
+                result = evaluate_now(model, tokenizer, task, splits["dev"], settings, world)
+                log.evaluation(cursor + 1, result)
+                if result["micro"]["f1"] > progress.best:
+                    progress.best = result["micro"]["f1"]
+                    save(model, settings, folder, "best", world)
+                    if world.is_main:
+                        evaluate.write_result(result, folder)
+            if stop or last_of_epoch or settings.save_every and (cursor + 1) % settings.save_every == 0:
+                save_progress(folder, optimizer, progress, settings.keep, world)
+                save(model, settings, folder, "last", world)
+            if stop:
+                number = interrupt.signal or signal.SIGTERM
+                world.say(f"stopped by a signal after step {cursor + 1}; continue with --resume {folder}")
+                sys.exit(128 + number)
+
+    if "dev" not in splits:
+        save(model, settings, folder, "best", world)
+        world.say(f"no development split; the adapter is in {folder / 'best'}")
+        return None
+    result = evaluate.read_result(folder, "dev")
+    world.say(f"\ndevelopment split, best of {folder}:\n{evaluate.format_report(result)}")
+    world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
+    return result
+
+
+def announce(world, resolved, settings, task, model, splits, examples, skipped, steps) -> None:
+    """The first lines of a run: which model, data and precision are in use, and why."""
+    counts = count_parameters(model)
+    share = 100 * counts["trainable"] / counts["base"]
+    trained = "every parameter" if settings.method == "full" else f"LoRA on {settings.targets}, rank {settings.rank}"
+    world.say(
+        f"model      {settings.model} ({resolved.why['model']}), {counts['base']:,} parameters\n"
+        f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
+        f"data       {settings.data} ({resolved.why['data']}), "
+        + ", ".join(f"{len(documents)} {name} documents" for name, documents in splits.items())
+        + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
+        + (f", {skipped} skipped as longer than the context" if skipped else "")
+        + f"\ntask       {settings.format} of {', '.join(task.labels)}"
+        + (" (one-label format)" if task.per_label else "")
+        + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {world.size} x {world.device.type}\n"
+        f"schedule   {settings.epochs} epochs, {steps} steps of up to {settings.batch_tokens} tokens, "
+        f"peak learning rate {settings.lr:g}\n"
+        f"output     {settings.out}\n"
+    )
+
+
+def evaluate_now(model, tokenizer, task, documents, settings, world) -> dict:
+    """Scores on the development split with the updates merged; afterwards the model is bitwise as before."""
+    documents, asked = evaluate.select(documents, settings.eval_limit)
+    model.eval()
+    merge(model)
+    try:
+        with autocast(settings.precision, world.device):
+            answers, speed = evaluate.answer(model, tokenizer, task, asked, world, settings.eval_batch)
+    finally:
+        restore(model)
+        model.train()
+    return {"split": "dev", **evaluate.assess(documents, answers, task.labels), "speed": speed.to_dict()}
+
+
+class Progress:
+    """How far a run has come: batches consumed, updates made (skipped steps make none), best score."""
+
+    def __init__(self, cursor: int = 0, updates: int = 0, best: float = -1.0):
+        self.cursor, self.updates, self.best = cursor, updates, best
+
+
+def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:
+    if world.is_main:
+        tensors, state = optimizer.state()
+        runstate.save_checkpoint(folder, progress.cursor, tensors, {"progress": vars(progress), **state}, keep)
+    world.barrier()
+
+
+def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
+    if world.is_main:
+        runstate.clean_partial(folder)
+    world.barrier()
+    checkpoint = runstate.load_checkpoint(folder, world.say)
+    if checkpoint is None:
+        world.say(f"{folder} has no checkpoint yet: starting from the beginning")
+        return Progress()
+    tensors, state = checkpoint
+    optimizer.load_state(tensors, state)
+    progress = Progress(**state["progress"])
+    world.say(f"resuming after step {progress.cursor}")
+    return progress
+
+
+def save(model, settings, folder: Path, name: str, world: World) -> None:
+    """Keeps the trained parameters as `best/` or `last/`."""
+    if world.is_main:
+        runstate.write_atomically(folder / name, lambda target: run.save_trained(model, settings, target))
+    world.barrier()
+
+
+class StepLog:
+    """One line for a person (tqdm), one JSON line a step for programs (metrics.jsonl)."""
+
+    def __init__(self, folder: Path, world: World, total: int, done: int):
+        self.world = world
+        if not world.is_main:
+            return
+        metrics, self.evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
+        for path in (metrics, self.evaluations):
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
+            path.write_text("".join(line + "\n" for line in kept))
+        self.file = metrics.open("a", buffering=1)
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step")
+
+    def step(self, step: int, epoch: int, loss: float, lr: float, update, examples: list[Example], seconds: float):
+        if not self.world.is_main:
+            return
+        tokens = sum(map(len, examples))
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+            "skipped": update.skipped,
+            "tokens": tokens,
+            "supervised_tokens": sum(example.supervised for example in examples),
+            "padding": 0.0,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(self.world.device),
+        }
+        self.file.write(json.dumps(record) + "\n")
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens / seconds:.0f} tokens/s")
+
+    def evaluation(self, step: int, result: dict) -> None:
+        if self.world.is_main:
+            record = {"step": step} | {key: result[key] for key in ("micro", "types", "health", "speed")}
+            with self.evaluations.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.bar.write(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSON line; infinity for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Interrupt:
+    """Turns SIGTERM and Ctrl-C into a number that the loop looks at between steps."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue the run in RUN (default: --out)")
+    add_flags(parser, run.Settings)
+    arguments = parser.parse_args(argv)
+    settings = from_flags(run.Settings, arguments)
+    resume = arguments.resume is not None
+    if resume:
+        folder = arguments.resume or settings.out
+        if not folder:
+            raise UsageError("--resume needs the run to continue: --resume RUN")
+        given = {name for name, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(name)}
+        stored = asdict(run.read_settings(Path(folder)))
+        explicit = {name: getattr(settings, name) for name in given if name != "resume"}
+        settings = run.Settings(**stored | explicit | {"out": folder})
+    with join_world() as world:
+        try:
+            train(settings, world, resume)
+        except DivergedError as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run_command(main)
