@@ -92,6 +92,14 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[corpu
         world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
 
     drafted = evaluate.DRAFT_TOKENS if arguments.draft == "source" else 0
+    tasks = [run.read_task(Path(source)) for source in arguments.run]
+    named = [label for task in tasks for label in task.labels]
+    labels = corpus.label_order(named)
+    if len(labels) < len(named):
+        raise UsageError(f"--run: two runs answer for one label ({', '.join(named)}); only different ones are joined")
+    order = arguments.order.split(",") if arguments.order else labels
+    if len(tasks) > 1 and sorted(order) != sorted(labels):
+        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
     by_label: dict[str, list[evaluate.Answer]] = {}
     seconds = sentences = tokens = passes = 0
     for source in arguments.run or [None]:
@@ -99,21 +107,14 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[corpu
         answers, speed = evaluate.answer(
             system.model, system.tokenizer, system.task, asked, world, arguments.batch, drafted, arguments.json
         )
-        label = "+".join(system.task.labels)
-        if label in by_label:
-            raise UsageError(f"--run {source}: two runs answer for {label}; runs are joined one label each")
-        by_label[label] = answers
+        by_label["+".join(system.task.labels)] = answers
         seconds, sentences = seconds + speed.seconds, sentences + speed.sentences
         tokens, passes = tokens + speed.tokens, passes + speed.forward_passes
-    labels = [label for name in by_label for label in name.split("+")]
     if len(by_label) > 1:
-        order = arguments.order.split(",") if arguments.order else corpus.label_order(labels)
-        if sorted(order) != sorted(labels):
-            raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
         answers = evaluate.joined(by_label, order)
     result = {
         "split": arguments.split,
-        **evaluate.assess(documents, answers, corpus.label_order(labels)),
+        **evaluate.assess(documents, answers, labels or system.task.labels),
         "speed": evaluate.Speed(seconds, sentences, tokens, passes).to_dict(),
         "precision": precision,
     }
@@ -121,9 +122,9 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[corpu
 
 
 def load_run(source: str, arguments: argparse.Namespace, precision: str, world: World) -> System:
-    model, tokenizer, config = run.load_trained(Path(source), arguments.which, precision, world.device)
+    model, tokenizer = run.load_trained(Path(source), arguments.which, precision, world.device)
     merge(model)
-    return System(model, tokenizer, ner.Task.from_dict(config["task"]))
+    return System(model, tokenizer, run.read_task(Path(source)))
 
 
 def load(arguments: argparse.Namespace, data: str, precision: str, world: World) -> System:

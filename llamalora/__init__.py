@@ -8,7 +8,8 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import load_model, save_model
 from .decode import generate
 from .lora import LoRAEmbedding, LoRALinear, count_parameters, inject_lora, merge, restore
-from .model import KVCache, Llama, LlamaConfig, Packing
+from .model import Llama, LlamaConfig
+from .packing import KVCache, Packing
 from .tokenizer import load_tokenizer
 
 __all__ = [

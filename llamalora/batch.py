@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ner
-from .model import Packing
+from .packing import Packing
 from .tokenizer import Tokenizer
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .lora import lora_layers
 from .model import ConfigError, Llama, LlamaConfig
@@ -61,7 +62,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index}: has no weight_map")
         files = {folder / name for name in weight_map.values()}
     else:
@@ -97,6 +98,21 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves out initial values: on the meta device they are nothing, and drawing them imports for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def skeleton(config: LlamaConfig) -> Llama:
+    """The model on the meta device: names and shapes, no weights."""
+    with torch.device("meta"), _NoInit():
+        return Llama(config)
+
+
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
     """The model of a Hugging Face folder, in evaluation mode.
 
@@ -110,8 +126,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         CheckpointError: what `read_config` and `tensor_files` raise, or tensors that are missing,
             unexpected or of another shape than the configuration asks for (all are listed).
     """
-    with torch.device("meta"):
-        model = Llama(read_config(folder))
+    model = skeleton(read_config(folder))
     files = tensor_files(folder)
     _check_tensors(folder, model, files)
     for name, parameter in list(model.named_parameters()):
@@ -186,16 +201,28 @@ def _save_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: in
         shards[-1][name] = tensor
         used += tensor.nbytes
     if len(shards) == 1:
-        _save(shards[0], folder / "model.safetensors")
+        save_tensors(shards[0], folder / "model.safetensors")
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
+        save_tensors(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file with the permissions of any other new file.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, for one).
+    """
+    try:
+        path.touch()  # safetensors would create it readable by its owner alone
+        mode = path.stat().st_mode
+        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None

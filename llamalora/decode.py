@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .model import KVCache, Llama, Packing
+from .model import Llama
+from .packing import KVCache, Packing
 
 # proposes how an output goes on: (prompt index, output so far) -> ids, perhaps none
 Drafter = Callable[[int, list[int]], Sequence[int]]
@@ -79,7 +80,10 @@ def generate(
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
     rows: list[_Row | None] = [None] * min(batch_size, len(requests))
-    cache = _make_cache(model, len(rows), max((len(row.prompt) + row.limit for row in requests), default=0))
+    slots = max((len(row.prompt) + row.limit for row in requests), default=0)
+    device = model.model.norm.weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    cache = model.make_cache(len(rows), slots, autocast)
     passes = 0
     while waiting or any(rows):
         free = [place for place, row in enumerate(rows) if row is None]
@@ -100,15 +104,6 @@ def generate(
                     rows[place] = None
                     progress(1)
     return Decoding([row.output for row in requests], [not row.ended for row in requests], passes)
-
-
-def _make_cache(model: Llama, rows: int, slots: int) -> KVCache:
-    weight = model.model.norm.weight
-    device = weight.device
-    autocast = torch.is_autocast_enabled(device.type)
-    return KVCache(
-        model.config, rows, slots, torch.get_autocast_dtype(device.type) if autocast else weight.dtype, device
-    )
 
 
 def _draft(row: _Row | None, drafter: Drafter | None) -> Sequence[int]:

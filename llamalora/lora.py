@@ -46,6 +46,11 @@ def kind_of(name: str) -> str | None:
     return _KIND_OF.get(name.rpartition(".")[2])
 
 
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """What B A is multiplied by: alpha / rank (Hu et al. 2022), or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 class _LinearWithDelta(torch.autograd.Function):
     """x W0^T + scale (x A^T) B^T, with W0 frozen.
 
@@ -88,12 +93,13 @@ class _LoRA:
     def _init_lora(self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool):
         rank = A[0]
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scale = lora_scale(alpha, rank, rslora)
         self.weight = base.weight.requires_grad_(False)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(A, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
         self._original: nn.Parameter | None = None
+        self.training = base.training
 
     @property
     def merged(self) -> bool:
@@ -107,7 +113,9 @@ class _LoRA:
     def merge(self) -> None:
         if not self.merged:
             merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
-            self._original, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
+            # past nn.Module, for which it would become a parameter of the model, counted and saved
+            self.__dict__["_original"] = self.weight
+            self.weight = nn.Parameter(merged, requires_grad=False)
 
     def restore(self) -> None:
         if self.merged:
@@ -154,6 +162,7 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False  # for nn.Embedding's repr
         self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora)
         if not self.lora_B.is_meta:
             with torch.no_grad():
@@ -216,13 +225,14 @@ def adapt(
         raise ValueError("the model carries LoRA layers already")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    for rank, _ in layers.values():
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; it must be at least 1")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     too_wide = []
     for name, (rank, alpha) in layers.items():
         base = model.get_submodule(name)
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be at least 1")
         if rank > min(base.weight.shape):
             too_wide.append(name)
         cls = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear

@@ -1,7 +1,7 @@
-"""Llama-2 by hand: the configuration, the network, the key/value cache. It knows nothing of LoRA.
+"""Llama-2 by hand: the configuration and the network. It knows nothing of LoRA.
 
 Dimensions: B batch, T tokens, D hidden, F feed-forward, H query heads, K key/value heads, E head size,
-S cache slots, V vocabulary, N tokens of a packed row, L longest sequence of a rectangle.
+S cache slots, V vocabulary, N tokens of a packed row (see packing.py).
 Module names are Hugging Face's, so a checkpoint loads without a key map.
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .packing import KVCache, Packing
 
 
 class ConfigError(ValueError):
@@ -196,107 +198,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
-class Rectangle:
-    """Sequences of similar length as a right-padded rectangle (batch, L), where causality alone keeps real
-    tokens from seeing padding."""
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) in fp32. Saves x alone, where autograd would save four copies of its size."""
 
-    def __init__(self, lengths: list[int], device: torch.device):
-        count, longest = len(lengths), max(lengths)
-        self.shape = (count, longest)
-        self.tokens = sum(lengths)
-        self.slots = None  # (tokens,) into the flattened rectangle; None: it is full
-        if self.tokens < count * longest:
-            row, offset = _rows_and_offsets(lengths)
-            self.slots = (row * longest + offset).to(device)
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        return (wide * inverse).to(x.dtype)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """(tokens, heads, E) -> (batch, L, heads, E), zeros where there is no token."""
-        if self.slots is None:
-            return x.unflatten(0, self.shape)
-        rows, longest = self.shape
-        return x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slots, x).unflatten(0, self.shape)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(batch, L, ...) -> (tokens, ...), the inverse of `unpack`."""
-        x = x.flatten(0, 1)
-        return x if self.slots is None else x.index_select(0, self.slots)
-
-
-class Packing:
-    """How sequences of unequal lengths stand behind each other in one row, without padding.
-
-    Every matrix product sees the row, (1, N, D); only attention lays the sequences out as rectangles.
-
-    Args:
-        lengths: tokens of each sequence in the row.
-        starts: with a cache, the position at which each sequence goes on; without, all start at 0 and see
-            only themselves.
-        rows: the cache rows that the sequences are written to; default 0, 1, ... Sequences that go on
-            must be given for all rows of the cache (a length may be 0).
-    """
-
-    def __init__(
-        self,
-        lengths: list[int],
-        device: torch.device,
-        starts: list[int] | None = None,
-        rows: list[int] | None = None,
-    ):
-        row, offset = _rows_and_offsets(lengths)
-        first = torch.tensor(starts or [0] * len(lengths))
-        self.continues = starts is not None
-        self.positions = (first[row] + offset)[None].to(device)  # (1, N)
-        self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
-        self.extent = int((first + torch.tensor(lengths)).max())
-        self.mask = None
-        if self.continues:
-            self.rectangles = [Rectangle(lengths, device)]
-            reach = first[:, None] + torch.arange(max(lengths))  # (batch, L)
-            self.mask = (torch.arange(self.extent) <= reach[..., None])[:, None].to(device)  # (batch, 1, L, S)
-        else:
-            self.rectangles = [Rectangle(group, device) for group in _similar(lengths, device)]
-
-
-def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """For each token of a packed row: its sequence, and its place in that sequence."""
-    sizes = torch.tensor(lengths)
-    row = torch.arange(len(lengths)).repeat_interleave(sizes)
-    return row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
-
-
-def _similar(lengths: list[int], device: torch.device) -> list[list[int]]:
-    """Neighbours of similar length. A CPU pays for every padded query; on a GPU one launch is cheaper."""
-    if device.type != "cpu":
-        return [lengths]
-    groups = [[lengths[0]]]
-    for length in lengths[1:]:
-        longest, shortest = max(length, *groups[-1]), min(length, *groups[-1])
-        if shortest < 0.8 * longest:
-            groups.append([])
-        groups[-1].append(length)
-    return groups
-
-
-class KVCache:
-    """Keys and values of every layer; slot s of a row holds the token at position s of that row.
-
-    Slots behind a row's last token may hold what a rejected draft left there: no query reaches them before
-    they are written again.
-    """
-
-    def __init__(self, config: LlamaConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
-        """Stores k, v (1, N, K, E) at the packing's rows and positions."""
-        place = (layer, packing.rows, packing.positions[0])
-        self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
-
-    def read(self, layer: int, packing: Packing) -> tuple[Tensor, Tensor]:
-        """The keys and values (batch, S, K, E) up to the packing's furthest position."""
-        return self.keys[layer, :, : packing.extent], self.values[layer, :, : packing.extent]
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, inverse = ctx.saved_tensors
+        unit, wide = x * inverse, grad.float()
+        return torch.addcmul(wide, unit, (wide * unit).mean(-1, keepdim=True), value=-1).mul_(inverse).to(x.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -306,9 +222,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * _Normalize.apply(x, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Saves its two inputs alone, and computes silu(gate) again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class Attention(nn.Module):
@@ -371,7 +299,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -428,6 +356,12 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def make_cache(self, rows: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `rows` sequences of up to `slots` tokens, beside the weights and in their dtype."""
+        config, weight = self.config, self.model.norm.weight
+        heads = (config.num_key_value_heads, config.head_dim)
+        return KVCache(config.num_hidden_layers, rows, slots, *heads, dtype or weight.dtype, weight.device)
 
     def forward(self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T); `packing` and `cache` as in `Backbone.forward`."""

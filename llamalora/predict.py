@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from . import corpus, evaluate, ner, run
+from . import corpus, evaluate, run
 from .cli import UsageError
 from .corpus import CorpusError, Document
 from .distributed import join_world
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
         raise CorpusError(f"{arguments.file}: no such file")
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
-        model, tokenizer, config = run.load_trained(Path(arguments.run), arguments.which, precision, world.device)
+        model, tokenizer = run.load_trained(Path(arguments.run), arguments.which, precision, world.device)
         merge(model)
-        task = ner.Task.from_dict(config["task"])
+        task = run.read_task(Path(arguments.run))
         documents = read_stream(arguments.file)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = evaluate.select(chunk, None)

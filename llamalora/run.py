@@ -192,8 +192,8 @@ def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
         save_adapter(model, folder, base_model=settings.model)
 
 
-def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer, dict]:
-    """The trained model of a run (LoRA not yet merged), its tokenizer, and the run's `config.json`.
+def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """The trained model of a run (LoRA not yet merged) and its tokenizer.
 
     Args:
         which: `best` (on the development split) or `last`.
@@ -203,7 +203,6 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
-    config = read_json(run / CONFIG)
     settings = read_settings(run)
     folder = run / which
     if not folder.is_dir():
@@ -212,7 +211,7 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     model = load_model(folder if full else settings.model, DTYPES[precision], device)
     if not full:
         load_adapter(model, folder)
-    return model, load_tokenizer(settings.model), config
+    return model, load_tokenizer(settings.model)
 
 
 def read_settings(run: Path) -> Settings:
@@ -226,6 +225,20 @@ def read_settings(run: Path) -> Settings:
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / CONFIG}: holds no settings of a llamalora run of this version")
     return Settings(**stored)
+
+
+def read_task(run: Path) -> ner.Task:
+    """What the model of a run is asked.
+
+    Raises:
+        CheckpointError: no run is there, or its configuration is not this version's.
+    """
+    try:
+        return ner.Task.from_dict(read_json(run / CONFIG)["task"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{run / CONFIG}: holds no task of a llamalora run ({error})") from None
 
 
 def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:

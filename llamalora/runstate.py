@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError, read_json, save_tensors
 
 MANIFEST = "manifest.json"
 
@@ -48,6 +48,9 @@ def verify(folder: Path) -> None:
         CheckpointError: the first file that is missing, damaged, or a manifest that is.
     """
     sums = read_json(folder / MANIFEST)
+    unlisted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {*sums, MANIFEST}
+    if unlisted or not sums:
+        raise CheckpointError(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
@@ -58,21 +61,26 @@ def verify(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoint folders of a run, newest first."""
-    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.suffix == ""), reverse=True)
+    found = (path for path in (run / "checkpoints").glob("step-*") if path.suffix == "")
+    return sorted(found, key=_cursor, reverse=True)
+
+
+def _cursor(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_checkpoint(run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
     """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`."""
 
     def fill(folder: Path) -> None:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            folder / "tensors.safetensors",
-        )
+        save_tensors(tensors, folder / "tensors.safetensors")
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    write_atomically(run / "checkpoints" / f"step-{cursor:06d}", fill)
-    for old in checkpoints(run)[keep:]:
+    written = run / "checkpoints" / f"step-{cursor:06d}"
+    write_atomically(written, fill)
+    # one of a later step is what a fallback passed over: damaged, and its steps are being done again
+    later = [path for path in checkpoints(run) if _cursor(path) > cursor]
+    for old in [*later, *[path for path in checkpoints(run) if path not in later][keep:]]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -77,7 +77,8 @@ class JsonTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True).removeprefix(" ")
+        text = self._backend.decode(ids, skip_special_tokens=True)
+        return text if self._prepends_space else text.removeprefix(" ")  # its decoder has taken it away
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -90,8 +91,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.json").is_file():
-        config = folder / "config.json"
-        eos = json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None
+        eos = _read(folder / "config.json").get("eos_token_id")
         return JsonTokenizer(folder / "tokenizer.json", eos[0] if isinstance(eos, list) else eos)
     raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
 
@@ -111,8 +111,19 @@ def check_fit(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None
         )
 
 
-def _special_token(path: Path, name: str) -> str | None:
+def _read(path: Path) -> dict:
+    """A JSON object from a file; empty if there is no such file."""
     if not path.is_file():
-        return None
-    token = json.loads(path.read_text()).get(name)
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def _special_token(path: Path, name: str) -> str | None:
+    token = _read(path).get(name)
     return token["content"] if isinstance(token, dict) else token

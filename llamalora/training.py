@@ -84,6 +84,7 @@ def backward(
             losses, gradient = _cross_entropy(logits, targets)
             logits.backward(scaler.scale(gradient.div_(supervised)).to(logits.dtype))
             loss_sum += losses.sum() / supervised
+            del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
     if hidden.requires_grad:
         hidden.backward(leaf.grad)
     return loss_sum.item()

@@ -1,0 +1,111 @@
+"""Many sequences in one row without padding: how they stand in it, in rectangles for attention, in the cache.
+
+Dimensions: N tokens of the row, T tokens of a sequence, L longest sequence of a rectangle, S cache slots,
+K key/value heads, E head size.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Rectangle:
+    """Sequences of similar length as a right-padded rectangle (batch, L), where causality alone keeps real
+    tokens from seeing padding."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        count, longest = len(lengths), max(lengths)
+        self.shape = (count, longest)
+        self.tokens = sum(lengths)
+        self.slots = None  # (tokens,) into the flattened rectangle; None: it is full
+        if self.tokens < count * longest:
+            row, offset = _rows_and_offsets(lengths)
+            self.slots = (row * longest + offset).to(device)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(tokens, heads, E) -> (batch, L, heads, E), zeros where there is no token."""
+        if self.slots is None:
+            return x.unflatten(0, self.shape)
+        rows, longest = self.shape
+        return x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slots, x).unflatten(0, self.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, L, ...) -> (tokens, ...), the inverse of `unpack`."""
+        x = x.flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+
+class Packing:
+    """How sequences of unequal lengths stand behind each other in one row, without padding.
+
+    Every matrix product sees the row, (1, N, D); only attention lays the sequences out as rectangles.
+
+    Args:
+        lengths: tokens of each sequence in the row.
+        starts: with a cache, the position at which each sequence goes on; without, all start at 0 and see
+            only themselves.
+        rows: the cache rows that the sequences are written to; default 0, 1, ... Sequences that go on
+            must be given for all rows of the cache (a length may be 0).
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        device: torch.device,
+        starts: list[int] | None = None,
+        rows: list[int] | None = None,
+    ):
+        row, offset = _rows_and_offsets(lengths)
+        first = torch.tensor(starts or [0] * len(lengths))
+        self.continues = starts is not None
+        self.positions = (first[row] + offset)[None].to(device)  # (1, N)
+        self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
+        self.extent = int((first + torch.tensor(lengths)).max())
+        self.mask = None
+        if self.continues:
+            self.rectangles = [Rectangle(lengths, device)]
+            reach = first[:, None] + torch.arange(max(lengths))  # (batch, L)
+            self.mask = (torch.arange(self.extent) <= reach[..., None])[:, None].to(device)  # (batch, 1, L, S)
+        else:
+            self.rectangles = [Rectangle(group, device) for group in _similar(lengths, device)]
+
+
+def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """For each token of a packed row: its sequence, and its place in that sequence."""
+    sizes = torch.tensor(lengths)
+    row = torch.arange(len(lengths)).repeat_interleave(sizes)
+    return row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
+
+
+def _similar(lengths: list[int], device: torch.device) -> list[list[int]]:
+    """Neighbours of similar length. A CPU pays for every padded query; on a GPU one launch is cheaper."""
+    if device.type != "cpu":
+        return [lengths]
+    groups = [[lengths[0]]]
+    for length in lengths[1:]:
+        longest, shortest = max(length, *groups[-1]), min(length, *groups[-1])
+        if shortest < 0.8 * longest:
+            groups.append([])
+        groups[-1].append(length)
+    return groups
+
+
+class KVCache:
+    """Keys and values of every layer; slot s of a row holds the token at position s of that row.
+
+    Slots behind a row's last token may hold what a rejected draft left there: no query reaches them before
+    they are written again.
+    """
+
+    def __init__(self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device):
+        shape = (layers, rows, slots, heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
+        """Stores k, v (1, N, K, E) at the packing's rows and positions."""
+        place = (layer, packing.rows, packing.positions[0])
+        self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
+
+    def read(self, layer: int, packing: Packing) -> tuple[Tensor, Tensor]:
+        """The keys and values (batch, S, K, E) up to the packing's furthest position."""
+        return self.keys[layer, :, : packing.extent], self.values[layer, :, : packing.extent]
