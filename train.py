@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         The scores on the development split of the best model; None without such a split.
     """
     resolved = run.resolve(settings, world.device)
-    settings, folder = resolved.settings, Path(resolved.settings.out)
+    settings = replace(resolved.settings, out=world.from_main(resolved.settings.out))  # it may hold the time of day
+    folder = Path(settings.out)
     if resume:
         run.check_resumable(folder, settings)
     splits = {name: corpus.read(path) for name, path in corpus.find_splits(settings.data).items()}
@@ -69,12 +70,32 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     warmup = round(settings.warmup * len(plan))
     log = StepLog(folder, world, len(plan), progress.cursor)
 
+    def is_last_of_epoch(cursor: int) -> bool:
+        return cursor == len(plan) or plan[cursor][0] != plan[cursor - 1][0]
+
+    def is_evaluated(cursor: int) -> bool:
+        regular = cursor % settings.eval_every == 0 if settings.eval_every else is_last_of_epoch(cursor)
+        return "dev" in splits and (regular or cursor == len(plan))
+
     model.train()
     with Interrupt() as interrupt:
-        for cursor in range(progress.cursor, len(plan)):
-            epoch, step = plan[cursor]
+        while True:
+            if progress.evaluated < progress.cursor and is_evaluated(progress.cursor):
+                result = evaluate_now(model, tokenizer, task, splits["dev"], settings, world)
+                log.evaluation(progress.cursor, result)
+                if result["micro"]["f1"] > progress.best:
+                    progress.best = result["micro"]["f1"]
+                    save(model, settings, folder, "best", world)
+                    if world.is_main:
+                        evaluate.write_result(result, folder)
+                progress.evaluated = progress.cursor
+                save_progress(folder, optimizer, progress, settings.keep, world)
+            if progress.cursor == len(plan):
+                break
+
+            epoch, step = plan[progress.cursor]
             started = time.perf_counter()
-            torch.manual_seed(hash((settings.seed, cursor, world.rank)))  # of dropout
+            torch.manual_seed(hash((settings.seed, progress.cursor, world.rank)))  # of dropout
             supervised = sum(examples[index].supervised for index in step)
             lr = learning_rate(settings.lr, progress.updates, len(plan), warmup, settings.schedule)
             loss = 0.0
@@ -92,36 +113,27 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             update = optimizer.step(lr, world)
             loss, stop = world.sum([loss, interrupt.signal])
 
-            progress.cursor = cursor + 1
+            progress.cursor += 1
             progress.updates += not update.skipped
             if moved and progress.updates == moved.UPDATES:
                 moved()
                 moved = None
-            log.step(cursor + 1, epoch, loss, lr, update, [examples[i] for i in step], time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], seconds)
 
-            last_of_epoch = cursor + 1 == len(plan) or plan[cursor + 1][0] != epoch
-            due = (cursor + 1) % settings.eval_every == 0 if settings.eval_every else last_of_epoch
-            if not stop and "dev" in splits and (due or cursor + 1 == len(plan)):
-                result = evaluate_now(model, tokenizer, task, splits["dev"], settings, world)
-                log.evaluation(cursor + 1, result)
-                if result["micro"]["f1"] > progress.best:
-                    progress.best = result["micro"]["f1"]
-                    save(model, settings, folder, "best", world)
-                    if world.is_main:
-                        evaluate.write_result(result, folder)
-            if stop or last_of_epoch or settings.save_every and (cursor + 1) % settings.save_every == 0:
+            regular = settings.save_every and progress.cursor % settings.save_every == 0
+            if stop or regular or is_last_of_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
                 save(model, settings, folder, "last", world)
             if stop:
-                number = interrupt.signal or signal.SIGTERM
-                world.say(f"stopped by a signal after step {cursor + 1}; continue with --resume {folder}")
-                sys.exit(128 + number)
+                world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+                sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
     if "dev" not in splits:
         save(model, settings, folder, "best", world)
         world.say(f"no development split; the adapter is in {folder / 'best'}")
         return None
-    result = evaluate.read_result(folder, "dev")
+    result = world.from_main(evaluate.read_result(folder, "dev") if world.is_main else None)
     world.say(f"\ndevelopment split, best of {folder}:\n{evaluate.format_report(result)}")
     world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
     return result
@@ -162,17 +174,20 @@ def evaluate_now(model, tokenizer, task, documents, settings, world) -> dict:
     return {"split": "dev", **evaluate.assess(documents, answers, task.labels), "speed": speed.to_dict()}
 
 
+@dataclass
 class Progress:
-    """How far a run has come: batches consumed, updates made (skipped steps make none), best score."""
+    """How far a run has come."""
 
-    def __init__(self, cursor: int = 0, updates: int = 0, best: float = -1.0):
-        self.cursor, self.updates, self.best = cursor, updates, best
+    cursor: int = 0  # steps of the plan that are done
+    updates: int = 0  # of the parameters; a skipped step makes none
+    evaluated: int = 0  # the step after which the model was last evaluated
+    best: float = -1.0  # F1 on the development split
 
 
 def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:
     if world.is_main:
         tensors, state = optimizer.state()
-        runstate.save_checkpoint(folder, progress.cursor, tensors, {"progress": vars(progress), **state}, keep)
+        runstate.save_checkpoint(folder, progress.cursor, tensors, {"progress": asdict(progress), **state}, keep)
     world.barrier()
 
 
@@ -259,7 +274,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a number that the loop looks at between steps."""
+    """Turns SIGTERM and Ctrl-C into a number that the loop looks at between steps; a second one ends at once."""
 
     def __init__(self):
         self.signal = 0
@@ -269,6 +284,8 @@ class Interrupt:
         return self
 
     def _note(self, number, frame):
+        if self.signal:
+            sys.exit(128 + number)
         self.signal = number
 
     def __exit__(self, *exception):

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointError, save_tensors
+from .checkpoint import save_tensors
 from .lora import KINDS, adapt, kind_of, lora_layers
-from .peft_format import CONFIG, WEIGHTS, Factors, factor_keys, read_adapter, read_layout
+from .peft_format import CONFIG, WEIGHTS, Factors, factor_keys, read_adapter
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
@@ -68,7 +68,7 @@ def _target_modules(model: nn.Module) -> list[str]:
     return [KINDS[kind] for kind in KINDS if kind in whole] + [n for n in layers if kind_of(n) not in whole]
 
 
-def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = None) -> None:
+def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = None) -> nn.Module:
     """Injects LoRA layers as an adapter folder describes them and fills them, in place.
 
     Args:
@@ -85,19 +85,7 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dropout)
     _fill(model, adapter.layers)
-
-
-def fill_adapter(model: nn.Module, path: Path) -> None:
-    """Copies the tensors of an adapter file into the LoRA layers that the model has already.
-
-    Raises:
-        CheckpointError: the layers are not the file's, or a tensor is not finite.
-    """
-    layers, _ = read_layout(path, model)
-    ranks = {name: layer.rank for name, layer in lora_layers(model).items()}
-    if {name: layer.rank for name, layer in layers.items()} != ranks:
-        raise CheckpointError(f"{path}: holds other layers or ranks than the model's targets and rank")
-    _fill(model, layers)
+    return model
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 
-from .adapter import CheckpointError
 from .batch import OverlongError
+from .checkpoint import CheckpointError
 from .corpus import CorpusError
 from .tokenizer import TokenizerError
 
@@ -48,3 +48,11 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except BAD_INPUT as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def aligned(rows: list[list[str]], sides: str = "l") -> str:
+    """A text table: `l` and `r` say to which side each column leans, those without a letter to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lean = [str.ljust if side == "l" else str.rjust for side in sides.ljust(len(widths), "r")]
+    lines = ("  ".join(to(cell, width) for to, cell, width in zip(lean, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

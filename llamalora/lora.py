@@ -7,7 +7,7 @@ name and place, so that the keys of the base model do not move.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,14 @@ KINDS = {
 _KIND_OF = {module: kind for kind, module in KINDS.items()}
 
 
-def parse_targets(targets: str) -> tuple[str, ...]:
-    """`all` or a comma list of kinds -> kinds in the paper's order.
+def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """`all`, a comma list or a sequence of kinds -> kinds in the paper's order.
 
     Raises:
         ValueError: an unknown or missing kind.
     """
-    names = [name.strip() for name in targets.split(",") if name.strip()]
+    given = targets.split(",") if isinstance(targets, str) else targets
+    names = [name.strip() for name in given if name.strip()]
     unknown = [name for name in names if name not in (*KINDS, "all")]
     if unknown or not names:
         raise ValueError(f"unknown target {', '.join(unknown) or targets!r}; choose all or any of {','.join(KINDS)}")
@@ -89,6 +90,7 @@ class _LoRA:
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    delta: Callable[[], Tensor]  # scale * B A in fp32, in the shape of the weight
 
     def _init_lora(self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool):
         rank = A[0]
@@ -105,21 +107,25 @@ class _LoRA:
     def merged(self) -> bool:
         return self._original is not None
 
-    def delta(self) -> Tensor:
-        """scale * B A in fp32, in the shape of the weight."""
-        raise NotImplementedError
-
     @torch.no_grad()
-    def merge(self) -> None:
-        if not self.merged:
-            merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
-            # past nn.Module, for which it would become a parameter of the model, counted and saved
-            self.__dict__["_original"] = self.weight
-            self.weight = nn.Parameter(merged, requires_grad=False)
+    def merge(self, offload: bool = False) -> None:
+        """W0 + scale * B A takes W0's place; W0 is kept, on the host if `offload`."""
+        if self.merged:
+            return
+        original, device = self.weight, self.lora_A.device
+        merged = (original.to(device).float() + self.delta()).to(original.dtype)
+        if offload:
+            original.data = original.data.cpu()
+        # past nn.Module, for which it would become a parameter of the model, counted and saved
+        self.__dict__["_original"] = original
+        self.weight = nn.Parameter(merged, requires_grad=False)
 
     def restore(self) -> None:
-        if self.merged:
-            self.weight, self._original = self._original, None
+        if not self.merged:
+            return
+        original = self._original
+        original.data = original.data.to(self.lora_A.device)
+        self.weight, self._original = original, None
 
 
 class LoRALinear(_LoRA, nn.Linear):
@@ -155,7 +161,9 @@ class LoRALinear(_LoRA, nn.Linear):
 class LoRAEmbedding(_LoRA, nn.Embedding):
     """An embedding with a low-rank update: row i is W0[i] + scale * B A[:, i]; A is (R, V), B is (D, R).
 
-    As in loralib and PEFT, A starts as zeros and B as a normal draw.
+    As in loralib and PEFT, A starts as zeros and B as a normal draw; but B's standard deviation is that of
+    W0, not 1: the values of an embedding are small (0.02 in Llama-2), and with 1 the first steps at a rate that
+    suits the other layers would drown them.
     """
 
     def __init__(self, base: nn.Embedding, rank: int, alpha: float, rslora: bool, dropout: float, generator=None):
@@ -166,7 +174,8 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
         self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora)
         if not self.lora_B.is_meta:
             with torch.no_grad():
-                self.lora_B.copy_(torch.empty(self.lora_B.shape).normal_(generator=generator))
+                draw = torch.empty(self.lora_B.shape).normal_(generator=generator)
+                self.lora_B.copy_(draw * base.weight.float().std().item())
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight)
@@ -181,17 +190,17 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
 
 def inject_lora(
     model: nn.Module,
-    targets: str = "all",
+    targets: str | Sequence[str] = "all",
     rank: int = 8,
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
-) -> None:
+) -> nn.Module:
     """Freezes the model and puts a low-rank update on every layer of the target kinds, in place.
 
     Args:
-        targets: `all` or a comma list of q k v o up down gate embed head.
+        targets: `all`, or a comma list or sequence of q k v o up down gate embed head.
         rank: R; the update has R * (I + O) parameters a layer.
         alpha: the update is scaled by alpha / rank; default rank, so 1 (the paper's equation 2).
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
@@ -207,6 +216,7 @@ def inject_lora(
     if absent:
         raise ValueError(f"no layer of the model is of kind {', '.join(absent)}")
     adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed)
+    return model
 
 
 def adapt(
@@ -248,20 +258,25 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _LoRA)}
 
 
-def merge(model: nn.Module) -> None:
-    """Adds every update to its frozen weight, in fp32, rounded once to the weight's dtype.
+def merge(model: nn.Module) -> nn.Module:
+    """Adds every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
 
     Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
     then have a matrix each.
     """
+    elsewhere = [module for module in model.modules() if not isinstance(module, _LoRA)]
+    in_use = {id(parameter) for module in elsewhere for parameter in module.parameters(recurse=False)}
     for layer in lora_layers(model).values():
-        layer.merge()
+        # a GPU may have no room for W0 beside the merged weight; what a tied layer goes on using stays
+        layer.merge(offload=layer.weight.is_cuda and id(layer.weight) not in in_use)
+    return model
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module) -> nn.Module:
     """Undoes `merge` bitwise: the original weights were kept, and are put back."""
     for layer in lora_layers(model).values():
         layer.restore()
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

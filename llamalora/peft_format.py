@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, read_json, read_tensor, tensor_shapes
+from .checkpoint import CheckpointError, read_json, read_tensor, skeleton, tensor_shapes
 from .lora import kind_of, lora_scale
-from .model import Llama, LlamaConfig
+from .model import LlamaConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -146,6 +146,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
         if layer.rank != ranks[name]:
             raise CheckpointError(f"{path}: {name} has rank {layer.rank}, which {CONFIG} does not say")
     if model is None:
+        _check_uniform(layers)
         blocks = 1 + max(block_of(name) or 0 for name in layers)
         names = [_in_block(name, block) for block in range(blocks) for name in _names_of_one_block()]
     else:
@@ -206,6 +207,18 @@ def _factors(path: Path, name: str, shapes: dict[str, tuple[int, ...]], weight: 
     return Factors(name, path, rank, wide, tall)
 
 
+def _check_uniform(layers: dict[str, Factors]) -> None:
+    """Refuses layers of one kind that belong to weights of several shapes, as no Llama has them."""
+    first: dict[str, Factors] = {}
+    for layer in layers.values():
+        other = first.setdefault(kind_of(layer.name), layer)
+        if layer.shape != other.shape:
+            raise CheckpointError(
+                f"{layer.path}: {layer.name} updates a weight of shape {layer.shape}, {other.name} one of "
+                f"{other.shape}; they are not layers of one model"
+            )
+
+
 def block_of(name: str) -> int | None:
     """The number of the block that the module belongs to; None for embedding and head."""
     match = re.match(r"model\.layers\.(0|[1-9]\d{0,2})\.", name)
@@ -220,8 +233,7 @@ def _in_block(name: str, block: int) -> str:
 @lru_cache
 def _names_of_one_block() -> tuple[str, ...]:
     """The layers of a Llama of one block that can carry an update."""
-    with torch.device("meta"):
-        return tuple(_adaptable(Llama(LlamaConfig(num_hidden_layers=1))))
+    return tuple(_adaptable(skeleton(LlamaConfig(num_hidden_layers=1))))
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from helpers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llamalora.adapter import fill_adapter, load_adapter, save_adapter
+from llamalora.adapter import load_adapter, save_adapter
 from llamalora.checkpoint import CheckpointError
 from llamalora.lora import KINDS, adapt, inject_lora, lora_layers, merge, parse_targets, trainable_parameters
 
@@ -231,18 +231,6 @@ def test_a_model_without_updates_is_not_saved_as_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="no LoRA layer"):
         save_adapter(tiny_model(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_filling_layers_that_are_there(folder):
-    model = tiny_model()
-    inject_lora(model, "q,embed", 4, seed=9)
-    fill_adapter(model, folder / WEIGHTS)
-    close(logits(model, IDS), logits(adapted("q,embed"), IDS), 0)
-    for targets, rank in (("q", 4), ("q,k,embed", 4), ("q,embed", 5)):
-        other = tiny_model()
-        inject_lora(other, targets, rank)
-        with pytest.raises(CheckpointError, match="other layers or ranks"):
-            fill_adapter(other, folder / WEIGHTS)
 
 
 # ---- refusals ----

@@ -11,14 +11,14 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "report", "stream"},
+    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft"},
     {"peft_format", "runstate", "training", "evaluate"},
     {"adapter", "analysis", "memory"},
     {"cli"},
-    {"run", "fetch"},
-    {"predict", "inspect_adapter"},
+    {"run", "fetch", "report", "counts", "stats"},
+    {"predict", "inspect_adapter", "audit", "merging"},
     {"__main__", "__init__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

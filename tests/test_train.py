@@ -120,7 +120,8 @@ def test_four_processes_learn_what_one_learns(tmp_path):
     a, b = (load_file(run / "last" / "adapter_model.safetensors") for run in (one, four))
     assert metrics(one)[-1]["loss"] == pytest.approx(metrics(four)[-1]["loss"], rel=1e-4)
     for key in a:
-        assert (a[key] - b[key]).abs().max() < 1e-4, key
+        # not entry by entry: where a gradient is nearly zero, Adam makes a full step of its rounding error
+        assert (a[key] - b[key]).norm() < 1e-3 * a[key].norm(), key
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
