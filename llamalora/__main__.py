@@ -3,16 +3,19 @@
 import argparse
 import json
 
-from . import corpus, fetch, predict, score
+from . import audit, fetch, inspect_adapter, merging, predict, score, stats
 from .cli import UsageError, run_command
 
 HELP = """usage: python -m llamalora COMMAND ...
 
 commands:
   fetch    bring a real small checkpoint (smollm2-135m) or the corpus (bc5cdr)
-  stats    documents, sentences and mentions of a corpus
+  stats    documents, sentences and mentions of a corpus, beside the paper's Table 5
+  audit    exact parameter counts, storage and GPU memory of a model before it is trained
   predict  annotate new text with a trained run
   score    score PubTator predictions against gold
+  merge    base model and adapter as one Hugging Face folder
+  inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
 
 Each command explains itself with --help. Training is train.py, evaluation eval.py."""
 
@@ -32,30 +35,15 @@ def score_command(argv: list[str]) -> None:
         print(f"{result['missing']} of {result['documents']} documents have no prediction")
 
 
-def stats_command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora stats", description="Counts of a corpus (Table 5).")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="corpus folder")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON and nothing else")
-    arguments = parser.parse_args(argv)
-    splits = {name: corpus.read(path) for name, path in corpus.find_splits(arguments.data).items()}
-    counts = {name: corpus.statistics(documents) for name, documents in splits.items()}
-    if arguments.json:
-        print(json.dumps(counts, indent=2))
-        return
-    labels = corpus.labels(document for documents in splits.values() for document in documents)
-    table = {
-        "": list(splits),
-        "documents": [count["documents"] for count in counts.values()],
-        "sentences": [count["sentences"] for count in counts.values()],
-        "characters a sentence": [round(count["characters_per_sentence"]["mean"]) for count in counts.values()],
-        "overlapping mentions": [count["overlapping"] for count in counts.values()],
-    }
-    table |= {label: [count["mentions"].get(label, 0) for count in counts.values()] for label in labels}
-    for first, values in table.items():
-        print(f"{first:<24}" + "".join(f"{value:>10}" for value in values))
-
-
-COMMANDS = {"fetch": fetch.main, "stats": stats_command, "predict": predict.main, "score": score_command}
+COMMANDS = {
+    "fetch": fetch.main,
+    "stats": stats.main,
+    "audit": audit.main,
+    "predict": predict.main,
+    "score": score_command,
+    "merge": merging.main,
+    "inspect": inspect_adapter.main,
+}
 
 
 def main(argv: list[str]) -> None:

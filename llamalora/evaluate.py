@@ -71,7 +71,7 @@ def answer(
     prompts = [tokenizer.encode(ner.prompt(task, sentence.text)) for sentence in mine]
     context = model.config.max_position_embeddings
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
-    limits = [_limit(tokenizer, mine[index].text, context - len(prompts[index])) for index in fits]
+    limits = [_limit(tokenizer, task, mine[index].text, context - len(prompts[index])) for index in fits]
     drafter = None
     if task.format == "tagging" and draft_tokens:
         drafter = SourceDrafter(tokenizer, task, [mine[index].text for index in fits], draft_tokens)
@@ -93,10 +93,11 @@ def answer(
     return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), int(passes))
 
 
-def _limit(tokenizer: Tokenizer, text: str, room: int) -> int:
-    """New tokens allowed for a sentence: its tagged form is at most 2.5 times as long even where every
-    word is a mention (BC5CDR: 63 tokens on 40 on average)."""
-    return min(3 * len(tokenizer.encode_continuation(" " + text)) + 32, room)
+def _limit(tokenizer: Tokenizer, task: ner.Task, text: str, room: int) -> int:
+    """New tokens allowed for a sentence: enough for its answer even where every word is a mention."""
+    pairs = (task.tags(label) for label in task.labels)
+    tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
+    return min(len(tokenizer.encode_continuation(" " + text)) + tags * (len(text.split()) + 1), room)
 
 
 def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:

@@ -50,7 +50,7 @@ class Settings:
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
-    batch_tokens: int = option(2048, "tokens of an optimizer step, over all processes")
+    batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
     micro_tokens: int = option(2048, "tokens of a forward pass, on one process")
     overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
     limit_train: int | None = option(None, "use only the first N training sentences")

@@ -1,0 +1,186 @@
+"""`python -m llamalora audit`: what a model has to train, to store and to hold in memory, without its weights."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from . import counts, memory, paper
+from .checkpoint import read_config
+from .cli import UsageError, aligned
+from .lora import KINDS, parse_targets
+from .model import LLAMA_2, Llama, LlamaConfig
+from .training import DTYPES
+
+GIB = 2**30
+REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora audit", description=__doc__)
+    parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
+    parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
+    parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
+    parser.add_argument("--method", default="lora", choices=("lora", "full"))
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
+    what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
+    what.add_argument("--memory", action="store_true", help="GPU memory of a training step, item by item")
+    planned = parser.add_argument_group("for --memory")
+    planned.add_argument("--gpus", type=int, default=4, help="processes, one on each (default: 4)")
+    planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
+                         help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
+    planned.add_argument("--precision", default="fp16", choices=tuple(DTYPES), help="of the products (default: fp16)")
+    planned.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a forward pass (default: 2048)")
+    planned.add_argument("--activation-checkpointing", action="store_true", help="recompute in the backward pass")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    arguments = parser.parse_args(argv)
+
+    config = read_shape(arguments.model)
+    if arguments.table7:
+        result, show = counts.table7(config), show_table7
+    elif arguments.table8:
+        result, show = counts.table8(config), show_table8
+    else:
+        try:
+            targets = ",".join(parse_targets(arguments.targets))
+        except ValueError as error:
+            raise UsageError(f"--targets: {error}") from None
+        model = counts.build(config, targets, arguments.rank, arguments.method)
+        result = {"model": arguments.model, "tied": config.tie_word_embeddings, "method": arguments.method}
+        result |= {"targets": targets, "rank": arguments.rank} if arguments.method == "lora" else {}
+        result |= plan_memory(arguments, model) if arguments.memory else asdict(counts.audit(model))
+        show = show_memory if arguments.memory else show_counts
+    print(json.dumps(result, indent=2) if arguments.json else show(result))
+
+
+def read_shape(model: str) -> LlamaConfig:
+    """The configuration of a Llama-2 by name, or of a model folder."""
+    if model in LLAMA_2:
+        return LLAMA_2[model]
+    if not Path(model).is_dir():
+        raise UsageError(f"--model {model}: no such model folder, and none of {', '.join(LLAMA_2)}")
+    return read_config(model)
+
+
+def plan_memory(arguments: argparse.Namespace, model: Llama) -> dict:
+    """The plans for ddp and fsdp, and what they are for."""
+    for name in ("gpus", "micro_tokens"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    capacity = parse_capacity(arguments.gpu_memory)
+    gpus, precision, recompute = arguments.gpus, arguments.precision, arguments.activation_checkpointing
+    result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
+    for parallel in ("ddp", "fsdp"):
+        plan = memory.plan(model, parallel, gpus, capacity, precision, arguments.micro_tokens, recompute)
+        result[parallel] = asdict(plan) | {"total": plan.total, "spare": plan.spare, "fits": plan.fits}
+    return result
+
+
+def parse_capacity(text: str) -> int:
+    """`16GB`, the name of a card, or `15.77GiB`, what it reports -> bytes that it reports."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text.strip())
+    if not match or not float(match[1]):
+        raise UsageError(f"--gpu-memory {text}: write 16GB (the card's name) or 15.77GiB (what it reports)")
+    return int(float(match[1]) * GIB * (REPORTED if match[2] == "GB" else 1))
+
+
+# ---- for people ----
+
+
+def _setup(result: dict) -> str:
+    if result["method"] == "full":
+        return f"{result['model']}, all parameters"
+    return f"{result['model']}, LoRA of rank {result['rank']} on {result['targets']}"
+
+
+def _size(count: int) -> str:
+    if count < 10**8:
+        return f"{count / 10**6:.2f} MB = {count / 2**20:.2f} MiB"
+    return f"{count / 10**9:.2f} GB = {count / GIB:.2f} GiB"
+
+
+def show_counts(result: dict) -> str:
+    kinds = result["kinds"]
+    rows = [["", "layers", "shape", "parameters each", "parameters"]]
+    for name, kind in kinds.items():
+        shape = " x ".join(map(str, kind["shape"]))
+        rows.append([name, str(kind["layers"]), shape, f"{kind['parameters_each']:,}", f"{kind['parameters']:,}"])
+    layers = sum(kind["layers"] for kind in kinds.values())
+    rows.append(["trainable", str(layers), "", "", f"{result['trainable']:,}"])
+    rows.append(["base", "", "", "", f"{result['base']:,}"])
+    saved, size = "adapter", result["adapter_bytes"]
+    if size is None:
+        saved, size = "model", result["model_bytes"]
+    files = [
+        ["share", f"{result['percent']:.4g} %", "of the base is trained"],
+        [saved, f"{size:,}", f"bytes = {_size(size)}"],
+        ["run state", f"{result['state_bytes']:,}", f"bytes = {_size(result['state_bytes'])}"],
+    ]
+    tied = "\nembed and head are one matrix (tied), counted once in the base" if result["tied"] else ""
+    return f"{_setup(result)}\n\n{aligned(rows)}{tied}\n\n{aligned(files, 'lrl')}"
+
+
+def show_table7(cells: list[dict]) -> str:
+    rows = [["", *(f"r={rank}" for rank in paper.RANKS)]]
+    for targets in paper.TARGETS:
+        row = [cell for cell in cells if cell["targets"] == targets]
+        rows.append([targets, *(f"{cell['exact']:,}" + _misprint(cell) for cell in row)])
+    differing = [f"{cell['targets']} at r={cell['rank']}" for cell in cells if _misprint(cell)]
+    if cells[0]["printed"] is None:
+        return aligned(rows)
+    return (
+        f"{aligned(rows)}\n\nTable 7 prints {len(cells) - len(differing)} of the {len(cells)} counts as they are; "
+        f"it differs for {' and '.join(differing)}."
+    )
+
+
+def _misprint(cell: dict) -> str:
+    return "" if cell["printed"] in (None, cell["exact"]) else f" (printed: {cell['printed']:,})"
+
+
+def show_table8(result: dict) -> str:
+    printed = result["lora"]["printed"] is not None
+    titles = ["", "trainable parameters", *(["storage in the paper"] if printed else [])]
+    titles += [f"  {name}" for name in result["lora"]["readings"]]
+    titles += ["saved by this project: the result", "saved by this project: a checkpoint"]
+    methods = {"LoRA on all, r=128": result["lora"], "full fine-tuning": result["full"]}
+    rows = zip(titles, *(_column8(name, of) for name, of in methods.items()), strict=True)
+    if not printed:
+        return aligned(list(rows))
+    notes = []
+    for name, of in methods.items():
+        found = [f"{reading}, in {unit}" for reading, one in of["readings"].items() for unit in one["matches"]]
+        notes.append(f"{of['printed']['storage']} for {name} reads as: {'; '.join(found) or 'none of these'}.")
+    notes.append("Full fine-tuning has no LoRA weights; its own alone never come to the printed figure.")
+    return "\n".join([aligned(list(rows)), "", *notes])
+
+
+def _column8(title: str, of: dict) -> list[str]:
+    """The cells of one method, ticked where they are the paper's."""
+    cells = [(title, False), (f"{of['trainable']:,}", of["printed"] and of["printed"]["trainable"] == of["trainable"])]
+    cells += [(of["printed"]["storage"], False)] if of["printed"] else []
+    cells += [(_size(reading["bytes"]), reading["matches"]) for reading in of["readings"].values()]
+    cells += [(_size(of["saved_bytes"]), False), (_size(of["state_bytes"]), False)]
+    return [f"{text} {'✓' if same else ' '}" for text, same in cells]
+
+
+def show_memory(result: dict) -> str:
+    plans = {parallel: result[parallel] for parallel in ("ddp", "fsdp")}
+    rows = [["GiB on each GPU", *plans]]
+    for name in plans["ddp"]["items"]:
+        rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["reported by the GPU", *(f"{result['capacity'] / GIB:.2f}" for _ in plans)])
+    verdicts = []
+    for parallel, plan in plans.items():
+        largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
+        verdict = f"fits, {spare:.2f} GiB to spare" if plan["fits"] else f"does not fit, by {spare:.2f} GiB"
+        room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
+        verdicts.append([parallel, f"{verdict}; {room}"])
+    tokens = plans["ddp"]["micro_tokens"]
+    recompute = ", with activation checkpointing" if result["activation_checkpointing"] else ""
+    gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
+    step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}"

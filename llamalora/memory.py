@@ -1,0 +1,310 @@
+"""How much GPU memory a training step takes, item by item, known before it is run.
+
+Dimensions: N tokens of a micro-batch, D hidden, F feed-forward, R rank, V vocabulary.
+What autograd keeps for the backward pass is written down tensor by tensor (`Step.saved`); a test counts what
+the model really saves and names the entry that is off.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from .lora import KINDS, LoRALinear, lora_layers, trainable_parameters
+from .model import Llama
+from .packing import Packing
+from .training import DTYPES, LOGITS_AT_ONCE
+
+GIB = 2**30
+CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
+
+# tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): the longest, and the deciles
+LENGTHS = (698, 175, 144, 123, 108, 97, 86, 75, 64, 50)
+
+Saved = dict[tuple[str, str], int]  # (module, tensor) -> bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process of a run needs on its GPU.
+
+    Attributes:
+        parallel: `ddp`, a whole model on every GPU, or `fsdp`, all parameters sharded over them.
+        micro_tokens: tokens of a forward pass.
+        items: bytes by item; they add up to the peak.
+        capacity: bytes that the GPU reports.
+        largest_micro_tokens: the largest micro-batch that fits; 0 if not even the longest example does.
+    """
+
+    parallel: str
+    micro_tokens: int
+    items: dict[str, int]
+    capacity: int
+    largest_micro_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def spare(self) -> int:
+        """Bytes left over; negative where the step does not fit."""
+        return self.capacity - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+
+def plan(
+    model: Llama,
+    parallel: str,
+    gpus: int,
+    capacity: int,
+    precision: str,
+    micro_tokens: int,
+    recompute: bool = False,
+    lengths: Sequence[int] = LENGTHS,
+) -> Plan:
+    """The memory of a training step on each of `gpus` GPUs.
+
+    Args:
+        model: with its LoRA layers, or with all parameters trainable; the meta device will do.
+        parallel: `ddp` or `fsdp`.
+        capacity: bytes that a GPU reports (`torch.cuda.get_device_properties(0).total_memory`).
+        precision: of the products: `fp32`, `fp16` or `bf16`.
+        recompute: activation checkpointing.
+        lengths: of examples of which a micro-batch is thought to be made, the longest among them. It is
+            never cut, so a micro-batch has at least its length.
+    """
+    sharded = parallel == "fsdp"
+    held = _held(model, sharded, gpus, DTYPES[precision].itemsize)
+
+    def at(tokens: int) -> Plan:
+        # a device that is no CPU: attention's rectangles are a GPU's
+        packing = Packing(micro_batch(tokens, lengths), torch.device("meta"))
+        step = Step(model, precision, packing, recompute, sharded)
+        peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}
+        return Plan(parallel, tokens, held | peaks | {"overhead": CONTEXT_BYTES}, capacity)
+
+    chosen = at(max(micro_tokens, max(lengths)))
+    fitting = max(lengths)
+    if not at(fitting).fits:
+        return chosen
+    failing = 2 * fitting
+    while at(failing).fits:
+        fitting, failing = failing, 2 * failing
+    while failing - fitting > fitting // 64:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if at(middle).fits else (fitting, middle)
+    return replace(chosen, largest_micro_tokens=fitting)
+
+
+def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
+    """Lengths of a micro-batch of that many tokens: the longest example and the others in turn, as
+    `batch.deal` orders them."""
+    longest, *others = sorted(lengths, reverse=True)
+    chosen, others = [longest], others or [longest]
+    while (room := tokens - sum(chosen)) > 0:
+        chosen.append(min(others[len(chosen) % len(others)], room))
+    return sorted(chosen, reverse=True)
+
+
+def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
+    """Bytes by item of what lives from step to step: frozen weights in the products' dtype, all that is
+    trained in fp32, with its gradient, two moments and a step count."""
+    trainable = trainable_parameters(model)
+    learning = sum(parameter.numel() for parameter in trainable.values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - learning
+    share = gpus if sharded else 1
+    return {
+        "base": (frozen * width or learning * 4) // share,
+        "LoRA": learning * 4 // share if frozen else 0,
+        "gradients": learning * 4 // share,
+        "optimizer": (learning * 8 + len(trainable) * 4) // share,
+        # DDP has no buckets here: World.sum_gradients works in place
+        "buckets or gathered layers": _gathered(model, width) if sharded else 0,
+    }
+
+
+def _gathered(model: Llama, width: int) -> int:
+    """Bytes that FSDP2 (`fully_shard` of each block, embedding and head) holds beside a rank's own shard.
+
+    Three times the largest block: the one that computes, the all-gather of the next, and that one's copy
+    into parameters; embedding or head; a block's gradients, in fp32 too on their way to the reduce-scatter.
+    """
+    blocks = model.model.layers
+    return (
+        width * (3 * max(map(_size, blocks)) + max(_size(model.model.embed_tokens), _size(model.lm_head)))
+        + (width + 4) * max(_size(block, learning=True) for block in blocks)
+    )  # fmt: skip
+
+
+def _size(module: nn.Module, learning: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch through `training.backward`: what it holds beside parameters and their gradients.
+
+    Attributes:
+        packing: of the micro-batch.
+        recompute: activation checkpointing.
+        sharded: under FSDP all parameters compute in the products' dtype; else, in full fine-tuning, they
+            are fp32, and so is the residual stream, and autocast converts at every product.
+    """
+
+    model: Llama
+    precision: str
+    packing: Packing
+    recompute: bool = False
+    sharded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.packing.positions.numel()
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in the products."""
+        return DTYPES[self.precision].itemsize
+
+    @cached_property
+    def full(self) -> bool:
+        """Every parameter learns."""
+        return not lora_layers(self.model)
+
+    @property
+    def converts(self) -> bool:
+        return self.full and not self.sharded and self.width < 4
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a value of the residual stream."""
+        return 4 if self.converts else self.width
+
+    # ---- the three figures of a plan ----
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept from the forward to the backward pass."""
+        return sum(self.saved().values()) + (0 if self.recompute else self._converted)
+
+    @property
+    def logits(self) -> int:
+        """The most that the output head holds beside the activations, if every token is supervised.
+
+        Of each chunk the logits, in fp32 their copy and the gradient, or the gradient before and after
+        scaling, and the gradient in the products' dtype; hidden states and their gradient; the gradient of
+        the head.
+        """
+        config = self.model.config
+        chunk = max(1, min(self.tokens, LOGITS_AT_ONCE // config.vocab_size)) * config.vocab_size
+        most = max({4: 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
+                   8 * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        return most + 2 * self.width * config.hidden_size * self.tokens + (self._converted if self.recompute else 0)
+
+    @property
+    def backward(self) -> int:
+        """What the backward pass, which has its peak in the last block's MLP, holds beyond that.
+
+        Four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
+        `down` is freed; hidden states and their gradient; the gradient of one matrix. With recomputation
+        also all that this block saves.
+        """
+        config, last = self.model.config, f"model.layers.{self.model.config.num_hidden_layers - 1}"
+        block, _ = self._block(last, reached=True)
+        held = 4 * self.width * config.intermediate_size * self.tokens
+        held -= block.get((f"{last}.mlp.down_proj", "input"), 0)
+        held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
+        if self.recompute:
+            held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]
+        return max(0, held - self.logits)
+
+    @property
+    def _converted(self) -> int:
+        """Copies of the parameters that autocast keeps."""
+        return self.width * _size(self.model) if self.converts else 0
+
+    def _copies(self, *parameters: nn.Parameter) -> int:
+        """Of fp32 parameters, for the products."""
+        return self.width * sum(p.numel() for p in parameters) if self.width < 4 else 0
+
+    def _gradient_of(self, module: nn.Module) -> int:
+        """Of the largest matrix that learns, before it is added up in fp32."""
+        largest = max((p.numel() for p in trainable_parameters(module).values()), default=0)
+        return largest * (4 if self.width == 4 else self.width + 4)
+
+    # ---- what is saved between forward and backward ----
+
+    def saved(self) -> Saved:
+        """Bytes that autograd keeps of the backbone's forward pass, parameters excepted."""
+        config, tokens = self.model.config, self.tokens
+        found: Saved = {("model", "ids and places"): 16 * tokens}
+        found["model", "cosines and sines"] = 4 * config.head_dim * tokens
+        embedding = lora_layers(self.model).get("model.embed_tokens")
+        if embedding is not None:
+            found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
+            found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
+        reached = self.full or embedding is not None  # does the block's input depend on anything that learns?
+        for number in range(config.num_hidden_layers):
+            name = f"model.layers.{number}"
+            block, reached = self._block(name, reached)
+            found |= {(name, "input"): self.stream * config.hidden_size * tokens} if self.recompute else block
+        if reached:
+            found |= self._norm("model.norm")
+        return found
+
+    def _block(self, name: str, reached: bool) -> tuple[Saved, bool]:
+        """What a block saves, and whether its output depends on anything that learns."""
+        config, tokens, width = self.model.config, self.tokens, self.width
+        heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        found: Saved = {}
+        if reached:
+            found |= self._norm(f"{name}.input_layernorm")
+        if self._linear(found, attention, ("q", "k", "v"), config.hidden_size) or reached:
+            reached = True
+            # A padded rectangle is a copy, and the row it is made of is kept beside it; one without padding
+            # is a view of the row. Keys and values are repeated for the queries that share them.
+            shapes = [(math.prod(one.shape), one.slots is not None) for one in self.packing.rectangles]
+            slots, padded = sum(size for size, _ in shapes), sum(size for size, is_padded in shapes if is_padded)
+            found[attention, "q"] = width * heads * (tokens + padded)
+            for tensor in ("k", "v"):
+                row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
+                found[attention, tensor] = width * (keys * row + heads * copy)
+            found[attention, "output"] = width * heads * slots
+            found[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
+        if self._linear(found, attention, ("o",), heads) or reached:
+            reached = True
+            found |= self._norm(f"{name}.post_attention_layernorm")
+        if self._linear(found, mlp, ("gate", "up"), config.hidden_size) or reached:
+            reached = True
+            found[mlp, "gate"] = found[mlp, "up"] = width * config.intermediate_size * tokens
+        return found, self._linear(found, mlp, ("down",), config.intermediate_size) or reached
+
+    def _norm(self, name: str) -> Saved:
+        size = self.stream * self.model.config.hidden_size * self.tokens
+        found = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
+        return found | ({(name, "normalised input"): size} if self.full else {})
+
+    def _linear(self, found: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
+        """Adds what layers save that have one input between them; returns whether any of them learns."""
+        names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
+        layers = {name: self.model.get_submodule(name) for name in names}
+        learning = [name for name in names if self.full or isinstance(layers[name], LoRALinear)]
+        dropping = [name for name in learning if not self.full and layers[name].dropout]
+        inputs = len(learning) - len(dropping)
+        if inputs:
+            found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
+        for name in learning:
+            if not self.full:
+                found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
+        for name in dropping:
+            found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
+            found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)
+        return bool(learning)

@@ -1,0 +1,86 @@
+"""Models larger than memory: safetensors written tensor by tensor, and forward passes that hold one layer's
+weights at a time."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
+
+# in the order in which the safetensors library lays tensors out: wide ones first
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _layout(entries: Entries) -> tuple[bytes, list[str]]:
+    """The header of a safetensors file, byte by byte the library's, and the order of its tensors."""
+    rank = {dtype: number for number, dtype in enumerate(_NAMES)}
+    order = sorted(entries, key=lambda name: (rank[entries[name][0]], name))
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = entries[name]
+        start, end = end, end + _bytes(dtype, shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def file_bytes(entries: Entries) -> int:
+    """The exact size in bytes of the safetensors file that would hold these tensors, header included."""
+    return len(_layout(entries)[0]) + sum(_bytes(*entry) for entry in entries.values())
+
+
+def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor]) -> None:
+    """Writes a safetensors file, asking for one tensor after the other, so that one is in memory at a time.
+
+    Args:
+        entries: what the file will hold; dtypes are floating-point ones.
+        tensor: name -> the tensor, of the dtype and shape in `entries`.
+    """
+    header, order = _layout(entries)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in order:
+            content = tensor(name)
+            assert (content.dtype, tuple(content.shape)) == tuple(entries[name]), name
+            file.write(content.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
+    """Lets a model on the meta device compute on the CPU: each layer's parameters are read, as fp32, when
+    it is called, and dropped when it is done.
+
+    Args:
+        read: parameter name -> its values.
+    """
+    handles = []
+
+    def around(name: str, module: nn.Module, shapes: dict[str, nn.Parameter]) -> None:
+        def fetch(*_) -> None:
+            for key in shapes:
+                setattr(module, key, nn.Parameter(read(f"{name}.{key}").float(), requires_grad=False))
+
+        def drop(*_) -> None:
+            for key, parameter in shapes.items():
+                setattr(module, key, parameter)
+
+        handles.extend([module.register_forward_pre_hook(fetch), module.register_forward_hook(drop)])
+
+    for name, module in model.named_modules():
+        if shapes := dict(module.named_parameters(recurse=False)):
+            around(name, module, shapes)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
