@@ -21,7 +21,7 @@ from llamalora.distributed import World, join_world
 from llamalora.lora import count_parameters, merge, restore
 from llamalora.training import DivergedError, MovementCheck, Optimizer, autocast, backward, learning_rate
 
-FEWEST_STEPS = 300  # by default a small corpus is passed over more often than 3 times, up to this many steps
+FEWEST_STEPS = 400  # by default a small corpus is passed over more often than 3 times, up to this many steps
 
 
 def train(settings: run.Settings, world: World, resume: bool = False) -> dict | None:

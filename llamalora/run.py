@@ -44,8 +44,8 @@ class Settings:
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     dropout: float = option(0.0, "on the input of the updates")
-    epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 300 steps)")
-    lr: float | None = option(None, "peak learning rate (default: 0.8 / hidden size for LoRA, a tenth of it for full)")
+    epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
+    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, a tenth of it for full)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
     weight_decay: float = option(0.0, "of AdamW")
@@ -113,7 +113,7 @@ def resolve(settings: Settings, device: torch.device) -> Resolved:
     config = read_config(model)
     lr = settings.lr
     if lr is None:
-        lr = float(f"{0.8 / config.hidden_size * (0.1 if settings.method == 'full' else 1):.3g}")
+        lr = float(f"{1.2 / config.hidden_size * (0.1 if settings.method == 'full' else 1):.3g}")
     return Resolved(replace(settings, model=model, data=data, out=out, precision=precision, lr=lr), why)
 
 
