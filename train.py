@@ -98,10 +98,11 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             torch.manual_seed(hash((settings.seed, progress.cursor, world.rank)))  # of dropout
             supervised = sum(examples[index].supervised for index in step)
             lr = learning_rate(settings.lr, progress.updates, len(plan), warmup, settings.schedule)
-            loss = 0.0
+            loss, computed = 0.0, 0
             for indices in deal(step, lengths, world.size, settings.micro_tokens)[world.rank]:
                 if indices:
                     batch = MicroBatch.of([examples[index] for index in indices], world.device)
+                    computed += batch.ids.numel()
                     loss += backward(
                         model,
                         batch,
@@ -111,7 +112,7 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
                         settings.activation_checkpointing,
                     )
             update = optimizer.step(lr, world)
-            loss, stop = world.sum([loss, interrupt.signal])
+            loss, computed, stop = world.sum([loss, computed, interrupt.signal])
 
             progress.cursor += 1
             progress.updates += not update.skipped
@@ -119,7 +120,7 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
                 moved()
                 moved = None
             seconds = time.perf_counter() - started
-            log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], seconds)
+            log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], computed, seconds)
 
             regular = settings.save_every and progress.cursor % settings.save_every == 0
             if stop or regular or is_last_of_epoch(progress.cursor):
@@ -228,7 +229,17 @@ class StepLog:
         self.file = metrics.open("a", buffering=1)
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step")
 
-    def step(self, step: int, epoch: int, loss: float, lr: float, update, examples: list[Example], seconds: float):
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        lr: float,
+        update,
+        examples: list[Example],
+        computed: float,
+        seconds: float,
+    ):
         if not self.world.is_main:
             return
         tokens = sum(map(len, examples))
@@ -241,7 +252,7 @@ class StepLog:
             "skipped": update.skipped,
             "tokens": tokens,
             "supervised_tokens": sum(example.supervised for example in examples),
-            "padding": 0.0,
+            "padding": 1 - tokens / computed,  # of the tokens that went through the model
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(self.world.device),
@@ -304,9 +315,10 @@ def main(argv: list[str]) -> None:
         folder = arguments.resume or settings.out
         if not folder:
             raise UsageError("--resume needs the run to continue: --resume RUN")
-        given = {name for name, value in vars(parser.parse_args(argv)).items() if value != parser.get_default(name)}
         stored = asdict(run.read_settings(Path(folder)))
-        explicit = {name: getattr(settings, name) for name in given if name != "resume"}
+        # argparse leaves alone what a namespace holds already, so what is still None was not on the command line
+        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments)))))
+        explicit = {name: given[name] for name in stored if given[name] is not None}
         settings = run.Settings(**stored | explicit | {"out": folder})
     with join_world() as world:
         try:

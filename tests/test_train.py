@@ -199,10 +199,17 @@ def test_a_finished_run_is_not_overwritten(capsys, whole):
 def test_resuming_as_another_run_is_refused(capsys, whole, tmp_path):
     run = whole[0]
     assert "--targets is q" in refused(capsys, "--out", run, "--resume", "--targets", "q")
+    assert "--rank is 9" in refused(capsys, "--resume", run, "--rank", "9")
     other = copy_tiny(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     assert "base model" in refused(capsys, "--out", run, "--resume", "--model", other)
+
+
+def test_a_flag_at_its_default_counts_when_resuming(capsys, tmp_path):
+    out = tmp_path / "run"
+    run_command(train.main, [*SHORT, "--epochs", "1", "--targets", "q", "--out", str(out)])
+    assert "--targets is all" in refused(capsys, "--epochs", "1", "--resume", out, "--targets", "all")
 
 
 def test_rank_above_a_dimension_warns(tmp_path):
