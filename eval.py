@@ -3,29 +3,14 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from llamalora import corpus, evaluate, ner, run
-from llamalora.adapter import load_adapter
-from llamalora.checkpoint import load_model, read_config
+from llamalora import corpus, evaluate, run
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World, join_world
-from llamalora.lora import lora_layers, merge
-from llamalora.model import Llama
-from llamalora.tokenizer import Tokenizer, check_fit, load_tokenizer
+from llamalora.systems import joint_labels, load_run, load_system, score_split
 from llamalora.training import DTYPES, choose_precision
-
-
-@dataclass(frozen=True)
-class System:
-    """A model ready to be asked."""
-
-    model: Llama
-    tokenizer: Tokenizer
-    task: ner.Task
 
 
 def main(argv: list[str]) -> None:
@@ -60,16 +45,16 @@ def main(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1")
     with join_world() as world:
-        result, documents = score(arguments, world)
+        result, answers, documents = score(arguments, world)
         if not world.is_main:
             return
         if arguments.predictions:
             with open(arguments.predictions, "w", encoding="utf-8") as file:
-                corpus.write_pubtator(documents, file)
+                corpus.write_pubtator(evaluate.predicted_documents(documents, answers), file)
         folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            written = evaluate.write_result(result, Path(folder))
+            written = evaluate.write(result, answers, Path(folder))
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
@@ -78,8 +63,8 @@ def main(argv: list[str]) -> None:
                 print(f"written to {written}")
 
 
-def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[corpus.Document]]:
-    """The result for `eval-SPLIT.json`, and the documents with the predicted mentions."""
+def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[evaluate.Answer], list[corpus.Document]]:
+    """The result for `eval-SPLIT.json`, the answers, and the documents that they are about."""
     precision, why = choose_precision(arguments.precision, world.device)
     data = arguments.data or (run.read_settings(Path(arguments.run[0])).data if arguments.run else None)
     if data is None:
@@ -90,62 +75,21 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[corpu
     documents, asked = evaluate.select(corpus.read(splits[arguments.split]), arguments.limit)
     if not arguments.json:
         world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
-
+    order = arguments.order.split(",") if arguments.order else ()
+    if arguments.run:
+        labels = joint_labels([run.read_task(Path(folder)) for folder in arguments.run])
+        if len(arguments.run) > 1 and order and sorted(order) != sorted(labels):
+            raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
+        loaders = [partial(load_run, Path(f), arguments.which, precision, world) for f in arguments.run]
+    else:
+        asking = {name: getattr(arguments, name) for name in ("model", "format", "labels", "instruction", "shots")}
+        loaders = [partial(load_system, run.Settings(data=data, **asking), arguments.adapter, precision, world)]
     drafted = evaluate.DRAFT_TOKENS if arguments.draft == "source" else 0
-    tasks = [run.read_task(Path(source)) for source in arguments.run]
-    named = [label for task in tasks for label in task.labels]
-    labels = corpus.label_order(named)
-    if len(labels) < len(named):
-        raise UsageError(f"--run: two runs answer for one label ({', '.join(named)}); only different ones are joined")
-    order = arguments.order.split(",") if arguments.order else labels
-    if len(tasks) > 1 and sorted(order) != sorted(labels):
-        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
-    by_label: dict[str, list[evaluate.Answer]] = {}
-    seconds = sentences = tokens = passes = 0
-    for source in arguments.run or [None]:
-        system = load_run(source, arguments, precision, world) if source else load(arguments, data, precision, world)
-        answers, speed = evaluate.answer(
-            system.model, system.tokenizer, system.task, asked, world, arguments.batch, drafted, arguments.json
-        )
-        by_label["+".join(system.task.labels)] = answers
-        seconds, sentences = seconds + speed.seconds, sentences + speed.sentences
-        tokens, passes = tokens + speed.tokens, passes + speed.forward_passes
-    if len(by_label) > 1:
-        answers = evaluate.joined(by_label, order)
-    result = {
-        "split": arguments.split,
-        **evaluate.assess(documents, answers, labels or system.task.labels),
-        "speed": evaluate.Speed(seconds, sentences, tokens, passes).to_dict(),
-        "precision": precision,
-    }
-    return result, evaluate.predicted_documents(documents, answers)
-
-
-def load_run(source: str, arguments: argparse.Namespace, precision: str, world: World) -> System:
-    model, tokenizer = run.load_trained(Path(source), arguments.which, precision, world.device)
-    merge(model)
-    return System(model, tokenizer, run.read_task(Path(source)))
-
-
-def load(arguments: argparse.Namespace, data: str, precision: str, world: World) -> System:
-    tokenizer = load_tokenizer(arguments.model)
-    check_fit(tokenizer, read_config(arguments.model).vocab_size, arguments.model)
-    settings = run.Settings(
-        model=arguments.model,
-        data=data,
-        format=arguments.format,
-        labels=arguments.labels,
-        instruction=arguments.instruction,
-        shots=arguments.shots,
-    )
-    splits = {name: corpus.read(path) for name, path in corpus.find_splits(data).items()}
-    task = run.make_task(settings, splits)
-    model = load_model(arguments.model, DTYPES[precision], torch.device(world.device))
-    if arguments.adapter:
-        load_adapter(model, arguments.adapter)
-        assert lora_layers(model)
-        merge(model)
-    return System(model, tokenizer, task)
+    result, answers = score_split(
+        loaders, arguments.split, documents, len(asked), precision, world, arguments.batch, drafted, order,
+        quiet=arguments.json,
+    )  # fmt: skip
+    return result, answers, documents
 
 
 if __name__ == "__main__":

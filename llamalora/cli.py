@@ -1,6 +1,7 @@
 """Command-line flags derived from dataclass fields, and how a command ends on bad input."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
@@ -56,3 +57,23 @@ def aligned(rows: list[list[str]], sides: str = "l") -> str:
     lean = [str.ljust if side == "l" else str.rjust for side in sides.ljust(len(widths), "r")]
     lines = ("  ".join(to(cell, width) for to, cell, width in zip(lean, row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+class Interrupt:
+    """Turns SIGTERM and Ctrl-C into a number that the loop looks at between steps; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        if self.signal:
+            sys.exit(128 + number)
+        self.signal = number
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

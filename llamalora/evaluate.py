@@ -1,9 +1,10 @@
 """Documents -> prompts -> decoding -> parsed mentions -> scores: the way of the data in evaluation."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
 from .model import Llama
-from .score import bootstrap, format_table, score
+from .score import bootstrap, document_counts, format_table, score
 from .tokenizer import Tokenizer
 
 DRAFT_TOKENS = 10
@@ -38,6 +39,9 @@ class Speed:
     sentences: int
     tokens: int
     forward_passes: int
+
+    def __add__(self, other: "Speed") -> "Speed":
+        return Speed(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def to_dict(self) -> dict:
         return {
@@ -159,7 +163,9 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
     as a false positive. `secondary` has two other conventions: each string placed at its first
-    occurrence only, and the set of (sentence, string, label).
+    occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
+    false positives and false negatives of each document for the headline, and for the first of the others,
+    so that results can be compared document by document.
     """
     gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
     exact, first, strings, gold_strings = set(), set(), set(), set()
@@ -174,9 +180,11 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
         }
+    ids = [document.id for document in documents]
+    by_document = document_counts(gold, exact, ids)
     return {
         **score(gold, exact, labels),
-        "interval": bootstrap(gold, exact, [document.id for document in documents]),
+        "interval": bootstrap(by_document),
         "secondary": {
             "first_occurrence": score(gold, first, labels),
             "string_set": score(gold_strings, strings, labels),
@@ -184,6 +192,10 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
         "health": health(answers),
         "documents": len(documents),
         "sentences": len(answers),
+        "by_document": {
+            "exact": dict(zip(ids, by_document.tolist(), strict=True)),
+            "first_occurrence": dict(zip(ids, document_counts(gold, first, ids).tolist(), strict=True)),
+        },
     }
 
 
@@ -205,16 +217,44 @@ def health(answers: Sequence[Answer]) -> dict:
     }
 
 
-def write_result(result: dict, folder: Path) -> Path:
-    """Writes `eval-SPLIT.json` into a folder; a reader never meets half of it."""
-    path = folder / f"eval-{result['split']}.json"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
+def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
+    """Writes `answers-SPLIT.jsonl`, what the model wrote about each sentence, and then `eval-SPLIT.json` into a
+    folder; a reader never meets half of one. Returns the path of the second."""
+    lines = []
+    for item in answers:
+        place = {"document": item.sentence.document, "start": item.sentence.start}
+        state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
+        lines.append(json.dumps(place | state, ensure_ascii=False) + "\n")
+    _replace(folder / f"answers-{result['split']}.jsonl", "".join(lines))
+    # a list of numbers, like the counts of a document, stays on one line
+    text = re.sub(r"\[[\d\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
+    return _replace(folder / f"eval-{result['split']}.json", text + "\n")
+
+
+def _replace(path: Path, text: str) -> Path:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
     return partial.replace(path)
 
 
 def read_result(folder: Path, split: str) -> dict:
     return json.loads((folder / f"eval-{split}.json").read_text())
+
+
+def read_answers(folder: Path, split: str, task: ner.Task, asked: Sequence[Sentence]) -> list[Answer]:
+    """The answers that `write` kept, parsed again.
+
+    Args:
+        asked: the sentences that they are about, in order.
+    """
+    answers = []
+    with (folder / f"answers-{split}.jsonl").open(encoding="utf-8") as file:
+        for sentence, line in zip(asked, file, strict=True):
+            kept = json.loads(line)
+            assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
+            parsed = ner.parse(task, sentence.text, kept["output"], kept["truncated"])
+            answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"]))
+    return answers
 
 
 def format_report(result: dict) -> str:

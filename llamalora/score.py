@@ -48,39 +48,37 @@ def _fractions(tp: int, fp: int, fn: int) -> dict:
     }
 
 
-def bootstrap(
-    gold: Keys, predicted: Keys, documents: Iterable[str],
-    samples: int = 1000, seed: int = 0, level: float = 0.95,
-) -> dict:
+def bootstrap(counts: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict:
     """Micro F1 with its percentile interval, `{f1, low, high}`, over resampled documents.
 
     Args:
-        documents: the ids of all documents, also of those without a mention.
+        counts: of each document, from `document_counts`.
         samples: how often the documents are drawn anew, with replacement.
         level: the share of resampled scores inside the interval.
     """
-    counts = _document_counts(gold, predicted, list(documents))
     low, high = _interval(_f1(_resamples(len(counts), samples, seed) @ counts), level)
     return {"f1": float(_f1(counts.sum(0))), "low": low, "high": high}
 
 
 def paired_bootstrap(
-    gold: Keys, predicted_a: Keys, predicted_b: Keys, documents: Iterable[str],
-    samples: int = 1000, seed: int = 0, level: float = 0.95,
+    a: np.ndarray, b: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict:
     """Micro F1 of A less that of B with its interval, `{difference, low, high}`; both see the same resamples.
 
-    Arguments as of `bootstrap`.
+    Arguments as of `bootstrap`, of A and B about the same documents.
     """
-    documents = list(documents)
-    a, b = (_document_counts(gold, predicted, documents) for predicted in (predicted_a, predicted_b))
+    assert len(a) == len(b), "counts of the same documents"
     weights = _resamples(len(a), samples, seed)
     low, high = _interval(_f1(weights @ a) - _f1(weights @ b), level)
     return {"difference": float(_f1(a.sum(0)) - _f1(b.sum(0))), "low": low, "high": high}
 
 
-def _document_counts(gold: Keys, predicted: Keys, documents: Sequence[str]) -> np.ndarray:
-    """True positives, false positives and false negatives of each document: (documents, 3)."""
+def document_counts(gold: Keys, predicted: Keys, documents: Sequence[str]) -> np.ndarray:
+    """True positives, false positives and false negatives of each document: (documents, 3).
+
+    Args:
+        documents: the ids of all documents, also of those without a mention.
+    """
     if not documents or len(set(documents)) < len(documents):
         raise ValueError("a bootstrap needs the ids of the documents, each once")
     row = {id: index for index, id in enumerate(documents)}

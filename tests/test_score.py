@@ -67,13 +67,14 @@ def test_the_interval_holds_the_score():
     draw = random.Random(1)
     gold, predicted = random_keys(draw, 200), random_keys(draw, 200)
     documents = [str(number) for number in range(20)]
-    result = score.bootstrap(gold, predicted, documents)
+    counts = score.document_counts(gold, predicted, documents)
+    result = score.bootstrap(counts)
     assert result["f1"] == pytest.approx(score.score(gold, predicted)["micro"]["f1"])
     assert 0 < result["low"] < result["f1"] < result["high"] < 1
-    narrow = score.bootstrap(gold, predicted, documents, level=0.5)
+    narrow = score.bootstrap(counts, level=0.5)
     assert result["low"] < narrow["low"] < narrow["high"] < result["high"]
-    assert score.bootstrap(gold, predicted, documents) == result
-    assert score.bootstrap(gold, predicted, documents, seed=1) != result
+    assert score.bootstrap(counts) == result
+    assert score.bootstrap(counts, seed=1) != result
 
 
 def test_bootstrap_is_the_score_of_resampled_documents():
@@ -87,38 +88,42 @@ def test_bootstrap_is_the_score_of_resampled_documents():
         sampled = [{((id, copy), *key[1:]) for id, copy in copies for key in keys if key[0] == id}
                    for keys in (gold, predicted)]
         values.append(score.score(*sampled)["micro"]["f1"])
-    result = score.bootstrap(gold, predicted, documents, samples=30, seed=5, level=0.9)
+    result = score.bootstrap(score.document_counts(gold, predicted, documents), samples=30, seed=5, level=0.9)
     assert (result["low"], result["high"]) == pytest.approx(tuple(np.quantile(values, [0.05, 0.95])))
 
 
 def test_perfect_and_empty_predictions():
     gold = random_keys(random.Random(3), 50)
     documents = [str(number) for number in range(20)]
-    assert score.bootstrap(gold, gold, documents) == {"f1": 1.0, "low": 1.0, "high": 1.0}
-    assert score.bootstrap(gold, set(), documents) == {"f1": 0.0, "low": 0.0, "high": 0.0}
-    assert score.bootstrap(set(), set(), documents)["f1"] == 0.0
+    assert score.bootstrap(score.document_counts(gold, gold, documents)) == {"f1": 1.0, "low": 1.0, "high": 1.0}
+    assert score.bootstrap(score.document_counts(gold, set(), documents)) == {"f1": 0.0, "low": 0.0, "high": 0.0}
+    assert score.bootstrap(score.document_counts(set(), set(), documents))["f1"] == 0.0
 
 
 def test_paired_bootstrap():
     draw = random.Random(4)
     gold, a, b = (random_keys(draw, 150) for _ in range(3))
     documents = [str(number) for number in range(20)]
-    assert score.paired_bootstrap(gold, a, set(a), documents) == {"difference": 0.0, "low": 0.0, "high": 0.0}
-    one, other = score.paired_bootstrap(gold, a, b, documents), score.paired_bootstrap(gold, b, a, documents)
+
+    def counts(predicted):
+        return score.document_counts(gold, predicted, documents)
+
+    assert score.paired_bootstrap(counts(a), counts(set(a))) == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    one, other = score.paired_bootstrap(counts(a), counts(b)), score.paired_bootstrap(counts(b), counts(a))
     micro = [score.score(gold, keys)["micro"]["f1"] for keys in (a, b)]
     assert one["difference"] == pytest.approx(micro[0] - micro[1]) == -other["difference"]
     assert one["low"] < one["difference"] < one["high"]
     assert (one["low"], one["high"]) == pytest.approx((-other["high"], -other["low"]))
-    assert score.paired_bootstrap(gold, gold, b, documents)["low"] > 0
+    assert score.paired_bootstrap(counts(gold), counts(b))["low"] > 0
 
 
 def test_documents_must_be_known():
     gold = {("1", 0, 1, "Disease")}
     with pytest.raises(ValueError, match="not among those to draw from: 1"):
-        score.bootstrap(gold, set(), ["2"])
+        score.document_counts(gold, set(), ["2"])
     for documents in ([], ["1", "1"]):
         with pytest.raises(ValueError, match="each once"):
-            score.bootstrap(gold, set(), documents)
+            score.document_counts(gold, set(), documents)
 
 
 # ---- files ----

@@ -1,0 +1,99 @@
+"""Trained systems - runs, one-label runs to be joined, any model with a PEFT adapter - and their scores on a split."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import corpus, evaluate, ner, run
+from .adapter import load_adapter
+from .checkpoint import load_model, read_config
+from .cli import UsageError
+from .distributed import World
+from .lora import merge
+from .model import Llama
+from .tokenizer import Tokenizer, check_fit, load_tokenizer
+from .training import DTYPES
+
+
+@dataclass(frozen=True)
+class System:
+    """A model ready to be asked: its updates are merged."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    task: ner.Task
+
+
+def load_run(folder: Path, which: str, precision: str, world: World) -> System:
+    """The `best` or `last` model of a run."""
+    model, tokenizer = run.load_trained(folder, which, precision, world.device)
+    return System(merge(model), tokenizer, run.read_task(folder))
+
+
+def load_system(settings: run.Settings, adapter: str | None, precision: str, world: World) -> System:
+    """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
+    instruction, shots)."""
+    tokenizer = load_tokenizer(settings.model)
+    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
+    splits = {name: corpus.read(path) for name, path in corpus.find_splits(settings.data).items()}
+    task = run.make_task(settings, splits)
+    model = load_model(settings.model, DTYPES[precision], world.device)
+    if adapter:
+        merge(load_adapter(model, adapter))
+    return System(model, tokenizer, task)
+
+
+def joint_labels(tasks: Sequence[ner.Task]) -> tuple[str, ...]:
+    """The labels that several systems answer for together, in the corpus's order.
+
+    Raises:
+        UsageError: two of them answer for one label.
+    """
+    named = [label for task in tasks for label in task.labels]
+    labels = corpus.label_order(named)
+    if len(labels) < len(named):
+        raise UsageError(f"--run: two runs answer for one label ({', '.join(named)}); only different ones are joined")
+    return labels
+
+
+def score_split(
+    loaders: Iterable[Callable[[], System]],
+    split: str,
+    documents: Sequence[corpus.Document],
+    limit: int | None,
+    precision: str,
+    world: World,
+    batch: int = 32,
+    draft_tokens: int = evaluate.DRAFT_TOKENS,
+    order: Sequence[str] = (),
+    quiet: bool = False,
+) -> tuple[dict, list[evaluate.Answer]]:
+    """Decodes and scores the first `limit` sentences of a split.
+
+    Args:
+        loaders: each makes a system, one after the other, so that one model is in memory at a time; the
+            answers of several are joined.
+        batch, draft_tokens: as in `evaluate.answer`.
+        order: labels by priority where several systems are joined; the corpus's if empty.
+
+    Returns:
+        The result for `eval-SPLIT.json`, and the (joined) answers.
+    """
+    documents, asked = evaluate.select(documents, limit)
+    by_label: dict[str, list[evaluate.Answer]] = {}
+    tasks, speeds = [], []
+    for load in loaders:
+        system = load()
+        answers, speed = evaluate.answer(
+            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet
+        )
+        by_label["+".join(system.task.labels)] = answers
+        tasks.append(system.task)
+        speeds.append(speed)
+        del system  # before the next is loaded
+    labels = joint_labels(tasks)
+    if len(by_label) > 1:
+        answers = evaluate.joined(by_label, order or labels)
+    speed = replace(sum(speeds[1:], speeds[0]), sentences=len(asked))
+    scores = evaluate.assess(documents, answers, labels)
+    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers
