@@ -43,13 +43,14 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     if not examples:
         raise UsageError(f"--data {settings.data}: the training split holds no sentence that can be learnt from")
     lengths = [len(example) for example in examples]
+    sizes, batch = lengths, settings.batch_tokens
+    if settings.batch_sentences:
+        sizes, batch = [1] * len(examples), settings.batch_sentences
     if settings.epochs is None:
-        per_epoch = len(plan_epoch(lengths, settings.batch_tokens, settings.seed, 0))
+        per_epoch = len(plan_epoch(sizes, batch, settings.seed, 0))
         settings = replace(settings, epochs=max(3, math.ceil(FEWEST_STEPS / per_epoch)))
     plan = [
-        (epoch, step)
-        for epoch in range(settings.epochs)
-        for step in plan_epoch(lengths, settings.batch_tokens, settings.seed, epoch)
+        (epoch, step) for epoch in range(settings.epochs) for step in plan_epoch(sizes, batch, settings.seed, epoch)
     ]
 
     if not resume:
@@ -140,6 +141,7 @@ def announce(world, resolved, settings, task, model, splits, examples, skipped, 
     counts = count_parameters(model)
     share = 100 * counts["trainable"] / counts["base"]
     trained = "every parameter" if settings.method == "full" else f"LoRA on {settings.targets}, rank {settings.rank}"
+    step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
     world.say(
         f"model      {settings.model} ({resolved.why['model']}), {counts['base']:,} parameters\n"
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
@@ -150,7 +152,7 @@ def announce(world, resolved, settings, task, model, splits, examples, skipped, 
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"
         + (" (one-label format)" if task.per_label else "")
         + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {world.size} x {world.device.type}\n"
-        f"schedule   {settings.epochs} epochs, {steps} steps of up to {settings.batch_tokens} tokens, "
+        f"schedule   {settings.epochs} epochs, {steps} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
     )

@@ -17,7 +17,7 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
 from .cli import UsageError, option
 from .distributed import World
-from .lora import KINDS, inject_lora, parse_targets
+from .lora import KINDS, count_parameters, inject_lora, parse_targets
 from .model import Llama
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
@@ -51,6 +51,7 @@ class Settings:
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
     batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
+    batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
     micro_tokens: int = option(2048, "tokens of a forward pass, on one process")
     overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
     limit_train: int | None = option(None, "use only the first N training sentences")
@@ -68,9 +69,9 @@ class Settings:
 
     def __post_init__(self):
         for name, least in {
-            "rank": 1, "epochs": 1, "batch_tokens": 1, "micro_tokens": 1, "limit_train": 1, "eval_every": 1,
-            "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0, "weight_decay": 0,
-            "warmup": 0,
+            "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
+            "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
+            "weight_decay": 0, "warmup": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -254,6 +255,7 @@ def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:
         "settings": asdict(settings),
         "task": asdict(task),
         "model": model.config.to_dict(),
+        "parameters": count_parameters(model),
         "fingerprints": fingerprints(settings),
         "versions": versions,
     }

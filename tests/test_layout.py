@@ -19,6 +19,9 @@ LAYERS = [
     {"cli"},
     {"run", "fetch", "report", "counts", "stats", "steplog"},
     {"loop", "systems", "predict", "inspect_adapter", "audit", "merging"},
+    {"experiments"},
+    {"findings", "figures"},
+    {"tables"},
     {"__main__", "__init__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
