@@ -59,7 +59,9 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     announce(world, resolved, settings, task, model, splits, examples, skipped, len(plan))
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
 
-    optimizer = Optimizer(model, settings.precision, world.device, settings.weight_decay, settings.clip)
+    optimizer = Optimizer(
+        model, settings.precision, world.device, settings.weight_decay, settings.clip, settings.loraplus
+    )
     progress = Progress()
     if resume:
         progress = load_progress(folder, optimizer, world)

@@ -43,6 +43,7 @@ class Settings:
     rank: int = option(8, "rank of the updates")
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
     dropout: float = option(0.0, "on the input of the updates")
     epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
     lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, a tenth of it for full)")
@@ -71,11 +72,13 @@ class Settings:
         for name, least in {
             "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
             "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
-            "weight_decay": 0, "warmup": 0,
+            "weight_decay": 0, "warmup": 0, "loraplus": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if self.loraplus != 1 and self.method != "lora":
+            raise UsageError(f"--loraplus is about LoRA's A and B, which --method {self.method} has not")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:

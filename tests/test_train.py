@@ -156,6 +156,8 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("--data", tmp_path): (str(tmp_path), "train"),
         ("--labels", "Gene"): ("Gene", "Disease, Chemical"),
         ("--lr", "nan"): ("--lr",),
+        ("--loraplus", "0.5"): ("--loraplus", "at least 1"),
+        ("--loraplus", "4", "--method", "full"): ("--loraplus", "--method full"),
         ("--resume",): ("--resume",),
         ("--resume", tmp_path / "none"): ("none",),
     }.items():

@@ -308,13 +308,30 @@ def test_overflow_of_fp16_is_survived():
     assert all(math.isfinite(update.grad_norm) for update in updates if not update.skipped)
 
 
+def test_loraplus_is_a_rate_of_its_own_for_every_b_but_the_embeddings():
+    """Adam's first step is the learning rate wherever there is a gradient."""
+    model = trainee(filled=True)
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    step(model, Optimizer(model, "fp32", CPU, 0.0, 1.0, loraplus=8.0), lr=1e-3)
+    for name, parameter in trainable_parameters(model).items():
+        moved = (parameter - before[name]).abs().max().item()
+        fast = name.endswith("lora_B") and "embed" not in name
+        assert moved == pytest.approx(8e-3 if fast else 1e-3, rel=0.02), name
+
+
+@pytest.mark.parametrize("targets", ["embed", "head"])
+def test_loraplus_where_one_of_its_rates_has_no_parameter(targets):
+    model = trainee(targets=targets)
+    assert not step(model, Optimizer(model, "fp16", CPU, 0.0, 1.0, loraplus=8.0), precision="fp16")[1].skipped
+
+
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("full", 1)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("updates", [0, 3])
-def test_resumed_is_uninterrupted(method, precision, updates, tmp_path):
+def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path):
     """Through the files of a checkpoint, bitwise; with a skipped step in the history."""
 
     def run(model, optimizer, steps):
@@ -324,7 +341,7 @@ def test_resumed_is_uninterrupted(method, precision, updates, tmp_path):
             step(model, optimizer, 1e-2 / (number + 1), precision)
 
     model = trainee(method)
-    optimizer = Optimizer(model, precision, CPU, 0.01, 1.0)
+    optimizer = Optimizer(model, precision, CPU, 0.01, 1.0, loraplus)
     run(model, optimizer, range(updates))
     runstate.save_checkpoint(tmp_path, updates, *optimizer.state(), keep=1)
     run(model, optimizer, range(updates, 5))
@@ -333,7 +350,7 @@ def test_resumed_is_uninterrupted(method, precision, updates, tmp_path):
     with torch.no_grad():
         for parameter in trainable_parameters(resumed).values():
             parameter.add_(1)
-    other = Optimizer(resumed, precision, CPU, 0.01, 1.0)
+    other = Optimizer(resumed, precision, CPU, 0.01, 1.0, loraplus)
     other.load_state(*runstate.load_checkpoint(tmp_path))
     run(resumed, other, range(updates, 5))
     expected, found = snapshot(optimizer), snapshot(other)
@@ -393,8 +410,13 @@ def padded(indices):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("targets, tied", [("all", False), ("all", True), ("q,v", False)])
-def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied):
+@pytest.mark.parametrize("targets, tied, loraplus", [
+    ("all", False, 1), ("all", True, 1), ("q,v", False, 1), ("all", True, 4.0), ("q,v", False, 8.0),
+])  # fmt: skip
+def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied, loraplus):
+    """With LoRA+ the optimizer is peft's own, its constant rate for the embedding replaced by A's."""
+    from peft.optimizers import create_loraplus_optimizer
+
     model = trainee("lora", targets, filled=False, tie_word_embeddings=tied)
     base = transformers_twin(tiny_model(tie_word_embeddings=tied))
     names = {name.rpartition(".")[2] for name in lora_layers(model)}
@@ -403,8 +425,12 @@ def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied):
     copy_to_peft(model, theirs)
     initial = {name: layer.lora_B.detach().clone() for name, layer in lora_layers(model).items()}
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)
-    ours = Optimizer(model, "fp32", CPU, weight_decay=0.01, clip=0.5)
+    adam = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=loraplus, loraplus_lr_embedding=1.0,
+        loraplus_weight_decay=0.01,
+    )  # fmt: skip
+    rates = [group["lr"] for group in adam.param_groups]
+    ours = Optimizer(model, "fp32", CPU, weight_decay=0.01, clip=0.5, loraplus=loraplus)
 
     for number, indices in enumerate([(0, 1, 2), (3, 4), (5, 0), (1, 2, 3, 4, 5), (2, 4)]):
         lr = learning_rate(5e-3, number, 5, 2, "cosine")
@@ -415,7 +441,8 @@ def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied):
         reference = theirs(**padded(indices)).loss
         reference.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        adam.param_groups[0]["lr"] = lr
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * lr
         adam.step()
         adam.zero_grad()
         assert loss == pytest.approx(reference.item(), rel=1e-4)
