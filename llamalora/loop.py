@@ -142,7 +142,13 @@ def announce(world, resolved, settings, task, model, splits, examples, skipped, 
     """The first lines of a run: which model, data and precision are in use, and why."""
     counts = count_parameters(model)
     share = 100 * counts["trainable"] / counts["base"]
-    trained = "every parameter" if settings.method == "full" else f"LoRA on {settings.targets}, rank {settings.rank}"
+    trained = {
+        "lora": f"LoRA on {settings.targets}, rank {settings.rank}",
+        "partial": f"the weights of {settings.targets}",
+        "full": "every parameter",
+    }[settings.method]
+    if settings.method == "partial" and model.lm_head.weight is model.model.embed_tokens.weight:
+        trained += " (embed and head are one matrix)"
     step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
     world.say(
         f"model      {settings.model} ({resolved.why['model']}), {counts['base']:,} parameters\n"

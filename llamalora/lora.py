@@ -27,6 +27,9 @@ KINDS = {
 }
 _KIND_OF = {module: kind for kind, module in KINDS.items()}
 
+# what learns: updates of the target layers, these layers' own weights, or every parameter
+METHODS = ("lora", "partial", "full")
+
 
 def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
     """`all`, a comma list or a sequence of kinds -> kinds in the paper's order.
@@ -210,13 +213,34 @@ def inject_lora(
     Raises:
         ValueError: an unknown target, a target that matches no layer, or what `adapt` refuses.
     """
+    names = _layers_of(model, targets)
+    adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed)
+    return model
+
+
+def train_weights(model: nn.Module, targets: str | Sequence[str]) -> nn.Module:
+    """Freezes the model but for the weights of the target kinds: what full fine-tuning of just these layers trains.
+
+    Where embedding and head are one matrix, either target trains it, in both of its places.
+
+    Raises:
+        ValueError: an unknown target, or one that matches no layer.
+    """
+    names = _layers_of(model, targets)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_submodule(name).weight.requires_grad_(True)
+    return model
+
+
+def _layers_of(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Module names of the layers of the target kinds."""
     kinds = parse_targets(targets)
     names = [name for name, _ in model.named_modules() if kind_of(name) in kinds]
     absent = [kind for kind in kinds if kind not in map(kind_of, names)]
     if absent:
         raise ValueError(f"no layer of the model is of kind {', '.join(absent)}")
-    adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed)
-    return model
+    return names
 
 
 def adapt(

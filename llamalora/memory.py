@@ -72,7 +72,7 @@ def plan(
     """The memory of a training step on each of `gpus` GPUs.
 
     Args:
-        model: with its LoRA layers, or with all parameters trainable; the meta device will do.
+        model: with its LoRA layers, or with some or all of its own weights trainable; the meta device will do.
         parallel: `ddp` or `fsdp`.
         capacity: bytes that a GPU reports (`torch.cuda.get_device_properties(0).total_memory`).
         precision: of the products: `fp32`, `fp16` or `bf16`.
@@ -114,15 +114,16 @@ def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
 
 
 def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
-    """Bytes by item of what lives from step to step: frozen weights in the products' dtype, all that is
-    trained in fp32, with its gradient, two moments and a step count."""
+    """Bytes by item of what lives from step to step: the base model, in the products' dtype under LoRA and else in
+    fp32; all that is trained in fp32, with its gradient, two moments and a step count."""
     trainable = trainable_parameters(model)
     learning = sum(parameter.numel() for parameter in trainable.values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - learning
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lora = learning if lora_layers(model) else 0
     share = gpus if sharded else 1
     return {
-        "base": (frozen * width or learning * 4) // share,
-        "LoRA": learning * 4 // share if frozen else 0,
+        "base": ((total - lora) * width if lora else total * 4) // share,
+        "LoRA": lora * 4 // share,
         "gradients": learning * 4 // share,
         "optimizer": (learning * 8 + len(trainable) * 4) // share,
         # DDP has no buckets here: World.sum_gradients works in place
@@ -147,6 +148,10 @@ def _size(module: nn.Module, learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
 
 
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch through `training.backward`: what it holds beside parameters and their gradients.
@@ -154,8 +159,8 @@ class Step:
     Attributes:
         packing: of the micro-batch.
         recompute: activation checkpointing.
-        sharded: under FSDP all parameters compute in the products' dtype; else, in full fine-tuning, they
-            are fp32, and so is the residual stream, and autocast converts at every product.
+        sharded: under FSDP all parameters compute in the products' dtype; else, without LoRA, they are
+            fp32, and so is the residual stream, and autocast converts at every product.
     """
 
     model: Llama
@@ -174,13 +179,8 @@ class Step:
         return DTYPES[self.precision].itemsize
 
     @cached_property
-    def full(self) -> bool:
-        """Every parameter learns."""
-        return not lora_layers(self.model)
-
-    @property
     def converts(self) -> bool:
-        return self.full and not self.sharded and self.width < 4
+        return not (lora_layers(self.model) or self.sharded or self.width == 4)
 
     @property
     def stream(self) -> int:
@@ -227,8 +227,8 @@ class Step:
 
     @property
     def _converted(self) -> int:
-        """Copies of the parameters that autocast keeps."""
-        return self.width * _size(self.model) if self.converts else 0
+        """Half-precision copies: autocast keeps those of what learns, the backward pass those of frozen weights."""
+        return self.width * _size(self.model, learning=self.recompute) if self.converts else 0
 
     def _copies(self, *parameters: nn.Parameter) -> int:
         """Of fp32 parameters, for the products."""
@@ -250,7 +250,7 @@ class Step:
         if embedding is not None:
             found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
             found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
-        reached = self.full or embedding is not None  # does the block's input depend on anything that learns?
+        reached = _learns(self.model.model.embed_tokens)  # does the block's input depend on anything that learns?
         for number in range(config.num_hidden_layers):
             name = f"model.layers.{number}"
             block, reached = self._block(name, reached)
@@ -290,20 +290,20 @@ class Step:
     def _norm(self, name: str) -> Saved:
         size = self.stream * self.model.config.hidden_size * self.tokens
         found = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
-        return found | ({(name, "normalised input"): size} if self.full else {})
+        return found | ({(name, "normalised input"): size} if _learns(self.model.get_submodule(name)) else {})
 
     def _linear(self, found: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
         """Adds what layers save that have one input between them; returns whether any of them learns."""
         names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
         layers = {name: self.model.get_submodule(name) for name in names}
-        learning = [name for name in names if self.full or isinstance(layers[name], LoRALinear)]
-        dropping = [name for name in learning if not self.full and layers[name].dropout]
+        learning = [name for name in names if _learns(layers[name])]
+        adapted = [name for name in learning if isinstance(layers[name], LoRALinear)]
+        dropping = [name for name in adapted if layers[name].dropout]
         inputs = len(learning) - len(dropping)
         if inputs:
             found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
-        for name in learning:
-            if not self.full:
-                found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
+        for name in adapted:
+            found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
         for name in dropping:
             found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
             found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)

@@ -60,7 +60,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The folders of adapter and base model.
 
     Raises:
-        UsageError: no base model, or a run of full fine-tuning.
+        UsageError: no base model, or a run that trained without LoRA.
         CheckpointError: no such run, or one without an adapter yet.
     """
     if arguments.run is None:
@@ -71,8 +71,9 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
     settings = run.read_settings(folder)
-    if settings.method == "full":
-        raise UsageError(f"--run {folder}: it trained every parameter; {folder / 'best'} is a whole model already")
+    if settings.method != "lora":
+        raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
+                         "model already")  # fmt: skip
     return folder / "best", Path(arguments.model or settings.model)
 
 

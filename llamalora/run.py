@@ -17,7 +17,7 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
 from .cli import UsageError, option
 from .distributed import World
-from .lora import KINDS, count_parameters, inject_lora, parse_targets
+from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
 from .model import Llama
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
@@ -38,15 +38,15 @@ class Settings:
     labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
     instruction: bool = option(False, "put the instruction of figure 2 before the input")
     shots: int = option(0, "demonstrations from the training split before the input")
-    method: str = option("lora", "train low-rank updates, or every parameter", ("lora", "full"))
-    targets: str = option("all", f"kinds of layer that get LoRA: all, or a comma list of {','.join(KINDS)}")
+    method: str = option("lora", "train updates of the target layers, their own weights, or every parameter", METHODS)
+    targets: str = option("all", f"kinds of layer that are trained: all, or a comma list of {','.join(KINDS)}")
     rank: int = option(8, "rank of the updates")
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
     dropout: float = option(0.0, "on the input of the updates")
     epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
-    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, a tenth of it for full)")
+    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
     weight_decay: float = option(0.0, "of AdamW")
@@ -111,13 +111,13 @@ def resolve(settings: Settings, device: torch.device) -> Resolved:
     precision, why["precision"] = choose_precision(settings.precision, device)
     out = settings.out
     if out is None:
-        what = settings.method if settings.method == "full" else f"r{settings.rank}"
+        what = f"r{settings.rank}" if settings.method == "lora" else settings.method
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
         out = str(HOME / "runs" / name)
     config = read_config(model)
     lr = settings.lr
     if lr is None:
-        lr = float(f"{1.2 / config.hidden_size * (0.1 if settings.method == 'full' else 1):.3g}")
+        lr = float(f"{1.2 / config.hidden_size * (1 if settings.method == 'lora' else 0.1):.3g}")
     return Resolved(replace(settings, model=model, data=data, out=out, precision=precision, lr=lr), why)
 
 
@@ -162,38 +162,39 @@ def make_task(settings: Settings, splits: Mapping[str, list[corpus.Document]]) -
 def build_model(settings: Settings, device: torch.device) -> tuple[Llama, Tokenizer]:
     """The base model with what is to be trained in it, and its tokenizer.
 
-    With LoRA the frozen weights are stored in the precision of the products; in full fine-tuning all
-    weights are fp32 and cast by autocast.
+    With LoRA the frozen weights are stored in the precision of the products; in full and partial
+    fine-tuning all weights are fp32 and cast by autocast, so that the two differ in what learns alone.
 
     Raises:
         CheckpointError, TokenizerError, UsageError: as their names say.
     """
     tokenizer = load_tokenizer(settings.model)
     check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
-    full = settings.method == "full"
-    model = load_model(settings.model, torch.float32 if full else DTYPES[settings.precision], device)
-    if full:
-        model.requires_grad_(True)
-    else:
-        try:
-            inject_lora(
-                model, settings.targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, settings.seed
-            )
-        except ValueError as error:
-            raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
+    lora = settings.method == "lora"
+    model = load_model(settings.model, DTYPES[settings.precision] if lora else torch.float32, device)
+    if settings.method == "full":
+        return model.requires_grad_(True), tokenizer
+    if settings.method == "partial":
+        return train_weights(model, settings.targets), tokenizer
+    try:
+        inject_lora(
+            model, settings.targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, settings.seed
+        )
+    except ValueError as error:
+        raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
     return model, tokenizer
 
 
 def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
     """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
-    if settings.method == "full":
+    if settings.method == "lora":
+        save_adapter(model, folder, base_model=settings.model)
+    else:
         save_model(model, folder)
         for name in TOKENIZER_FILES:
             source = Path(settings.model) / name
             if source.is_file():
                 (folder / name).write_bytes(source.read_bytes())
-    else:
-        save_adapter(model, folder, base_model=settings.model)
 
 
 def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
@@ -211,9 +212,9 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     folder = run / which
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: the run has saved no such model yet")
-    full = settings.method == "full"
-    model = load_model(folder if full else settings.model, DTYPES[precision], device)
-    if not full:
+    lora = settings.method == "lora"
+    model = load_model(settings.model if lora else folder, DTYPES[precision], device)
+    if lora:
         load_adapter(model, folder)
     return model, load_tokenizer(settings.model)
 

@@ -246,8 +246,9 @@ def test_a_run_names_its_own_base(folders, tmp_path, capsys):
     main(["merge", "--run", str(place), "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "other")])
 
 
-def test_a_run_of_full_fine_tuning_needs_no_merge(folders, tmp_path, capsys):
-    place = run_folder(*folders, tmp_path / "run", method="full")
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_a_run_without_lora_needs_no_merge(method, folders, tmp_path, capsys):
+    place = run_folder(*folders, tmp_path / "run", method=method)
     refused(capsys, "is a whole model already", "--run", place, "--out", tmp_path / "out")
 
 

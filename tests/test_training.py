@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from llamalora import runstate, training
 from llamalora.batch import Example, MicroBatch, deal
 from llamalora.distributed import World
-from llamalora.lora import KINDS, inject_lora, lora_layers, trainable_parameters
+from llamalora.lora import KINDS, inject_lora, lora_layers, train_weights, trainable_parameters
 from llamalora.training import (
     DivergedError,
     MovementCheck,
@@ -38,7 +38,7 @@ EXAMPLES = [Example(tuple(random_ids(n, seed=n).tolist()), prompt) for n, prompt
 LENGTHS = [len(example) for example in EXAMPLES]
 SUPERVISED = sum(example.supervised for example in EXAMPLES)
 EVERY = (range(len(EXAMPLES)),)  # one micro-batch of all
-METHODS = ["lora", "full"]
+METHODS = ["lora", "partial", "full"]
 
 
 def trainee(method="lora", targets="all", filled=True, **shape):
@@ -47,6 +47,8 @@ def trainee(method="lora", targets="all", filled=True, **shape):
         inject_lora(model, targets, 4)
         if filled:
             randomise_lora(model)
+    if method == "partial":
+        train_weights(model, targets)
     return model.train()
 
 
@@ -100,6 +102,8 @@ def distance(found, reference):
     ("lora", "head", False),
     ("lora", "embed", True),
     ("lora", "q,v", False),
+    ("partial", "q,down", False),
+    ("partial", "head", True),
     ("full", "all", False),
     ("full", "all", True),
 ])  # fmt: skip
@@ -164,8 +168,8 @@ def test_half_precision_gradients_are_near_fp32(method, precision, tolerance, fr
     model = trainee(method)
     loss, exact = gradients(model)
     if frozen == "half base":
-        if method == "full":
-            pytest.skip("full fine-tuning keeps its weights in fp32")
+        if method != "lora":
+            pytest.skip("full and partial fine-tuning keep their weights in fp32")
         for layer in lora_layers(model).values():
             layer.weight.data = layer.weight.data.to(training.DTYPES[precision])
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
@@ -222,7 +226,7 @@ def snapshot(optimizer):
 def test_the_loss_falls(method, precision):
     model = trainee(method, filled=False)
     optimizer = Optimizer(model, precision, CPU, weight_decay=0.0, clip=1.0)
-    losses = [step(model, optimizer, 3e-3 if method == "full" else 2e-2, precision)[0] for _ in range(20)]
+    losses = [step(model, optimizer, 2e-2 if method == "lora" else 3e-3, precision)[0] for _ in range(20)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -328,7 +332,7 @@ def test_loraplus_where_one_of_its_rates_has_no_parameter(targets):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("full", 1)])
+@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("partial", 1), ("full", 1)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("updates", [0, 3])
 def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path):
