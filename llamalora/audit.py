@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
     parser.add_argument("--method", default="lora", choices=METHODS)
+    parser.add_argument("--dora", action="store_true", help="updates with magnitudes")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
@@ -47,10 +48,10 @@ def main(argv: list[str]) -> None:
             targets = ",".join(parse_targets(arguments.targets))
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
-        model = counts.build(config, targets, arguments.rank, arguments.method)
+        model = counts.build(config, targets, arguments.rank, arguments.method, arguments.dora)
         result = {"model": arguments.model, "tied": config.tie_word_embeddings, "method": arguments.method}
         result |= {"targets": targets} if arguments.method != "full" else {}
-        result |= {"rank": arguments.rank} if arguments.method == "lora" else {}
+        result |= {"rank": arguments.rank, "dora": arguments.dora} if arguments.method == "lora" else {}
         result |= plan_memory(arguments, model) if arguments.memory else asdict(counts.audit(model))
         show = show_memory if arguments.memory else show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
@@ -95,7 +96,7 @@ def _setup(result: dict) -> str:
         return f"{result['model']}, all parameters"
     if result["method"] == "partial":
         return f"{result['model']}, the weights of {result['targets']}"
-    return f"{result['model']}, LoRA of rank {result['rank']} on {result['targets']}"
+    return f"{result['model']}, {'DoRA' if result['dora'] else 'LoRA'} of rank {result['rank']} on {result['targets']}"
 
 
 def _size(count: int) -> str:

@@ -56,7 +56,7 @@ class Audit:
     state_bytes: int
 
 
-def build(config: LlamaConfig, targets: str, rank: int, method: str) -> Llama:
+def build(config: LlamaConfig, targets: str, rank: int, method: str, dora: bool = False) -> Llama:
     """The model as training has it, on the meta device.
 
     Raises:
@@ -66,7 +66,7 @@ def build(config: LlamaConfig, targets: str, rank: int, method: str) -> Llama:
     if method == "full":
         return model.requires_grad_(True)
     try:
-        inject_lora(model, targets, rank) if method == "lora" else train_weights(model, targets)
+        inject_lora(model, targets, rank, dora=dora) if method == "lora" else train_weights(model, targets)
     except ValueError as error:
         raise UsageError(f"--targets {targets} --rank {rank}: {error}") from None
     return model
@@ -94,7 +94,7 @@ def audit(model: Llama) -> Audit:
     }
     adapter = {}
     for name, layer in lora_layers(model).items():
-        adapter |= zip(factor_keys(name), (layer.lora_A.shape, layer.lora_B.shape), strict=True)
+        adapter |= zip(factor_keys(name, layer.dora), (part.shape for part in layer.parts), strict=True)
     state = {}
     for name, parameter in trainable.items():
         state |= {f"{part}.{name}": parameter.shape for part in ("parameter", "exp_avg", "exp_avg_sq")}

@@ -143,7 +143,7 @@ def announce(world, resolved, settings, task, model, splits, examples, skipped, 
     counts = count_parameters(model)
     share = 100 * counts["trainable"] / counts["base"]
     trained = {
-        "lora": f"LoRA on {settings.targets}, rank {settings.rank}",
+        "lora": f"{'DoRA' if settings.dora else 'LoRA'} on {settings.targets}, rank {settings.rank}",
         "partial": f"the weights of {settings.targets}",
         "full": "every parameter",
     }[settings.method]

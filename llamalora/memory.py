@@ -199,13 +199,14 @@ class Step:
         """The most that the output head holds beside the activations, if every token is supervised.
 
         Of each chunk the logits, in fp32 their copy and the gradient, or the gradient before and after
-        scaling, and the gradient in the products' dtype; hidden states and their gradient; the gradient of
-        the head.
+        scaling, and the gradient in the products' dtype, under DoRA that before m / norm as well; hidden states
+        and their gradient; the gradient of the head.
         """
         config = self.model.config
         chunk = max(1, min(self.tokens, LOGITS_AT_ONCE // config.vocab_size)) * config.vocab_size
-        most = max({4: 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
-                   8 * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        dora = getattr(self.model.lm_head, "dora", False)
+        most = max({4: 12 if dora else 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
+                   (8 + dora * self.width) * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
         return most + 2 * self.width * config.hidden_size * self.tokens + (self._converted if self.recompute else 0)
 
     @property
@@ -250,6 +251,8 @@ class Step:
         if embedding is not None:
             found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
             found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
+            if embedding.dora:  # the stretched rows are kept as the input of the first block
+                found["model.embed_tokens", "m / norm, and the norm"] = 8 * config.hidden_size
         reached = _learns(self.model.model.embed_tokens)  # does the block's input depend on anything that learns?
         for number in range(config.num_hidden_layers):
             name = f"model.layers.{number}"
@@ -276,6 +279,8 @@ class Step:
             found[attention, "q"] = width * heads * (tokens + padded)
             for tensor in ("k", "v"):
                 row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
+                if (f"{attention}.v_proj", "output") in found and tensor == "v":
+                    row = 0
                 found[attention, tensor] = width * (keys * row + heads * copy)
             found[attention, "output"] = width * heads * slots
             found[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
@@ -284,7 +289,9 @@ class Step:
             found |= self._norm(f"{name}.post_attention_layernorm")
         if self._linear(found, mlp, ("gate", "up"), config.hidden_size) or reached:
             reached = True
-            found[mlp, "gate"] = found[mlp, "up"] = width * config.intermediate_size * tokens
+            for tensor in ("gate", "up"):
+                if (f"{mlp}.{tensor}_proj", "output") not in found:
+                    found[mlp, tensor] = width * config.intermediate_size * tokens
         return found, self._linear(found, mlp, ("down",), config.intermediate_size) or reached
 
     def _norm(self, name: str) -> Saved:
@@ -307,4 +314,10 @@ class Step:
         for name in dropping:
             found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
             found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)
+        for name in adapted:
+            if layers[name].dora:
+                output = self.width * layers[name].out_features * self.tokens
+                kept = {"W0 x and B A x after dropout": 2 * output} if name in dropping else {"output": output}
+                found |= {(name, tensor): size for tensor, size in kept.items()}
+                found[name, "m / norm, and the norm"] = 8 * layers[name].out_features
         return bool(learning)

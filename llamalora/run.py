@@ -43,6 +43,7 @@ class Settings:
     rank: int = option(8, "rank of the updates")
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    dora: bool = option(False, "learn the length of each row of the weights apart from its direction")
     loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
     dropout: float = option(0.0, "on the input of the updates")
     epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
@@ -77,8 +78,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        if self.loraplus != 1 and self.method != "lora":
-            raise UsageError(f"--loraplus is about LoRA's A and B, which --method {self.method} has not")
+        chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
+        if self.method != "lora" and any(chosen.values()):
+            flag = next(name for name in chosen if chosen[name])
+            raise UsageError(f"--{flag} is a variant of LoRA, and --method is {self.method}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:
@@ -178,7 +181,14 @@ def build_model(settings: Settings, device: torch.device) -> tuple[Llama, Tokeni
         return train_weights(model, settings.targets), tokenizer
     try:
         inject_lora(
-            model, settings.targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, settings.seed
+            model,
+            settings.targets,
+            settings.rank,
+            settings.alpha,
+            settings.rslora,
+            settings.dropout,
+            settings.seed,
+            settings.dora,
         )
     except ValueError as error:
         raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None

@@ -187,7 +187,7 @@ def _groups(model: nn.Module, parameters: dict[str, nn.Parameter], ratio: float)
 
     The argument is that A reads an input as wide as the model, and B one as wide as the rank. Both of the
     embedding's factors read narrow inputs (a token, R values), so they share the common rate, where peft gives
-    them a constant one of their own (1e-6).
+    them a constant one of their own (1e-6). DoRA's magnitudes, which are as large as rows of W0, share it, too.
     """
     fast = {id(layer.lora_B) for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)}
     groups: dict[float, list[nn.Parameter]] = {1.0: [], ratio: []}

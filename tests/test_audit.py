@@ -95,6 +95,20 @@ def test_full_fine_tuning_counts_norms_and_a_tied_matrix_once(folder, tmp_path, 
     assert result["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("targets", ["q", "embed,down", "all"])
+def test_dora_counts_a_magnitude_for_every_output(targets, folder, tmp_path, capsys):
+    plain, result = (audit(capsys, "--model", folder, "--targets", targets, *more) for more in ((), ("--dora",)))
+    for name, kind in result["kinds"].items():
+        outputs = kind["shape"][1 if name == "embed" else 0]
+        assert kind["parameters_each"] == plain["kinds"][name]["parameters_each"] + outputs
+    model = tiny_model(tie_word_embeddings=result["tied"])
+    inject_lora(model, targets, 8, dora=True)
+    assert result["trainable"] == sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    assert result["base"] == plain["base"] and "DoRA of rank" in printed(capsys, "--dora")
+    save_adapter(model, tmp_path / "adapter")
+    assert result["adapter_bytes"] == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+
+
 @pytest.mark.parametrize("targets", ["q", "up,head", "all"])
 def test_partial_fine_tuning_counts_the_weights_of_the_targets(targets, folder, tmp_path, capsys):
     result = audit(capsys, "--model", folder, "--method", "partial", "--targets", targets)

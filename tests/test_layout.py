@@ -11,7 +11,7 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream"},
+    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft"},
     {"peft_format", "runstate", "training", "evaluate"},

@@ -38,13 +38,13 @@ EXAMPLES = [Example(tuple(random_ids(n, seed=n).tolist()), prompt) for n, prompt
 LENGTHS = [len(example) for example in EXAMPLES]
 SUPERVISED = sum(example.supervised for example in EXAMPLES)
 EVERY = (range(len(EXAMPLES)),)  # one micro-batch of all
-METHODS = ["lora", "partial", "full"]
+METHODS = ["lora", "dora", "partial", "full"]
 
 
 def trainee(method="lora", targets="all", filled=True, **shape):
     model = tiny_model(**shape)
-    if method == "lora":
-        inject_lora(model, targets, 4)
+    if method in ("lora", "dora"):
+        inject_lora(model, targets, 4, dora=method == "dora")
         if filled:
             randomise_lora(model)
     if method == "partial":
@@ -168,7 +168,7 @@ def test_half_precision_gradients_are_near_fp32(method, precision, tolerance, fr
     model = trainee(method)
     loss, exact = gradients(model)
     if frozen == "half base":
-        if method != "lora":
+        if method in ("partial", "full"):
             pytest.skip("full and partial fine-tuning keep their weights in fp32")
         for layer in lora_layers(model).values():
             layer.weight.data = layer.weight.data.to(training.DTYPES[precision])
@@ -226,7 +226,7 @@ def snapshot(optimizer):
 def test_the_loss_falls(method, precision):
     model = trainee(method, filled=False)
     optimizer = Optimizer(model, precision, CPU, weight_decay=0.0, clip=1.0)
-    losses = [step(model, optimizer, 2e-2 if method == "lora" else 3e-3, precision)[0] for _ in range(20)]
+    losses = [step(model, optimizer, 2e-2 if method in ("lora", "dora") else 3e-3, precision)[0] for _ in range(20)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -312,9 +312,10 @@ def test_overflow_of_fp16_is_survived():
     assert all(math.isfinite(update.grad_norm) for update in updates if not update.skipped)
 
 
-def test_loraplus_is_a_rate_of_its_own_for_every_b_but_the_embeddings():
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_loraplus_is_a_rate_of_its_own_for_every_b_but_the_embeddings(method):
     """Adam's first step is the learning rate wherever there is a gradient."""
-    model = trainee(filled=True)
+    model = trainee(method)
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     step(model, Optimizer(model, "fp32", CPU, 0.0, 1.0, loraplus=8.0), lr=1e-3)
     for name, parameter in trainable_parameters(model).items():
@@ -332,7 +333,7 @@ def test_loraplus_where_one_of_its_rates_has_no_parameter(targets):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("partial", 1), ("full", 1)])
+@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("dora", 8.0), ("partial", 1), ("full", 1)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("updates", [0, 3])
 def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path):
@@ -340,7 +341,7 @@ def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path
 
     def run(model, optimizer, steps):
         for number in steps:
-            if number == 1 and method == "lora":
+            if number == 1 and method in ("lora", "dora"):
                 spoil(model, optimizer, precision)
             step(model, optimizer, 1e-2 / (number + 1), precision)
 
@@ -414,18 +415,19 @@ def padded(indices):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("targets, tied, loraplus", [
-    ("all", False, 1), ("all", True, 1), ("q,v", False, 1), ("all", True, 4.0), ("q,v", False, 8.0),
+@pytest.mark.parametrize("method, targets, tied, loraplus", [
+    ("lora", "all", False, 1), ("lora", "all", True, 1), ("lora", "q,v", False, 1),
+    ("lora", "all", True, 4.0), ("lora", "q,v", False, 8.0), ("dora", "all", False, 1), ("dora", "all", True, 1),
 ])  # fmt: skip
-def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied, loraplus):
+def test_five_steps_of_adamw_are_those_of_transformers_and_peft(method, targets, tied, loraplus):
     """With LoRA+ the optimizer is peft's own, its constant rate for the embedding replaced by A's."""
     from peft.optimizers import create_loraplus_optimizer
 
-    model = trainee("lora", targets, filled=False, tie_word_embeddings=tied)
+    model = trainee(method, targets, filled=False, tie_word_embeddings=tied)
     base = transformers_twin(tiny_model(tie_word_embeddings=tied))
     names = {name.rpartition(".")[2] for name in lora_layers(model)}
     assert names <= set(KINDS.values())
-    theirs = peft_model(base, sorted(names), 4, 4.0)
+    theirs = peft_model(base, sorted(names), 4, 4.0, use_dora=method == "dora")
     copy_to_peft(model, theirs)
     initial = {name: layer.lora_B.detach().clone() for name, layer in lora_layers(model).items()}
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
@@ -452,10 +454,10 @@ def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied, l
         assert loss == pytest.approx(reference.item(), rel=1e-4)
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-3)
 
-    for name, (A, B) in peft_pairs(theirs).items():
+    for name, parts in peft_pairs(theirs).items():
         layer = lora_layers(model)[name]
         assert (layer.lora_B - initial[name]).abs().max() > 5e-3
-        for actual, expected in ((layer.lora_A, A), (layer.lora_B, B)):
+        for actual, expected in zip(layer.parts, parts, strict=True):
             # Adam divides by the gradient's size, so where it is all rounding the step is, too: compare the whole
             assert (actual - expected).norm() < 1e-3 * expected.norm()
 
