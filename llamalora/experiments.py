@@ -23,7 +23,8 @@ from .training import DivergedError
 Changes = Mapping[str, object]  # to the settings of train.py
 
 # what the tables vary themselves, and what each run of theirs has in common
-VARIED = ("out", "format", "labels", "instruction", "shots", "method", "targets", "rank", "seed", "eval_every")
+VARIED = ("out", "format", "labels", "instruction", "shots", "method", "targets", "rank", "rslora", "dora", "loraplus",
+          "seed", "eval_every")  # fmt: skip
 BASE: Changes = {"format": "tagging", "labels": "all", "method": "lora", "targets": "all", "rank": 8}
 
 
@@ -179,6 +180,9 @@ def methods() -> Table:
     rows = {
         "LoRA": {},
         "rsLoRA": {"rslora": True},
+        "LoRA+ (B learns 4 times as fast)": {"loraplus": 4.0},
+        "DoRA": {"dora": True},
+        "full fine-tuning of the same layers": {"method": "partial"},
     }
     return Table("methods", "Low-cost methods", ("method",), tuple(Row((name,), (run,)) for name, run in rows.items()))
 
@@ -209,7 +213,11 @@ class Cell:
         content = json.dumps([deciding, run.fingerprints(settings)], sort_keys=True)
         what = [settings.format, settings.labels.replace(",", "+")]
         what += ["prompt"] if settings.instruction or settings.shots else []
-        what += [settings.targets.replace(",", ""), f"r{settings.rank}"] if settings.method == "lora" else ["full"]
+        what += [variant for variant in ("rslora", "dora") if getattr(settings, variant)]
+        what += ["loraplus"] if settings.loraplus != 1 else []
+        what += [settings.method] if settings.method != "lora" else []
+        what += [settings.targets.replace(",", "")] if settings.method != "full" else []
+        what += [f"r{settings.rank}"] if settings.method == "lora" else []
         name = "-".join([*what, f"s{settings.seed}", hashlib.sha256(content.encode()).hexdigest()[:10]])
         return Cell(replace(settings, out=str(out / "runs" / name)), out / "cells" / f"{name}.json")
 
@@ -266,7 +274,7 @@ class Runner:
         base: settings that all cells share, with model and data.
         seeds: each row is run with each of them.
         out: folder of cells and runs.
-        lr_full: peak learning rate of full fine-tuning; by default a tenth of LoRA's.
+        lr_full: peak learning rate of full and partial fine-tuning; by default a tenth of LoRA's.
     """
 
     base: run.Settings
@@ -283,7 +291,7 @@ class Runner:
         cells = []
         for one in row.runs:
             changes = {**BASE, **one, "seed": seed}
-            if changes["method"] == "full":
+            if changes["method"] != "lora":
                 changes = {"lr": self.lr_full} | changes
             cells.append(Cell.of(self.base, changes, self.out, self.world))
         return cells
