@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)  # a peer's process
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.sentences < 64:
+        parser.error("--sentences: at least 64, or too few steps are left to count")
     if arguments.side:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(peer(arguments)))
