@@ -1,6 +1,8 @@
 """Text to token ids and back: sentencepiece (`tokenizer.model`) or `tokenizer.json`, behind one interface."""
 
 import json
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +14,7 @@ class TokenizerError(ValueError):
 class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
+    spellings: list[bytes | None]  # the bytes that each token stands for in the middle of a text; None: no text
 
     def encode(self, text: str) -> list[int]:
         """The ids that transformers gives for a whole text, bos in front where the model wants one."""
@@ -35,6 +38,15 @@ class SentencePieceTokenizer:
         self.bos_id, self.eos_id = self._pieces.bos_id(), self._pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise TokenizerError(f"{path}: has no bos or no eos token")
+
+    @cached_property
+    def spellings(self) -> list[bytes | None]:
+        pieces = self._pieces
+        spellings: list[bytes | None] = [None] * self.vocab_size
+        for token in range(self.vocab_size):
+            if not (pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token)):
+                spellings[token] = _spelling(pieces.id_to_piece(token))
+        return spellings
 
     def encode(self, text: str) -> list[int]:
         return [self.bos_id, *self._pieces.encode(text)]
@@ -69,6 +81,17 @@ class JsonTokenizer:
             raise TokenizerError(f"{path}: no eos token in tokenizer_config.json or config.json beside it")
         self._prepends_space = self._backend.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
 
+    @cached_property
+    def spellings(self) -> list[bytes | None]:
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        spell = _byte_level_spelling if "Ġ" in vocabulary else _spelling
+        spellings: list[bytes | None] = [None] * self.vocab_size
+        for piece, token in vocabulary.items():
+            spellings[token] = spell(piece)
+        for token in self._backend.get_added_tokens_decoder():  # listed among the others as well
+            spellings[token] = None
+        return spellings
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text).ids
 
@@ -79,6 +102,23 @@ class JsonTokenizer:
     def decode(self, ids: list[int]) -> str:
         text = self._backend.decode(ids, skip_special_tokens=True)
         return text if self._prepends_space else text.removeprefix(" ")  # its decoder has taken it away
+
+
+def _spelling(piece: str) -> bytes:
+    """The bytes of a sentencepiece: `▁` is a space, `<0xE2>` a byte of a character that has no piece."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+
+# GPT-2 writes a byte that prints as itself, and the others as the characters from 256 on
+_PRINTING = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTES = {chr(byte): byte for byte in _PRINTING} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTING)
+}
+
+
+def _byte_level_spelling(piece: str) -> bytes:
+    return bytes(_BYTES[character] for character in piece)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

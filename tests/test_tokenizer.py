@@ -139,6 +139,28 @@ def test_decoding_inverts_encoding(tokenizer, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("text", STRINGS)
+def test_spellings_are_the_bytes_of_a_text(tokenizer, text):
+    ids = tokenizer.encode_continuation(" " + text)
+    assert b"".join(tokenizer.spellings[i] for i in ids).decode() == " " + text
+    assert len(tokenizer.spellings) == tokenizer.vocab_size
+    assert tokenizer.spellings[tokenizer.eos_id] is None
+
+
+def test_every_byte_has_a_token(tokenizer):
+    """What makes every text expressible, also one token at a time."""
+    single = {spelling for spelling in tokenizer.spellings if spelling and len(spelling) == 1}
+    assert {bytes([byte]) for byte in range(256)} <= single
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2_tokenizer"])
+def test_spellings_of_real_vocabularies(name, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(name))
+    for token, spelling in enumerate(tokenizer.spellings):
+        if spelling is not None and (text := spelling.decode(errors="ignore")).encode() == spelling:
+            assert "x" + text == tokenizer.decode([*tokenizer.encode_continuation(" x"), token])
+
+
 def test_an_empty_continuation(tokenizer):
     ids = tokenizer.encode_continuation(" ")
     assert tokenizer.decode(tokenizer.encode("Answer:") + ids).rstrip() == "Answer:"
