@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     on.add_argument(
         "--draft", default="source", choices=("source", "none"), help="same answers: verified drafts, or token by token"
     )
+    on.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     on.add_argument("--predictions", metavar="FILE", help="write the predicted mentions there as PubTator")
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
@@ -87,7 +88,7 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[evalu
     drafted = evaluate.DRAFT_TOKENS if arguments.draft == "source" else 0
     result, answers = score_split(
         loaders, arguments.split, documents, len(asked), precision, world, arguments.batch, drafted, order,
-        quiet=arguments.json,
+        quiet=arguments.json, constrain=arguments.constrain,
     )  # fmt: skip
     return result, answers, documents
 

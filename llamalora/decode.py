@@ -1,10 +1,16 @@
-"""Greedy decoding of many prompts: ragged batches, a key/value cache, drafts verified in one pass."""
+"""Greedy decoding of many prompts: ragged batches, a key/value cache, drafts verified in one pass.
+
+Dimensions: P places of a pass at which a token is chosen, V vocabulary, M tokens allowed at most at a place.
+"""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .model import Llama
 from .packing import KVCache, Packing
@@ -13,13 +19,25 @@ from .packing import KVCache, Packing
 Drafter = Callable[[int, list[int]], Sequence[int]]
 
 
+class Grammar(Protocol):
+    """Which outputs are allowed, as an automaton."""
+
+    def start(self, index: int) -> Hashable:
+        """The state before the output of a prompt begins."""
+
+    def moves(self, state: Hashable) -> Mapping[int, Hashable]:
+        """The tokens that may follow, each with the state behind it; none if the output cannot go on."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """What `generate` returns."""
 
     outputs: list[list[int]]  # new ids of each prompt, in the order of the prompts, without the end token
-    truncated: list[bool]  # the limit was reached before the end token
+    truncated: list[bool]  # the limit, or a place at which nothing is allowed, was reached before the end token
+    log_probs: list[list[float]]  # of each token of the outputs, among those that were allowed
     forward_passes: int
+    row_passes: int  # the same counted for each prompt: the passes in which its output grew
 
 
 @dataclass
@@ -29,22 +47,15 @@ class _Row:
     index: int
     prompt: list[int]
     limit: int
+    state: Hashable = None  # of the grammar, behind the output
     output: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     ended: bool = False
-
-    def accept(self, draft: Sequence[int], picks: Sequence[int], eos_id: int) -> None:
-        """Takes over the model's choices for as long as the draft foresaw them, and one more."""
-        for place, token in enumerate(picks):
-            if token == eos_id:
-                self.ended = True
-                return
-            self.output.append(token)
-            if len(self.output) == self.limit or place < len(draft) and draft[place] != token:
-                return
+    stuck: bool = False  # the grammar allows nothing more
 
     @property
     def finished(self) -> bool:
-        return self.ended or len(self.output) == self.limit
+        return self.ended or self.stuck or len(self.output) == self.limit
 
 
 @torch.no_grad()
@@ -55,9 +66,10 @@ def generate(
     max_new_tokens: int | Sequence[int],
     batch_size: int = 32,
     drafter: Drafter | None = None,
+    grammar: Grammar | None = None,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> Decoding:
-    """The most probable next token, over and over, until the end token or the limit.
+    """The most probable (allowed) next token, over and over, until the end token or the limit.
 
     A prompt that is finished leaves its cache row to the next one. A draft is checked in one forward pass
     and kept as far as it is what greedy decoding yields: it changes the speed, not the output.
@@ -67,6 +79,7 @@ def generate(
         max_new_tokens: the limit, one for all or one for each prompt.
         batch_size: prompts decoded side by side; the outputs do not depend on it.
         drafter: proposes continuations; without one, a pass yields a token.
+        grammar: only outputs that it allows; without one, every token may follow.
         progress: called with the number of prompts finished since the last call.
 
     Raises:
@@ -76,7 +89,8 @@ def generate(
     if not all(prompts) or min(limits, default=1) < 1:
         raise ValueError("every prompt needs a token and every limit must be at least 1")
     requests = [
-        _Row(index, list(prompt), limit) for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        _Row(index, list(prompt), limit, grammar and grammar.start(index))
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
     rows: list[_Row | None] = [None] * min(batch_size, len(requests))
@@ -84,7 +98,7 @@ def generate(
     device = model.model.norm.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     cache = model.make_cache(len(rows), slots, autocast)
-    passes = 0
+    passes = row_passes = 0
     while waiting or any(rows):
         free = [place for place, row in enumerate(rows) if row is None]
         # prompts enter several at a time, in a pass of their own, because they are longer than a step
@@ -94,53 +108,107 @@ def generate(
             for place in places:
                 rows[place] = waiting.popleft()
         active = [rows[place] for place in places]
-        drafts = [_draft(row, drafter) for row in active]
-        picks = _forward(model, cache, places, active, drafts, fresh=bool(enter))
+        _advance(model, cache, places, active, eos_id, drafter, grammar, fresh=bool(enter))
         passes += 1
-        for place, row, draft, picked in zip(places, active, drafts, picks, strict=True):
-            if row is not None:
-                row.accept(draft, picked, eos_id)
-                if row.finished:
-                    rows[place] = None
-                    progress(1)
-    return Decoding([row.output for row in requests], [not row.ended for row in requests], passes)
+        row_passes += sum(row is not None for row in active)
+        for place, row in zip(places, active, strict=True):
+            if row is not None and row.finished:
+                rows[place] = None
+                progress(1)
+    return Decoding(
+        [row.output for row in requests],
+        [not row.ended for row in requests],
+        [row.log_probs for row in requests],
+        passes,
+        row_passes,
+    )
 
 
-def _draft(row: _Row | None, drafter: Drafter | None) -> Sequence[int]:
-    if row is None or drafter is None:
-        return []
-    return drafter(row.index, row.output)[: row.limit - len(row.output) - 1]
-
-
-def _forward(
+def _advance(
     model: Llama,
     cache: KVCache,
     places: list[int],
     active: list[_Row | None],
-    drafts: list[Sequence[int]],
+    eos_id: int,
+    drafter: Drafter | None,
+    grammar: Grammar | None,
     fresh: bool,
-) -> list[list[int]]:
-    """One pass over all rows: what the model would say after each row's last token and each draft token."""
-    feeds, starts, predictors = [], [], []
+) -> None:
+    """One pass over all rows: each takes over the model's choices for as long as its draft foresaw them, and one
+    more."""
+    feeds, starts, drafts = [], [], []
+    predictors: list[int] = []  # the places of the packed row behind which a token is chosen
+    paths = []  # what the grammar allows there
     total = 0
-    for row, draft in zip(active, drafts, strict=True):
+    for row in active:
         if row is None:
-            feed, start = [], 0
-        elif fresh:
-            feed, start = [*row.prompt, *draft], 0
-        else:
-            feed, start = [row.output[-1], *draft], len(row.prompt) + len(row.output) - 1
-        feeds.append(feed)
-        starts.append(start)
-        total += len(feed)
-        if row is not None:
-            predictors.extend(range(total - len(draft) - 1, total))
+            feeds.append([])
+            starts.append(0)
+            continue
+        draft = list(drafter(row.index, row.output)[: row.limit - len(row.output) - 1]) if drafter else []
+        if grammar:
+            path = _path(grammar, row.state, draft, eos_id)
+            draft = draft[: len(path) - 1]
+            paths += path
+        drafts.append(draft)
+        feeds.append([*row.prompt, *draft] if fresh else [row.output[-1], *draft])
+        starts.append(0 if fresh else len(row.prompt) + len(row.output) - 1)
+        total += len(feeds[-1])
+        predictors += range(total - len(draft) - 1, total)
     device = cache.keys.device
     ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
     hidden = model.model(ids, packing, cache)[0, torch.tensor(predictors, device=device)]
-    picks = iter(model.lm_head(hidden).argmax(-1).tolist())
-    return [
-        [] if row is None else [next(picks) for _ in range(len(draft) + 1)]
-        for row, draft in zip(active, drafts, strict=True)
-    ]
+    scores, tokens = _scores(model.lm_head(hidden), paths)
+    best = scores.argmax(-1)
+    picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
+
+    kept: list[int] = []
+    growing = [row for row in active if row is not None]
+    taken = []
+    first = 0
+    for row, draft in zip(growing, drafts, strict=True):
+        count = 0
+        for place, token in enumerate(picks[first : first + len(draft) + 1], start=first):
+            if paths and not paths[place]:
+                row.stuck = True
+            elif token == eos_id:
+                row.ended = True
+            else:
+                row.output.append(token)
+                row.state = paths[place][token] if paths else None
+                count += 1
+            if row.finished or draft[count - 1 : count] != [token]:
+                break
+        kept += range(first, first + count)
+        taken.append(count)
+        first += len(draft) + 1
+    log_probs = iter(_log_probs(scores, best, kept))
+    for row, count in zip(growing, taken, strict=True):
+        row.log_probs += islice(log_probs, count)
+
+
+def _path(grammar: Grammar, state: Hashable, draft: list[int], eos_id: int) -> list[Mapping[int, Hashable]]:
+    """What the grammar allows behind an output and behind each token of its draft, as far as it allows that."""
+    path = [grammar.moves(state)]
+    for token in draft:
+        if token == eos_id or token not in path[-1]:
+            break
+        path.append(grammar.moves(path[-1][token]))
+    return path
+
+
+def _scores(logits: Tensor, paths: list[Mapping[int, Hashable]]) -> tuple[Tensor, Tensor | None]:
+    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M)."""
+    if not paths:
+        return logits, None
+    widest = max(1, *map(len, paths))
+    tokens = torch.tensor([[*allowed, *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device)
+    return logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf), tokens
+
+
+def _log_probs(scores: Tensor, best: Tensor, kept: list[int]) -> list[float]:
+    """The log-probabilities of the chosen tokens at some of the places."""
+    kept = torch.tensor(kept, dtype=torch.long, device=scores.device)
+    chosen = scores[kept].float()
+    return (chosen.gather(1, best[kept, None])[:, 0] - chosen.logsumexp(-1)).tolist()

@@ -1,24 +1,27 @@
 """Documents -> prompts -> decoding -> parsed mentions -> scores: the way of the data in evaluation."""
 
 import json
+import math
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
 
 from . import ner
+from .constrain import Constraint
 from .corpus import Document, Sentence, Span, sentences
 from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
-from .tokenizer import Tokenizer
+from .tokenizer import TextStream, Tokenizer
 
-DRAFT_TOKENS = 10
+DRAFT_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Answer:
     output: str
     parsed: ner.Parsed
     overlong: bool = False  # the prompt does not fit the context, so nothing was asked
+    confidence: Mapping[Span, float] = field(default_factory=dict)  # of each of `parsed.spans`, see `confidences`
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Speed:
     sentences: int
     tokens: int
     forward_passes: int
+    row_passes: int  # forward passes of each sentence, added up
 
     def __add__(self, other: "Speed") -> "Speed":
         return Speed(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -50,6 +55,8 @@ class Speed:
             "tokens_per_second": self.tokens / self.seconds,
             "tokens": self.tokens,
             "forward_passes": self.forward_passes,
+            "tokens_per_pass": self.tokens / max(1, self.forward_passes),
+            "tokens_per_row_pass": self.tokens / max(1, self.row_passes),
         }
 
 
@@ -62,45 +69,86 @@ def answer(
     batch_size: int = 32,
     draft_tokens: int = DRAFT_TOKENS,
     quiet: bool = False,
+    constrain: bool = False,
 ) -> tuple[list[Answer], Speed]:
     """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
     the order of the sentences.
 
     Args:
         batch_size: sentences decoded side by side.
-        draft_tokens: drafted from the source for a forward pass, in tagging; 0 is plain greedy decoding.
+        draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
+        constrain: only answers that are the sentence with legal tags (tagging only).
     """
     started = time.perf_counter()
     mine = asked[world.rank :: world.size]
     prompts = [tokenizer.encode(ner.prompt(task, sentence.text)) for sentence in mine]
     context = model.config.max_position_embeddings
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
-    limits = [_limit(tokenizer, task, mine[index].text, context - len(prompts[index])) for index in fits]
+    texts = [mine[index].text for index in fits]
+    limits = [_limit(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
     drafter = None
     if task.format == "tagging" and draft_tokens:
-        drafter = SourceDrafter(tokenizer, task, [mine[index].text for index in fits], draft_tokens)
+        drafter = SourceDrafter(tokenizer, task, texts, risk(min(batch_size, len(fits)), world), draft_tokens)
+    grammar = Constraint(tokenizer, task, texts) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = generate(
-            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, progress=bar.update
+            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update
         )
-    outputs = [("", False)] * len(mine)
-    for index, ids, truncated in zip(fits, decoding.outputs, decoding.truncated, strict=True):
-        outputs[index] = (tokenizer.decode(ids), truncated)
-    answers = []
-    for index, (sentence, (output, truncated)) in enumerate(zip(mine, outputs, strict=True)):
-        parsed = ner.parse(task, sentence.text, output, truncated)
-        answers.append(Answer(sentence, output, parsed, overlong=len(prompts[index]) >= context))
+    answers = [Answer(sentence, "", ner.parse(task, sentence.text, ""), overlong=True) for sentence in mine]
+    decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)
+    for index, ids, truncated, log_probs in decoded:
+        output = tokenizer.decode(ids)
+        parsed = ner.parse(task, mine[index].text, output, truncated)
+        confidence = dict(zip(parsed.spans, confidences(tokenizer, ids, log_probs, parsed.written), strict=True))
+        answers[index] = Answer(mine[index], output, parsed, confidence=confidence)
     tokens = sum(len(ids) + 1 for ids in decoding.outputs)
     shares = world.gather(answers)
     answers = [shares[index % world.size][index // world.size] for index in range(len(asked))]
-    tokens, passes = world.sum([tokens, decoding.forward_passes])
-    return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), int(passes))
+    tokens, *passes = world.sum([tokens, decoding.forward_passes, decoding.row_passes])
+    return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), *map(int, passes))
 
 
-def _limit(tokenizer: Tokenizer, task: ner.Task, text: str, room: int) -> int:
-    """New tokens allowed for a sentence: enough for its answer even where every word is a mention."""
+def risk(rows: int, world: World) -> float:
+    """The probability below which a drafted token costs more than it saves, if so many rows share a pass.
+
+    A pass has a fixed cost, on a CPU (SmolLM2) that of about 16 tokens, on a GPU that of hundreds.
+    """
+    fixed = 16 if world.device.type == "cpu" else 512
+    return rows / (rows + fixed)
+
+
+def confidences(
+    tokenizer: Tokenizer, ids: Sequence[int], log_probs: Sequence[float], places: Sequence[tuple[int, int]]
+) -> list[float]:
+    """How sure the model was of mentions: for each place in its output the probability, given what stands before it,
+    of all tokens that have a share in it.
+
+    For a tagged mention that is the probability that it begins there, with this label, and ends there: the opening
+    tag, the text, the closing tag; for an extracted one, that of the string.
+
+    Args:
+        ids, log_probs: the tokens of the output (see `decode.Decoding`).
+        places: from and to, in characters of the output.
+    """
+    stream = TextStream(tokenizer)
+    pieces = [stream.read([token]) for token in ids]
+    ends = list(accumulate(map(len, pieces), initial=-"".join(pieces).startswith(" ")))  # the output lacks that space
+    sure = []
+    for first, last in places:
+        shares = zip(log_probs, ends, ends[1:], strict=False)
+        # of the tokens that make up one character only the last has a length
+        sure.append(math.exp(sum(p for p, start, end in shares if start < last and (end > first or start >= first))))
+    return sure
+
+
+def _limit(tokenizer: Tokenizer, task: ner.Task, text: str, room: int, constrain: bool) -> int:
+    """New tokens allowed for a sentence: enough for its answer even where every word is a mention, and under the
+    constraint even where a model spells it byte by byte."""
     pairs = (task.tags(label) for label in task.labels)
+    if constrain:
+        longest = max(len("".join(pair).encode()) for pair in pairs)
+        return min(len(text.encode()) + 2 + longest * (len(text.split()) + 1), room)
     tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
     return min(len(tokenizer.encode_continuation(" " + text)) + tags * (len(text.split()) + 1), room)
 
@@ -112,12 +160,21 @@ def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answ
     for answers in zip(*by_label.values(), strict=True):
         parsed = [item.parsed for item in answers]
         spans = ner.join(dict(zip(by_label, (p.spans for p in parsed), strict=True)), order)
+        outputs = [item.output for item in answers]
+        offsets = accumulate((len(output) + 1 for output in outputs), initial=0)
+        places = {
+            span: (first + offset, last + offset)
+            for p, offset in zip(parsed, offsets, strict=False)
+            for span, (first, last) in zip(p.spans, p.written, strict=True)
+        }
+        confidence = {span: sure for item in answers for span, sure in item.confidence.items()}
         together.append(
             Answer(
                 answers[0].sentence,
-                "\n".join(item.output for item in answers),
+                "\n".join(outputs),
                 ner.Parsed(
                     spans=spans,
+                    written=tuple(places[span] for span in spans),
                     entities=sum((p.entities for p in parsed), ()),
                     not_in_source=sum((p.not_in_source for p in parsed), ()),
                     exact_copy=all(p.exact_copy for p in parsed),
@@ -126,6 +183,7 @@ def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answ
                     unaligned=sum(p.unaligned for p in parsed),
                 ),
                 any(item.overlong for item in answers),
+                {span: confidence[span] for span in spans if span in confidence},
             )
         )
     return together
@@ -139,6 +197,11 @@ def predicted_documents(documents: Sequence[Document], answers: Sequence[Answer]
         for span in item.parsed.spans:
             shifted.append(Span(span.start + item.sentence.start, span.end + item.sentence.start, span.label))
     return [replace(document, spans=tuple(sorted(found.get(document.id, ())))) for document in documents]
+
+
+def confidence_by_mention(answers: Sequence[Answer]) -> dict[tuple[str, int, int, str], float]:
+    """The confidence of every mention of `predicted_documents`, by document, start, end and label."""
+    return {_key(item.sentence, span): sure for item in answers for span, sure in item.confidence.items()}
 
 
 def select(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
@@ -219,13 +282,15 @@ def health(answers: Sequence[Answer]) -> dict:
 
 
 def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
-    """Writes `answers-SPLIT.jsonl`, what the model wrote about each sentence, and then `eval-SPLIT.json` into a
-    folder; a reader never meets half of one. Returns the path of the second."""
+    """Writes `answers-SPLIT.jsonl`, what the model wrote about each sentence and how sure it was of the mentions (as
+    offsets into the sentence), and then `eval-SPLIT.json` into a folder; a reader never meets half of one. Returns
+    the path of the second."""
     lines = []
     for item in answers:
         place = {"document": item.sentence.document, "start": item.sentence.start}
         state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
-        lines.append(json.dumps(place | state, ensure_ascii=False) + "\n")
+        mentions = [vars(span) | {"confidence": round(sure, 4)} for span, sure in item.confidence.items()]
+        lines.append(json.dumps(place | state | {"mentions": mentions}, ensure_ascii=False) + "\n")
     _replace(folder / f"answers-{result['split']}.jsonl", "".join(lines))
     return write_json(result, folder / f"eval-{result['split']}.json")
 
@@ -258,7 +323,9 @@ def read_answers(folder: Path, split: str, task: ner.Task, asked: Sequence[Sente
             kept = json.loads(line)
             assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
             parsed = ner.parse(task, sentence.text, kept["output"], kept["truncated"])
-            answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"]))
+            mentions = [dict(mention) for mention in kept.get("mentions", ())]  # older files have none
+            confidence = {Span(**mention): sure for mention in mentions for sure in [mention.pop("confidence")]}
+            answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))
     return answers
 
 
@@ -281,6 +348,6 @@ def format_report(result: dict) -> str:
         speed = result["speed"]
         lines.append(
             f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
-            f"{speed['tokens'] / max(1, speed['forward_passes']):.1f} tokens a forward pass"
+            f"{speed['tokens_per_row_pass']:.1f} tokens a forward pass and sentence"
         )
     return "\n".join(lines)

@@ -130,6 +130,7 @@ class Parsed:
 
     Attributes:
         spans: mentions as offsets into the sentence, sorted, not overlapping.
+        written: for each of them, from where to where the output tells of it (tagging: with its tags).
         entities: (label, string) as the model wrote them, in its order.
         not_in_source: those of them that the sentence does not hold: false positives without a place.
         exact_copy: tagging: without its tags the output is the sentence; extraction: all strings are in it.
@@ -139,6 +140,7 @@ class Parsed:
     """
 
     spans: tuple[Span, ...]
+    written: tuple[tuple[int, int], ...]
     entities: tuple[tuple[str, str], ...]
     not_in_source: tuple[tuple[str, str], ...]
     exact_copy: bool
@@ -155,33 +157,36 @@ def parse(task: Task, text: str, output: str, truncated: bool = False) -> Parsed
     Extraction: see `locate`. Of a truncated list the last, perhaps cut, entity is dropped.
     """
     if task.format == "tagging":
-        return _parse_tagging(task, text, output.strip(), truncated)
+        return _parse_tagging(task, text, output, truncated)
     return _parse_extraction(task, text, output, truncated)
 
 
 def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parsed:
-    plain, tags = _split_tags(task, text, output, truncated)
+    margin = len(output) - len(output.lstrip())
+    plain, tags = _split_tags(task, text, output.strip(), truncated)
     stretches, unbalanced = _pair(tags)
     alignment = Alignment(text, plain, truncated)
     source = " ".join(text.split())
-    entities, placed, missing = [], [], []
-    for stretch in stretches:
-        written = plain[stretch.start:stretch.end]
-        entity = written.strip()
+    entities, placed, places, missing = [], [], [], []
+    for stretch, (first, last) in stretches:
+        inner = plain[stretch.start:stretch.end]
+        entity = inner.strip()
         if not entity:
             continue
         entities.append((stretch.label, entity))
-        start = stretch.start + len(written) - len(written.lstrip())
+        start = stretch.start + len(inner) - len(inner.lstrip())
         bounds = alignment.project(start, start + len(entity))
         if bounds and (not placed or placed[-1].end <= bounds[0]):
             placed.append(Span(*bounds, stretch.label))
+            places.append((margin + first, margin + last))
         elif " ".join(entity.split()) not in source:
             missing.append((stretch.label, entity))
-    return Parsed(tuple(placed), tuple(entities), tuple(missing), plain.strip() == text.strip(), unbalanced,
-                  truncated, len(entities) - len(placed))
+    return Parsed(tuple(placed), tuple(places), tuple(entities), tuple(missing), plain.strip() == text.strip(),
+                  unbalanced, truncated, len(entities) - len(placed))
 
 
-_Tag = tuple[int, str, bool]  # position in the output without tags, label, whether it closes
+# position in the output without tags, outer edge in the output, label, whether it closes
+_Tag = tuple[int, int, str, bool]
 
 
 def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[str, list[_Tag]]:
@@ -199,36 +204,40 @@ def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[st
         source = re.findall(rf"{legal}|\w+|\W", text)
         copied = edit_alignment(source, [token for _, token in tokens], free, open_end=truncated)
         literal = {tokens[index][0] for index in free if copied[index] >= 0}
-    plain, tags = "", []
+    plain, tags, position = "", [], 0
     for place, piece in enumerate(pieces):
         if place % 2 and place not in literal:
-            tags.append((len(plain), *meaning[piece]))
+            label, closes = meaning[piece]
+            tags.append((len(plain), position + closes * len(piece), label, closes))
         else:
             plain += piece
+        position += len(piece)
     return plain, tags
 
 
-def _pair(tags: Iterable[_Tag]) -> tuple[list[Span], bool]:
-    """The stretches that tags enclose, the outer of nested ones, and whether some tag had no partner."""
-    opened: list[tuple[int, str]] = []
+def _pair(tags: Iterable[_Tag]) -> tuple[list[tuple[Span, tuple[int, int]]], bool]:
+    """The stretches that tags enclose, without and with tags, the outer of nested ones, and whether some tag had no
+    partner."""
+    opened: list[tuple[int, int, str]] = []
     closed = []
     unbalanced = False
-    for position, label, closes in tags:
+    for position, edge, label, closes in tags:
         if not closes:
-            opened.append((position, label))
+            opened.append((position, edge, label))
             continue
         if not opened:
             unbalanced = True
             continue
         top = len(opened) - 1
-        index = next((index for index in range(top, -1, -1) if opened[index][1] == label), top)
-        unbalanced |= index < top or opened[top][1] != label
-        closed.append(Span(opened[index][0], position, opened[index][1]))
+        index = next((index for index in range(top, -1, -1) if opened[index][2] == label), top)
+        unbalanced |= index < top or opened[top][2] != label
+        start, first, label = opened[index]
+        closed.append((Span(start, position, label), (first, edge)))
         del opened[index:]
-    outer: list[Span] = []
-    for span in sorted(closed, key=lambda span: (span.start, -span.end)):
-        if not outer or outer[-1].end <= span.start:
-            outer.append(span)
+    outer: list[tuple[Span, tuple[int, int]]] = []
+    for span, edges in sorted(closed, key=lambda item: (item[0].start, -item[0].end)):
+        if not outer or outer[-1][0].end <= span.start:
+            outer.append((span, edges))
     return outer, unbalanced or bool(opened)
 
 
@@ -246,7 +255,15 @@ def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Pa
     entities = tuple(dict.fromkeys(written))
     missing = tuple((label, string) for label, string in entities if not _occurrences(text, string))
     unbalanced = bool(outside.strip())
-    return Parsed(locate(text, entities), entities, missing, not missing, unbalanced, truncated, 0)
+    spans = locate(text, entities)
+    places: dict[tuple[str, str], tuple[int, int]] = {}
+    position = 0
+    for label, string in written:
+        start = output.index(string, position)
+        position = start + len(string)
+        places.setdefault((label, " ".join(string.split())), (start, position))
+    where = tuple(places[span.label, " ".join(text[span.start:span.end].split())] for span in spans)
+    return Parsed(spans, where, entities, missing, not missing, unbalanced, truncated, 0)
 
 
 def _items(text: str, items: str) -> list[str]:

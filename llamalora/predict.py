@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
+    parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     parser.add_argument("file", help="text with one document a line, or PubTator; - for standard input")
     arguments = parser.parse_args(argv)
     if arguments.batch < 1:
@@ -37,21 +38,31 @@ def main(argv: list[str]) -> None:
         model, tokenizer = run.load_trained(Path(arguments.run), arguments.which, precision, world.device)
         merge(model)
         task = run.read_task(Path(arguments.run))
+        if arguments.constrain:
+            run.check_constraint(task)
         documents = read_stream(arguments.file)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = evaluate.select(chunk, None)
-            answers, _ = evaluate.answer(model, tokenizer, task, asked, world, arguments.batch, quiet=True)
+            answers, _ = evaluate.answer(
+                model, tokenizer, task, asked, world, arguments.batch, quiet=True, constrain=arguments.constrain
+            )
             if world.is_main:
-                write(evaluate.predicted_documents(chunk, answers), arguments.to)
+                annotated = evaluate.predicted_documents(chunk, answers)
+                write(annotated, evaluate.confidence_by_mention(answers), arguments.to)
 
 
-def write(documents: Iterable[Document], form: str) -> None:
-    """To standard output: PubTator, or JSON lines with id, text and entities (start, end, label, text)."""
+def write(documents: Iterable[Document], confidence: Mapping[tuple[str, int, int, str], float], form: str) -> None:
+    """To standard output: PubTator, or JSON lines with id, text and entities (start, end, label, text, confidence)."""
     if form == "pubtator":
         corpus.write_pubtator(documents, sys.stdout)
     else:
         for document in documents:
-            entities = [vars(span) | {"text": document.text[span.start : span.end]} for span in document.spans]
+            entities = [
+                vars(span)
+                | {"text": document.text[span.start : span.end]}
+                | {"confidence": round(confidence[document.id, span.start, span.end, span.label], 4)}
+                for span in document.spans
+            ]
             print(json.dumps({"id": document.id, "text": document.text, "entities": entities}, ensure_ascii=False))
     sys.stdout.flush()
 

@@ -242,6 +242,12 @@ def read_settings(run: Path) -> Settings:
     return Settings(**stored)
 
 
+def check_constraint(task: ner.Task) -> None:
+    """Refuses --constrain for a task without a source to copy."""
+    if task.format != "tagging":
+        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {task.format}")
+
+
 def read_task(run: Path) -> ner.Task:
     """What the model of a run is asked.
 

@@ -67,13 +67,14 @@ def score_split(
     draft_tokens: int = evaluate.DRAFT_TOKENS,
     order: Sequence[str] = (),
     quiet: bool = False,
+    constrain: bool = False,
 ) -> tuple[dict, list[evaluate.Answer]]:
     """Decodes and scores the first `limit` sentences of a split.
 
     Args:
         loaders: each makes a system, one after the other, so that one model is in memory at a time; the
             answers of several are joined.
-        batch, draft_tokens: as in `evaluate.answer`.
+        batch, draft_tokens, constrain: as in `evaluate.answer`.
         order: labels by priority where several systems are joined; the corpus's if empty.
 
     Returns:
@@ -84,8 +85,10 @@ def score_split(
     tasks, speeds = [], []
     for load in loaders:
         system = load()
+        if constrain:
+            run.check_constraint(system.task)
         answers, speed = evaluate.answer(
-            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet
+            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain
         )
         by_label["+".join(system.task.labels)] = answers
         tasks.append(system.task)

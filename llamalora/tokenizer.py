@@ -1,7 +1,9 @@
 """Text to token ids and back: sentencepiece (`tokenizer.model`) or `tokenizer.json`, behind one interface."""
 
+import codecs
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,19 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids without special tokens; of a continuation, without its first space."""
+
+
+class TextStream:
+    """The text of a continuation, its first space included, as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._spellings = tokenizer.spellings
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(self, ids: Iterable[int]) -> str:
+        """The characters that these tokens complete."""
+        known = (self._spellings[token] for token in ids if token < len(self._spellings))
+        return self._utf8.decode(b"".join(filter(None, known)))
 
 
 class SentencePieceTokenizer:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llamalora"
 LAYERS = [
     {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora"},
     {"ner", "score", "model", "lora"},
-    {"checkpoint", "batch", "decode", "draft"},
+    {"checkpoint", "batch", "decode", "draft", "constrain"},
     {"peft_format", "runstate", "training", "evaluate"},
     {"adapter", "analysis", "memory"},
     {"cli"},
