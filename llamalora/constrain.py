@@ -1,8 +1,8 @@
 """Which tokens may follow, if an answer has to be its source with legal tags in it (tagging only).
 
-The legal answers are those that `ner.render` can write: the source, in it mentions that neither overlap nor begin
-or end with whitespace. An automaton reads an answer byte by byte, because a token may hold the end of a word and the
-beginning of a tag, or a part of a character.
+The legal answers are those that `ner.render` can write and `ner.parse` can read: the source, in it mentions that
+neither overlap nor begin or end with whitespace, tags at `ner.tag_places`. An automaton reads an answer byte by byte,
+because a token may hold the end of a word and the beginning of a tag, or a part of a character.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Constraint:
                 self.tokens.setdefault(spelling, []).append(token)
         self.prefixes = {spelling[:size] for spelling in self.tokens for size in range(1, len(spelling) + 1)}
         self.tags = [tuple(tag.encode() for tag in task.tags(label)) for label in task.labels]
-        self.sources = [_Source(text) for text in texts]
+        self.sources = [_Source(text, ner.tag_places(task, text)) for text in texts]
 
     def start(self, index: int) -> State:
         return State(index, frozenset([_Reading(0, b"", b"", -1)]))
@@ -92,13 +92,12 @@ class Constraint:
 class _Source:
     """A source as the bytes of an answer without tags, and where in them a mention may start and end."""
 
-    def __init__(self, text: str):
-        characters = [character.encode() for character in " " + text]  # an answer begins with a space
-        self.text = b"".join(characters)
+    def __init__(self, text: str, places: set[int]):
+        self.text = (" " + text).encode()  # an answer begins with a space
         self.starts, self.ends = set(), set()
-        position = 0
-        for character, size in zip(" " + text, map(len, characters), strict=True):
+        end = 1
+        for place, character in enumerate(text):
+            start, end = end, end + len(character.encode())
             if not character.isspace():
-                self.starts.add(position)
-                self.ends.add(position + size)
-            position += size
+                self.starts |= {start} if place in places else set()
+                self.ends |= {end} if place + 1 in places else set()

@@ -85,7 +85,7 @@ def answer(
     context = model.config.max_position_embeddings
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
     texts = [mine[index].text for index in fits]
-    limits = [_limit(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
+    limits = [new_tokens(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
     drafter = None
     if task.format == "tagging" and draft_tokens:
         drafter = SourceDrafter(tokenizer, task, texts, risk(min(batch_size, len(fits)), world), draft_tokens)
@@ -142,7 +142,7 @@ def confidences(
     return sure
 
 
-def _limit(tokenizer: Tokenizer, task: ner.Task, text: str, room: int, constrain: bool) -> int:
+def new_tokens(tokenizer: Tokenizer, task: ner.Task, text: str, room: int, constrain: bool = False) -> int:
     """New tokens allowed for a sentence: enough for its answer even where every word is a mention, and under the
     constraint even where a model spells it byte by byte."""
     pairs = (task.tags(label) for label in task.labels)

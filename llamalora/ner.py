@@ -189,10 +189,23 @@ def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parse
 _Tag = tuple[int, int, str, bool]
 
 
+def _tag_pattern(task: Task) -> str:
+    return "|".join(re.escape(tag) for label in task.labels for tag in task.tags(label))
+
+
+def tag_places(task: Task, text: str) -> set[int]:
+    """The offsets at which a tag can stand so that `parse` tells it from the sentence: all, or only those between
+    words if the sentence itself holds what looks like a tag."""
+    legal = _tag_pattern(task)
+    if not re.search(legal, text):
+        return set(range(len(text) + 1))
+    return {0, *(match.end() for match in re.finditer(rf"{legal}|\w+|\W", text))}
+
+
 def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[str, list[_Tag]]:
     """The output without its tags, and the tags."""
     meaning = {tag: (label, closes) for label in task.labels for closes, tag in enumerate(task.tags(label))}
-    legal = "|".join(map(re.escape, meaning))
+    legal = _tag_pattern(task)
     pieces = re.split(f"({legal})", output)  # texts at even places, tags at odd ones
     literal: set[int] = set()
     if re.search(legal, text):

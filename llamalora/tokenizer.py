@@ -119,8 +119,10 @@ class JsonTokenizer:
         return text if self._prepends_space else text.removeprefix(" ")  # its decoder has taken it away
 
 
-def _spelling(piece: str) -> bytes:
+def _spelling(piece: str) -> bytes | None:
     """The bytes of a sentencepiece: `▁` is a space, `<0xE2>` a byte of a character that has no piece."""
+    if piece == "<0x20>":
+        return None  # no tokenizer writes it, and at the beginning a decoder would not take it for the first space
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
