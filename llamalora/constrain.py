@@ -25,6 +25,7 @@ class State(NamedTuple):
     """How far an answer has come; a key into nothing but `Constraint.moves`."""
 
     index: int
+    room: int  # tokens that may still come
     readings: frozenset[_Reading]
 
 
@@ -33,9 +34,11 @@ class Constraint:
 
     Args:
         texts: the source of each prompt.
+        limits: the tokens that each answer may have; no mention is opened that would leave too few of them for the
+            rest of the source, even spelled byte by byte.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: ner.Task, texts: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, task: ner.Task, texts: Sequence[str], limits: Sequence[int]):
         assert task.format == "tagging"
         self.eos_id = tokenizer.eos_id
         self.tokens: dict[bytes, list[int]] = {}
@@ -45,9 +48,10 @@ class Constraint:
         self.prefixes = {spelling[:size] for spelling in self.tokens for size in range(1, len(spelling) + 1)}
         self.tags = [tuple(tag.encode() for tag in task.tags(label)) for label in task.labels]
         self.sources = [_Source(text, ner.tag_places(task, text)) for text in texts]
+        self.limits = limits
 
     def start(self, index: int) -> State:
-        return State(index, frozenset([_Reading(0, b"", b"", -1)]))
+        return State(index, self.limits[index], frozenset([_Reading(0, b"", b"", -1)]))
 
     def moves(self, state: State) -> dict[int, State]:
         """Every token that may follow, and the state behind it; the end token leads back to its own state.
@@ -63,17 +67,18 @@ class Constraint:
             spelling, readings = paths.pop()
             ways: dict[int, set[_Reading]] = {}
             for reading in readings:
-                for byte, after in self._steps(source, reading):
+                for byte, after in self._steps(source, reading, state.room):
                     ways.setdefault(byte, set()).add(after)
             for byte, after in ways.items():
                 longer = spelling + bytes([byte])
                 if longer in self.prefixes:
                     paths.append((longer, frozenset(after)))
                     if longer in self.tokens:
-                        allowed |= dict.fromkeys(self.tokens[longer], State(state.index, frozenset(after)))
+                        behind = State(state.index, state.room - 1, frozenset(after))
+                        allowed |= dict.fromkeys(self.tokens[longer], behind)
         return allowed
 
-    def _steps(self, source: "_Source", reading: _Reading) -> list[tuple[int, _Reading]]:
+    def _steps(self, source: "_Source", reading: _Reading, room: int) -> list[tuple[int, _Reading]]:
         """The legal next bytes, each with the reading behind it."""
         position, rest, closer, start = reading
         if rest:
@@ -84,8 +89,10 @@ class Constraint:
         if closer and position in source.ends and position > start:
             steps.append((closer[0], _Reading(position, closer[1:], b"", -1)))
         if not closer and position in source.starts:
-            for opener, closer_of_it in self.tags:
-                steps.append((opener[0], _Reading(position, opener[1:], closer_of_it, position)))
+            for opener, its_closer in self.tags:
+                # this token, the bytes behind it, the end token
+                if len(opener) + len(its_closer) + len(source.text) - position < room:
+                    steps.append((opener[0], _Reading(position, opener[1:], its_closer, position)))
         return steps
 
 

@@ -113,11 +113,14 @@ class SourceDrafter:
         if copy.pending:
             if mention:
                 tag, mention = self.tags[mention[1]][1], None
+                if not tag.startswith(copy.pending):
+                    return "", 0
             else:
-                label, chance = self.habits.label(source, position)
+                fitting = [label for label, (opener, _) in self.tags.items() if opener.startswith(copy.pending)]
+                if not fitting:
+                    return "", 0
+                label, chance = self.habits.label(source, position, fitting)
                 tag, mention = self.tags[label][0], (position, label)
-            if not tag.startswith(copy.pending):
-                return "", 0
             pieces.append(tag[len(copy.pending) :])
         sure = None
         while sum(map(len, pieces)) < 8 * self.length and (position < len(source) or mention):
@@ -216,18 +219,14 @@ class _Habits:
             return "", None, odds[label]
         return _COMPOUND.match(source, start)[0], label, odds[label] * _ENDS
 
-    def label(self, source: str, start: int) -> tuple[str, float]:
-        """The label of a mention that begins here, and its chance."""
-        odds = Counter()
-        for string in self._known(source, start):
-            odds.update(self.strings[string])
-        del odds[None]
-        if not odds:
-            word = _WORD.search(source, start)
-            odds = Counter(self._odds(word[0] if word else ""))
-            del odds[None]
-        label, count = odds.most_common(1)[0]
-        return label, count / odds.total()
+    def label(self, source: str, start: int, among: Sequence[str]) -> tuple[str, float]:
+        """Which of some labels a mention has that begins here, and the chance of that."""
+        known = sum((self.strings[string] for string in self._known(source, start)), Counter())
+        word = _WORD.search(source, start)
+        odds = self._odds(word[0] if word else "")
+        counts = {label: known[label] + odds[label] for label in among}
+        label = max(counts, key=counts.get)
+        return label, counts[label] / sum(counts.values())
 
     def end(self, source: str, start: int, position: int) -> tuple[int, float]:
         """Where a mention that began at `start` and has come to `position` ends, and the chance of that."""

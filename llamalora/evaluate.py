@@ -89,7 +89,7 @@ def answer(
     drafter = None
     if task.format == "tagging" and draft_tokens:
         drafter = SourceDrafter(tokenizer, task, texts, risk(min(batch_size, len(fits)), world), draft_tokens)
-    grammar = Constraint(tokenizer, task, texts) if constrain else None
+    grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = generate(
@@ -144,13 +144,11 @@ def confidences(
 
 def new_tokens(tokenizer: Tokenizer, task: ner.Task, text: str, room: int, constrain: bool = False) -> int:
     """New tokens allowed for a sentence: enough for its answer even where every word is a mention, and under the
-    constraint even where a model spells it byte by byte."""
+    constraint even where a model spells the sentence byte by byte."""
     pairs = (task.tags(label) for label in task.labels)
-    if constrain:
-        longest = max(len("".join(pair).encode()) for pair in pairs)
-        return min(len(text.encode()) + 2 + longest * (len(text.split()) + 1), room)
     tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
-    return min(len(tokenizer.encode_continuation(" " + text)) + tags * (len(text.split()) + 1), room)
+    plain = len(text.encode()) + 2 if constrain else len(tokenizer.encode_continuation(" " + text))
+    return min(plain + tags * (len(text.split()) + 1), room)
 
 
 def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:

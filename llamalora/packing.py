@@ -97,15 +97,16 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device):
-        shape = (layers, rows, slots, heads, head_dim)
+        shape = (layers, rows, heads, slots, head_dim)  # as attention multiplies them, so that nothing is copied
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
         """Stores k, v (1, N, K, E) at the packing's rows and positions."""
-        place = (layer, packing.rows, packing.positions[0])
+        place = (layer, packing.rows, slice(None), packing.positions[0])
         self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
 
     def read(self, layer: int, packing: Packing) -> tuple[Tensor, Tensor]:
         """The keys and values (batch, S, K, E) up to the packing's furthest position."""
-        return self.keys[layer, :, : packing.extent], self.values[layer, :, : packing.extent]
+        keys, values = self.keys[layer, :, :, : packing.extent], self.values[layer, :, :, : packing.extent]
+        return keys.transpose(1, 2), values.transpose(1, 2)

@@ -66,7 +66,7 @@ def follow(constraint: Constraint, ids: list[int], index: int = 0) -> bool:
 
 @pytest.mark.parametrize("text", SOURCES)
 def test_everything_that_render_writes_is_allowed(text, tokenizer, task):
-    constraint, draw = Constraint(tokenizer, task, [text]), random.Random(0)
+    constraint, draw = Constraint(tokenizer, task, [text], [3000]), random.Random(0)
     singles = {s: token for token, s in enumerate(tokenizer.spellings) if s and len(s) == 1}
     for _ in range(20):
         written = ner.render(task, text, random_spans(task, text, draw))
@@ -93,7 +93,7 @@ def test_everything_that_render_writes_is_allowed(text, tokenizer, task):
     ],
 )
 def test_nothing_else_is_allowed(output, tokenizer):
-    constraint = Constraint(tokenizer, TASKS["all labels"], ["a fever and chills"])
+    constraint = Constraint(tokenizer, TASKS["all labels"], ["a fever and chills"], [99])
     legal = " a [Disease]fever[/Disease] and [Chemical]chills[/Chemical]"
     assert follow(constraint, tokenizer.encode_continuation(legal))
     assert not follow(constraint, tokenizer.encode_continuation(" " + output))
@@ -103,7 +103,7 @@ def test_a_vocabulary_that_cannot_spell_the_source_is_a_dead_end():
     class Lacking:
         eos_id, vocab_size, spellings = 0, 4, [None, b" ", b"a", b"b"]
 
-    constraint = Constraint(Lacking(), TASKS["one label"], [" abc"])
+    constraint = Constraint(Lacking(), TASKS["one label"], [" abc"], [20])
     decoding = generate(tiny_model(vocab_size=4), [[1]], 0, 20, grammar=constraint)
     assert len(decoding.outputs[0]) <= 4 and decoding.truncated == [True]
 
@@ -120,8 +120,9 @@ def model(tokenizer):
 def decode(model, tokenizer, task, batch_size=32, drafted=False):
     prompts = [tokenizer.encode(ner.prompt(task, text)) for text in SOURCES]
     drafter = SourceDrafter(tokenizer, task, SOURCES, risk=0.05) if drafted else None
-    grammar = Constraint(tokenizer, task, SOURCES)
-    return generate(model, prompts, tokenizer.eos_id, 3000, batch_size, drafter, grammar)
+    limits = [3 * len(text.encode()) + 40 for text in SOURCES]  # an untrained model would tag to no end
+    grammar = Constraint(tokenizer, task, SOURCES, limits)
+    return generate(model, prompts, tokenizer.eos_id, limits, batch_size, drafter, grammar)
 
 
 def test_an_untrained_model_writes_the_source_with_legal_tags(model, tokenizer, task):
@@ -146,7 +147,7 @@ def test_drafts_and_batches_change_nothing(model, tokenizer, task):
 
 def test_log_probabilities_are_those_among_the_allowed(model, tokenizer):
     task, text = TASKS["all labels"], SOURCES[0]
-    constraint = Constraint(tokenizer, task, [text])
+    constraint = Constraint(tokenizer, task, [text], [3000])
     prompt = tokenizer.encode(ner.prompt(task, text))
     decoding = generate(model, [prompt], tokenizer.eos_id, 3000, grammar=constraint)
     (output,), (log_probs,) = decoding.outputs, decoding.log_probs
@@ -165,7 +166,7 @@ def test_the_answers_are_exact_copies(model, tokenizer, task):
     with join_world() as world:
         answers, _ = answer(model, tokenizer, task, asked, world, quiet=True, constrain=True)
     for item in answers:
-        assert item.parsed.exact_copy or item.parsed.truncated
+        assert item.parsed.exact_copy and not item.parsed.truncated
         assert not item.parsed.not_in_source and item.confidence.keys() == set(item.parsed.spans)
 
 
@@ -174,7 +175,7 @@ def test_gold_answers_are_allowed_with_a_real_vocabulary(smollm2, bc5cdr):
     tokenizer, task = load_tokenizer(smollm2), TASKS["all labels"]
     documents = corpus.read(corpus.find_splits(bc5cdr)["dev"])[:60]
     first = [next(iter(corpus.sentences(document))) for document in documents]
-    constraint = Constraint(tokenizer, task, [sentence.text for sentence in first])
+    constraint = Constraint(tokenizer, task, [sentence.text for sentence in first], [2000] * len(first))
     for index, sentence in enumerate(first):
         gold = ner.render(task, sentence.text, sentence.spans)
         assert follow(constraint, tokenizer.encode_continuation(" " + gold), index)

@@ -81,6 +81,15 @@ def test_smollm2_generates_what_transformers_generates(smollm2):
     assert generate(load_model(smollm2, torch.float32), prompts, tokenizer.eos_id, 12).outputs == expected
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_log_probabilities_are_those_of_the_logits(batch_size, model, plain):
+    decoding = generate(model, PROMPTS, NEVER, NEW, batch_size, right(plain))
+    for prompt, output, log_probs in zip(PROMPTS, plain, decoding.log_probs, strict=True):
+        logits = model(torch.tensor([prompt + output]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(len(output)), output]
+        torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=1e-3, atol=1e-4)
+
+
 # ---- side by side ----
 
 
@@ -200,7 +209,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(drafter, batch_size, mod
 def test_a_right_draft_of_six_saves_six_of_seven_passes(model, plain):
     drafted = generate(model, PROMPTS[:1], NEVER, 21, drafter=right(plain))
     assert generate(model, PROMPTS[:1], NEVER, 21).forward_passes == 21
-    assert drafted.forward_passes == 3
+    assert drafted.forward_passes == drafted.row_passes == 3
 
 
 def test_a_draft_that_foresees_the_end(model, plain):

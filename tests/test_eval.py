@@ -1,15 +1,23 @@
 """eval.py, predict and score as their users run them, on runs of the built-in checkpoint."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import tiny_model
 
 import eval as evaluation
 import train
-from llamalora import corpus, evaluate, ner
+from llamalora import corpus, evaluate, ner, run
 from llamalora.__main__ import main as command
 from llamalora.cli import run_command
+from llamalora.constrain import Constraint
+from llamalora.decode import generate
+from llamalora.distributed import join_world
+from llamalora.systems import load_run
+from llamalora.tokenizer import load_tokenizer
 
 HOME = Path(train.__file__).parent
 SIZE = ["--limit-train", "40", "--epochs", "1", "--eval-limit", "2"]
@@ -75,6 +83,7 @@ def test_predict_writes_json_lines_and_pubtator(runs, tmp_path, capsys):
     for document in documents:
         for entity in document["entities"]:
             assert document["text"][entity["start"] : entity["end"]] == entity["text"]
+            assert 0 < entity["confidence"] <= 1
     gold = HOME / "data/sample/test.PubTator.txt"
     run_command(command, ["predict", "--run", str(runs / "all"), "--to", "pubtator", str(gold)])
     out = tmp_path / "out.PubTator"
@@ -97,6 +106,86 @@ def test_bad_input_is_refused(runs, capsys, flags, words):
         run_command(evaluation.main, [str(runs / "all") if flag == "RUN" else flag for flag in flags])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+# ---- confidence ----
+
+
+def uniform(vocab_size: int):
+    """A model that finds every token equally probable."""
+    model = tiny_model(vocab_size=vocab_size, max_position_embeddings=512)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def test_confidence_is_the_probability_of_the_tokens_of_the_mention(tiny_bytelevel):
+    tokenizer = load_tokenizer(tiny_bytelevel)
+    output = "é [Disease]fever[/Disease], [Chemical]mesna[/Chemical]"
+    ids = tokenizer.encode_continuation(" " + output)
+    log_probs = [-0.01 * (place + 1) for place in range(len(ids))]
+    task = ner.Task("tagging", ("Disease", "Chemical"), per_label=False)
+    parsed = ner.parse(task, "é fever, mesna", output)
+    assert [output[first:last] for first, last in parsed.written] == [
+        "[Disease]fever[/Disease]", "[Chemical]mesna[/Chemical]",
+    ]  # fmt: skip
+    texts = [tokenizer.spellings[token].decode(errors="replace") for token in ids]
+    opening, closing = (next(i for i, text in enumerate(texts) if mark in text) for mark in ("[", "],"))
+    by_hand = math.exp(sum(log_probs[opening : closing + 1]))
+    assert evaluate.confidences(tokenizer, ids, log_probs, parsed.written)[0] == pytest.approx(by_hand)
+
+
+def test_confidence_under_a_uniform_model_counts_its_choices(tiny_bytelevel):
+    """Under the constraint each token has probability 1 / (tokens allowed there)."""
+    tokenizer, task = load_tokenizer(tiny_bytelevel), ner.Task("tagging", ("Disease",), per_label=True)
+    model, sentence = uniform(tokenizer.vocab_size), corpus.Sentence("1", 0, "ab c", ())
+    prompt = tokenizer.encode(ner.prompt(task, sentence.text))
+    grammar = Constraint(tokenizer, task, [sentence.text], [60])
+    decoding = generate(model, [prompt], tokenizer.eos_id, 60, grammar=grammar)
+    state, expected = grammar.start(0), []
+    for token in decoding.outputs[0]:
+        moves = grammar.moves(state)
+        expected.append(-math.log(len(moves)))
+        state = moves[token]
+    assert decoding.log_probs[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("constrain", [False, True])
+def test_confidences_do_not_depend_on_batches_and_drafts(constrain, runs):
+    with join_world() as world:
+        system = load_run(runs / "all", "best", "fp32", world)
+        _, asked = evaluate.select(corpus.read(HOME / "data/sample/dev.PubTator.txt"), 12)
+        variants = [
+            evaluate.answer(
+                system.model, system.tokenizer, system.task, asked, world, batch, draft, True, constrain=constrain
+            )[0]
+            for batch, draft in ((1, 0), (5, 0), (12, 40))
+        ]
+    if constrain:  # untrained, it tags hardly anything by itself
+        assert sum(len(item.confidence) for item in variants[0]) > 3
+    for other in variants[1:]:
+        for ours, theirs in zip(other, variants[0], strict=True):
+            assert ours.output == theirs.output
+            assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-4)
+            assert all(0 < sure <= 1 for sure in ours.confidence.values())
+            assert ours.parsed.exact_copy or not constrain
+
+
+def test_answers_keep_their_confidences(runs, tmp_path, capsys):
+    run_eval(capsys, "--run", runs / "all", "--limit", 12, "--constrain", "--out", tmp_path)
+    result = evaluate.read_result(tmp_path, "dev")
+    assert result["health"]["exact_copy"] == 1 and result["health"]["truncated"] == 0
+    _, asked = evaluate.select(corpus.read(HOME / "data/sample/dev.PubTator.txt"), 12)
+    answers = evaluate.read_answers(tmp_path, "dev", run.read_task(runs / "all"), asked)
+    assert any(item.confidence for item in answers)
+    assert all(item.confidence.keys() == set(item.parsed.spans) for item in answers)
+
+
+def test_the_constraint_is_for_tagging(tmp_path, capsys):
+    flags = "--model weights/tiny --data data/sample --format extraction --constrain --limit 1"
+    with pytest.raises(SystemExit) as stop:
+        run_command(evaluation.main, flags.split())
+    assert stop.value.code == 2 and "--constrain is for tagging" in capsys.readouterr().err
 
 
 def gold_answers(documents, task, change=lambda output: output):
