@@ -16,6 +16,7 @@ from .distributed import World
 from .draft import SourceDrafter
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
+from .sharding import in_step
 from .tokenizer import Tokenizer
 
 DRAFT_TOKENS = 10
@@ -80,9 +81,9 @@ def answer(
     if task.format == "tagging" and draft_tokens:
         drafter = SourceDrafter(tokenizer, task, [mine[index].text for index in fits], draft_tokens)
     with tqdm(total=len(mine), desc="decoding", unit="sentence", disable=quiet or not world.is_main) as bar:
-        decoding = generate(
+        decoding = in_step(model, world, lambda: generate(
             model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, progress=bar.update
-        )
+        ))  # fmt: skip
     outputs = [("", False)] * len(mine)
     for index, ids, truncated in zip(fits, decoding.outputs, decoding.truncated, strict=True):
         outputs[index] = (tokenizer.decode(ids), truncated)

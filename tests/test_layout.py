@@ -14,10 +14,12 @@ LAYERS = [
     {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft"},
-    {"peft_format", "runstate", "training", "evaluate"},
+    {"peft_format", "runstate", "sharding"},
+    {"training", "evaluate"},
     {"adapter", "analysis", "memory"},
     {"cli"},
     {"run", "fetch", "report", "counts", "stats", "steplog"},
+    {"placement", "hardware"},
     {"loop", "systems", "predict", "inspect_adapter", "audit", "merging"},
     {"__main__", "__init__"},
 ]
