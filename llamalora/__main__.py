@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from . import audit, fetch, inspect_adapter, merging, predict, score, stats
+from . import audit, fetch, inspect_adapter, merging, predict, score, stats, tables
 from .cli import UsageError, run_command
 
 HELP = """usage: python -m llamalora COMMAND ...
@@ -15,6 +15,7 @@ commands:
   predict  annotate new text with a trained run
   score    score PubTator predictions against gold
   merge    base model and adapter as one Hugging Face folder
+  tables   the paper's tables again, ours beside the paper's
   inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
 
 Each command explains itself with --help. Training is train.py, evaluation eval.py."""
@@ -43,6 +44,7 @@ COMMANDS = {
     "score": score_command,
     "merge": merging.main,
     "inspect": inspect_adapter.main,
+    "tables": tables.main,
 }
 
 

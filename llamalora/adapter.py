@@ -28,8 +28,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, layer in layers.items():
-        key_a, key_b = factor_keys(name)
-        tensors[key_a], tensors[key_b] = layer.lora_A, layer.lora_B
+        tensors |= zip(factor_keys(name, layer.dora), layer.parts, strict=True)
     save_tensors(tensors, folder / WEIGHTS)
     config = _peft_config(model, base_model)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -50,7 +49,7 @@ def _peft_config(model: nn.Module, base_model: str) -> dict:
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": any(layer.rslora for layer in layers.values()),
-        "use_dora": False,
+        "use_dora": any(layer.dora for layer in layers.values()),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -83,7 +82,7 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
         adapter.check_base(name, model.get_submodule(name).weight)
     dropout = float(adapter.config.get("lora_dropout") or 0.0) if dropout is None else dropout
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
-    adapt(model, ranks, adapter.rslora, dropout)
+    adapt(model, ranks, adapter.rslora, dropout, dora=adapter.dora)
     _fill(model, adapter.layers)
     return model
 
@@ -91,6 +90,5 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
 @torch.no_grad()
 def _fill(model: nn.Module, layers: dict[str, Factors]) -> None:
     for name, layer in lora_layers(model).items():
-        A, B = layers[name].read()
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+        for part, tensor in zip(layer.parts, layers[name].read(), strict=True):
+            part.copy_(tensor)

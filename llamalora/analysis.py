@@ -117,8 +117,14 @@ def inspect(
         top, epsilon: of the intruder dimensions.
 
     Raises:
-        CheckpointError: a tensor that is missing, not finite or of a shape that does not fit.
+        CheckpointError: a tensor that is missing, not finite or of a shape that does not fit; a DoRA adapter.
     """
+    for one in (adapter, other):
+        if one is not None and one.dora:
+            raise CheckpointError(
+                f"{one.path}: a DoRA adapter; as it changes the length of every row of W0, its update is not of low "
+                "rank, and only such can be inspected"
+            )
     spectra = frozenset(spectra)
     files = None if model is None else tensor_files(model)
     if other is not None:

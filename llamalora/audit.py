@@ -9,7 +9,7 @@ from pathlib import Path
 from . import counts, hardware, memory, paper
 from .checkpoint import read_config
 from .cli import UsageError, aligned
-from .lora import KINDS, parse_targets
+from .lora import KINDS, METHODS, parse_targets
 from .model import LLAMA_2, Llama, LlamaConfig
 from .training import DTYPES
 
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
-    parser.add_argument("--method", default="lora", choices=("lora", "full"))
+    parser.add_argument("--method", default="lora", choices=METHODS)
+    parser.add_argument("--dora", action="store_true", help="updates with magnitudes")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
@@ -50,9 +51,10 @@ def main(argv: list[str]) -> None:
             targets = ",".join(parse_targets(arguments.targets))
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
-        model = counts.build(config, targets, arguments.rank, arguments.method)
+        model = counts.build(config, targets, arguments.rank, arguments.method, arguments.dora)
         result = {"model": arguments.model, "tied": config.tie_word_embeddings, "method": arguments.method}
-        result |= {"targets": targets, "rank": arguments.rank} if arguments.method == "lora" else {}
+        result |= {"targets": targets} if arguments.method != "full" else {}
+        result |= {"rank": arguments.rank, "dora": arguments.dora} if arguments.method == "lora" else {}
         result |= plan_memory(arguments, model) if arguments.memory else asdict(counts.audit(model))
         show = show_memory if arguments.memory else show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
@@ -97,7 +99,9 @@ def parse_capacity(text: str) -> int:
 def _setup(result: dict) -> str:
     if result["method"] == "full":
         return f"{result['model']}, all parameters"
-    return f"{result['model']}, LoRA of rank {result['rank']} on {result['targets']}"
+    if result["method"] == "partial":
+        return f"{result['model']}, the weights of {result['targets']}"
+    return f"{result['model']}, {'DoRA' if result['dora'] else 'LoRA'} of rank {result['rank']} on {result['targets']}"
 
 
 def _size(count: int) -> str:

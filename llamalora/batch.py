@@ -67,7 +67,8 @@ def encode_all(
 
 
 def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """The optimizer steps of an epoch: example indices, shuffled, each step up to `batch_tokens` tokens.
+    """The optimizer steps of an epoch: example indices, shuffled, each step up to `batch_tokens` tokens (or
+    that many examples, where each is given the length 1).
 
     It depends on nothing else, so every process and every resumed run sees the same order.
     """

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .distributed import is_sharded, whole
-from .lora import lora_layers
+from .lora import PARTS, lora_layers
 from .model import ConfigError, Llama, LlamaConfig
 from .stream import write_tensors
 
@@ -198,9 +198,7 @@ def save_model(model: Llama, folder: str | Path, shard_bytes: int = SHARD_BYTES)
     config = model.config.to_dict() | {"tie_word_embeddings": tied}
     config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {
-        name: tensor.detach() for name, tensor in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))
-    }
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if not name.endswith(PARTS)}
     _save_shards(tensors, folder, shard_bytes)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 
 from .batch import OverlongError
@@ -24,9 +24,12 @@ def option(default, help: str, choices: tuple | None = None, bare=None):
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One `--flag` for each field of a dataclass; `None` defaults say in their help what they stand for."""
+def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] | None = None) -> None:
+    """One `--flag` for each field of a dataclass, or for those named; `None` defaults say in their help what they
+    stand for."""
     for item in fields(cls):
+        if names is not None and item.name not in names:
+            continue
         flag = "--" + item.name.replace("_", "-")
         default, help = item.default, item.metadata["help"]
         assert default is not MISSING
@@ -52,12 +55,15 @@ def from_flags(cls: type, arguments: argparse.Namespace):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command; bad input ends it with one message and exit code 2."""
+    """Runs a command; bad input ends it with one message and exit code 2, Ctrl-C with 130."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BAD_INPUT as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(128 + signal.SIGINT)
 
 
 def aligned(rows: list[list[str]], sides: str = "l") -> str:

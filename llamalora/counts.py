@@ -8,7 +8,7 @@ import torch
 from . import paper
 from .checkpoint import skeleton
 from .cli import UsageError
-from .lora import KINDS, count_parameters, inject_lora, kind_of, lora_layers, trainable_parameters
+from .lora import KINDS, count_parameters, inject_lora, kind_of, lora_layers, train_weights, trainable_parameters
 from .model import LLAMA_2, Llama, LlamaConfig
 from .peft_format import factor_keys
 from .stream import file_bytes
@@ -43,7 +43,7 @@ class Audit:
         percent: trainable of base.
         kinds: by kind of layer.
         adapter_bytes: size of `adapter_model.safetensors`; of full fine-tuning None.
-        model_bytes: tensors of the model that full fine-tuning saves, in fp32; of LoRA None.
+        model_bytes: tensors of the model that full and partial fine-tuning save, in fp32; of LoRA None.
         state_bytes: size of a checkpoint's `tensors.safetensors`: parameters, two moments, step counts.
     """
 
@@ -56,7 +56,7 @@ class Audit:
     state_bytes: int
 
 
-def build(config: LlamaConfig, targets: str, rank: int, method: str) -> Llama:
+def build(config: LlamaConfig, targets: str, rank: int, method: str, dora: bool = False) -> Llama:
     """The model as training has it, on the meta device.
 
     Raises:
@@ -66,14 +66,14 @@ def build(config: LlamaConfig, targets: str, rank: int, method: str) -> Llama:
     if method == "full":
         return model.requires_grad_(True)
     try:
-        inject_lora(model, targets, rank)
+        inject_lora(model, targets, rank, dora=dora) if method == "lora" else train_weights(model, targets)
     except ValueError as error:
         raise UsageError(f"--targets {targets} --rank {rank}: {error}") from None
     return model
 
 
 def audit(model: Llama) -> Audit:
-    """Counts a model that has its LoRA layers, or whose parameters all learn."""
+    """Counts a model that has its LoRA layers, or of which some or all weights learn."""
     counts, trainable = count_parameters(model), trainable_parameters(model)
     of_layer: dict[str, int] = {}
     for name, parameter in trainable.items():
@@ -94,7 +94,7 @@ def audit(model: Llama) -> Audit:
     }
     adapter = {}
     for name, layer in lora_layers(model).items():
-        adapter |= zip(factor_keys(name), (layer.lora_A.shape, layer.lora_B.shape), strict=True)
+        adapter |= zip(factor_keys(name, layer.dora), (part.shape for part in layer.parts), strict=True)
     state = {}
     for name, parameter in trainable.items():
         state |= {f"{part}.{name}": parameter.shape for part in ("parameter", "exp_avg", "exp_avg_sq")}

@@ -18,14 +18,15 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    quiet: bool = False
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def say(self, *words) -> None:
-        """Prints once for all processes."""
-        if self.is_main:
+        """Prints once for all processes, unless quiet."""
+        if self.is_main and not self.quiet:
             print(*words, flush=True)
 
     def barrier(self) -> None:

@@ -80,7 +80,8 @@ def answer(
     drafter = None
     if task.format == "tagging" and draft_tokens:
         drafter = SourceDrafter(tokenizer, task, [mine[index].text for index in fits], draft_tokens)
-    with tqdm(total=len(mine), desc="decoding", unit="sentence", disable=quiet or not world.is_main) as bar:
+    hidden = quiet or world.quiet or not world.is_main
+    with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = in_step(model, world, lambda: generate(
             model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, progress=bar.update
         ))  # fmt: skip
@@ -227,9 +228,13 @@ def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
         state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
         lines.append(json.dumps(place | state, ensure_ascii=False) + "\n")
     _replace(folder / f"answers-{result['split']}.jsonl", "".join(lines))
-    # a list of numbers, like the counts of a document, stays on one line
-    text = re.sub(r"\[[\d\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
-    return _replace(folder / f"eval-{result['split']}.json", text + "\n")
+    return write_json(result, folder / f"eval-{result['split']}.json")
+
+
+def write_json(result: dict, path: Path) -> Path:
+    """Indented, but each list of numbers, like the counts of a document, on one line."""
+    lines = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
+    return _replace(path, lines + "\n")
 
 
 def _replace(path: Path, text: str) -> Path:

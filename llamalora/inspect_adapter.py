@@ -86,14 +86,15 @@ def adapter_folder(given: str) -> Path:
     """The adapter folder itself, or the best adapter of a run.
 
     Raises:
-        UsageError: a run that trained the whole model.
+        UsageError: a run that trained without LoRA.
         CheckpointError: a run that has saved nothing yet.
     """
     folder = Path(given)
     if (folder / CONFIG).is_file() or not (folder / run.CONFIG).is_file():
         return folder
-    if run.read_settings(folder).method == "full":
-        raise UsageError(f"{folder}: the run trained the whole model (--method full), so it has no adapter")
+    method = run.read_settings(folder).method
+    if method != "lora":
+        raise UsageError(f"{folder}: the run trained the model's own weights (--method {method}), so it has no adapter")
     if not (folder / "best").is_dir():
         raise CheckpointError(f"{folder / 'best'}: the run has saved no such model yet")
     return folder / "best"

@@ -47,25 +47,28 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     if not examples:
         raise UsageError(f"--data {settings.data}: the training split holds no sentence that can be learnt from")
     lengths = [len(example) for example in examples]
+    sizes, batch = lengths, settings.batch_tokens
+    if settings.batch_sentences:
+        sizes, batch = [1] * len(examples), settings.batch_sentences
     if settings.epochs is None:
-        per_epoch = len(plan_epoch(lengths, settings.batch_tokens, settings.seed, 0))
+        per_epoch = len(plan_epoch(sizes, batch, settings.seed, 0))
         settings = replace(settings, epochs=max(3, math.ceil(FEWEST_STEPS / per_epoch)))
     plan = [
-        (epoch, step)
-        for epoch in range(settings.epochs)
-        for step in plan_epoch(lengths, settings.batch_tokens, settings.seed, epoch)
+        (epoch, step) for epoch in range(settings.epochs) for step in plan_epoch(sizes, batch, settings.seed, epoch)
     ]
 
     placement = place(settings, config, lengths, world)
     with explained(placement.plan, world.device):
         model = run.build_model(settings, world, placement.parallel)
     if not resume:
-        run.start_folder(folder, run.describe(settings, task, config), world)
+        run.start_folder(folder, run.describe(settings, task, model), world)
     lock = run.lock(folder) if world.is_main else None  # noqa: F841  (held until the end)
     announce(world, resolved, settings, placement, task, model, splits, examples, skipped, len(plan))
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
 
-    optimizer = Optimizer(model, settings.precision, world.device, settings.weight_decay, settings.clip)
+    optimizer = Optimizer(
+        model, settings.precision, world.device, settings.weight_decay, settings.clip, settings.loraplus
+    )
     progress = Progress()
     if resume:
         progress = load_progress(folder, optimizer, world)
@@ -147,7 +150,14 @@ def announce(world, resolved, settings, placement, task, model, splits, examples
     on = f"{world.size} x {world.device.type}"
     if world.device.type == "cuda":
         on += f", {attention_kernel(model.config, DTYPES[settings.precision], world.device)}"
-    trained = "every parameter" if settings.method == "full" else f"LoRA on {settings.targets}, rank {settings.rank}"
+    trained = {
+        "lora": f"{'DoRA' if settings.dora else 'LoRA'} on {settings.targets}, rank {settings.rank}",
+        "partial": f"the weights of {settings.targets}",
+        "full": "every parameter",
+    }[settings.method]
+    if settings.method == "partial" and model.lm_head.weight is model.model.embed_tokens.weight:
+        trained += " (embed and head are one matrix)"
+    step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
     world.say(
         f"model      {settings.model} ({resolved.why['model']}), {counts['base']:,} parameters\n"
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
@@ -159,7 +169,7 @@ def announce(world, resolved, settings, placement, task, model, splits, examples
         + (" (one-label format)" if task.per_label else "")
         + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {on}\n"
         f"parallel   {placement}\n"
-        f"schedule   {settings.epochs} epochs, {steps} steps of up to {settings.batch_tokens} tokens, "
+        f"schedule   {settings.epochs} epochs, {steps} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
     )

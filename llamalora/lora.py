@@ -1,4 +1,5 @@
-"""Low-rank adaptation: W0 + scale * B A, injected into a model that never mentions it (Hu et al. 2022).
+"""Low-rank adaptation: W0 + scale * B A, injected into a model that never mentions it (Hu et al. 2022); with DoRA
+its rows are brought to a length that is learnt, m.
 
 Dimensions: N tokens, I input features, O output features, R rank, V vocabulary, D hidden.
 A is (R, I) and B is (O, R), both fp32, whatever the dtype of the frozen W0 (O, I), which keeps its own
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dora import Stretch, initial_magnitude, normalise_, row_norms
+
 # the nine kinds of layer of the paper's section 3.4, in its order
 KINDS = {
     "q": "q_proj",
@@ -26,6 +29,11 @@ KINDS = {
     "head": "lm_head",
 }
 _KIND_OF = {module: kind for kind, module in KINDS.items()}
+
+# what learns: updates of the target layers, these layers' own weights, or every parameter
+METHODS = ("lora", "partial", "full")
+
+PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
 
 
 def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -85,14 +93,17 @@ class _LinearWithDelta(torch.autograd.Function):
 
 
 class _LoRA:
-    """What both adapted layers share: the two factors, merging and its exact undoing."""
+    """What both adapted layers share: the factors, merging and its exact undoing."""
 
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    delta: Callable[[], Tensor]  # scale * B A in fp32, in the shape of the weight
+    lora_magnitude: nn.Parameter | None  # (O,), with DoRA
+    turn: Callable[[Tensor], Tensor]  # a matrix (O, I) to the shape of the weight, and back
 
-    def _init_lora(self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool):
+    def _init_lora(
+        self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool, dora: bool
+    ):
         rank = A[0]
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scale = lora_scale(alpha, rank, rslora)
@@ -100,6 +111,7 @@ class _LoRA:
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(A, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
+        self.lora_magnitude = nn.Parameter(initial_magnitude(self.turn(base.weight))) if dora else None
         self._original: nn.Parameter | None = None
         self.training = base.training
 
@@ -107,13 +119,42 @@ class _LoRA:
     def merged(self) -> bool:
         return self._original is not None
 
+    @property
+    def dora(self) -> bool:
+        return self.lora_magnitude is not None
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """A, B and, with DoRA, m."""
+        return [self.lora_A, self.lora_B, *([self.lora_magnitude] if self.dora else [])]
+
+    def delta(self) -> Tensor:
+        """scale * B A in fp32, in the shape of the weight."""
+        return self.turn(self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+    @torch.no_grad()
+    def applied(self, weight: Tensor) -> Tensor:
+        """W0 with the update, in fp32."""
+        updated = weight.float() + self.delta()
+        if self.dora:
+            normalise_(self.turn(updated), self.lora_magnitude)
+        return updated
+
+    def _stretch(self, y: Tensor) -> Tensor:
+        """With DoRA, (W0 + scale * B A) x (..., O) becomes the output of the layer."""
+        return Stretch.apply(y, self._gain()) if self.dora else y
+
+    def _gain(self) -> Tensor:
+        """m / ||W0 + scale * B A||, (O,)."""
+        return self.lora_magnitude / row_norms(self.turn(self.weight), self.lora_A, self.lora_B, self.scale)
+
     @torch.no_grad()
     def merge(self, offload: bool = False) -> None:
-        """W0 + scale * B A takes W0's place; W0 is kept, on the host if `offload`."""
+        """W0 with the update takes W0's place; W0 is kept, on the host if `offload`."""
         if self.merged:
             return
         original, device = self.weight, self.lora_A.device
-        merged = (original.to(device).float() + self.delta()).to(original.dtype)
+        merged = self.applied(original.to(device)).to(original.dtype)
         if offload:
             original.data = original.data.cpu()
         # past nn.Module, for which it would become a parameter of the model, counted and saved
@@ -134,10 +175,16 @@ class LoRALinear(_LoRA, nn.Linear):
     A starts as nn.Linear's own initialisation and B as zeros, so the update starts as zero.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, generator=None):
+    @staticmethod
+    def turn(matrix: Tensor) -> Tensor:
+        return matrix
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, generator=None, dora: bool = False
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
-        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora)
+        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora, dora)
         self.dropout = dropout
         if not self.lora_A.is_meta:
             bound = 1 / math.sqrt(self.in_features)
@@ -149,13 +196,16 @@ class LoRALinear(_LoRA, nn.Linear):
             return F.linear(x, self.weight)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if self.dropout and self.training:
-            inner = F.linear(F.dropout(x, self.dropout).to(dtype), self.lora_A.to(dtype)) * self.scale
-            return F.linear(x, self.weight) + F.linear(inner, self.lora_B.to(dtype))
-        return _LinearWithDelta.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, dtype)
-
-    def delta(self) -> Tensor:
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+        if not (self.dropout and self.training):
+            y = _LinearWithDelta.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, dtype)
+            return self._stretch(y)
+        dropped = F.dropout(x, self.dropout).to(dtype)
+        inner = F.linear(dropped, self.lora_A.to(dtype)) * self.scale
+        update = F.linear(inner, self.lora_B.to(dtype))
+        if self.dora:  # as in PEFT: what stretching adds to W0 x is computed from the dropped input, too
+            c = self._gain()
+            update = (c * update + (c - 1) * F.linear(dropped, self.weight)).to(dtype)
+        return F.linear(x, self.weight) + update
 
 
 class LoRAEmbedding(_LoRA, nn.Embedding):
@@ -166,12 +216,25 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
     suits the other layers would drown them.
     """
 
-    def __init__(self, base: nn.Embedding, rank: int, alpha: float, rslora: bool, dropout: float, generator=None):
+    @staticmethod
+    def turn(matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def __init__(
+        self,
+        base: nn.Embedding,
+        rank: int,
+        alpha: float,
+        rslora: bool,
+        dropout: float,
+        generator=None,
+        dora: bool = False,
+    ):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False  # for nn.Embedding's repr
-        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora)
+        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora, dora)
         if not self.lora_B.is_meta:
             with torch.no_grad():
                 draw = torch.empty(self.lora_B.shape).normal_(generator=generator)
@@ -182,10 +245,7 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
         if self.merged:
             return rows
         inner = F.embedding(ids, self.lora_A.T) * self.scale  # (..., R)
-        return rows + F.linear(inner, self.lora_B).to(rows.dtype)
-
-    def delta(self) -> Tensor:
-        return (self.lora_B.float() @ self.lora_A.float()).T * self.scale
+        return self._stretch(rows + F.linear(inner, self.lora_B).to(rows.dtype))
 
 
 def inject_lora(
@@ -196,6 +256,7 @@ def inject_lora(
     rslora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
+    dora: bool = False,
 ) -> nn.Module:
     """Freezes the model and puts a low-rank update on every layer of the target kinds, in place.
 
@@ -206,17 +267,40 @@ def inject_lora(
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
         dropout: on the input of A, in training mode; not on the embedding.
         seed: of the initial values, the same on every process and device.
+        dora: learn the length of the weight's rows apart from their direction (Liu et al. 2024); O (of the
+            embedding D) more parameters a layer.
 
     Raises:
         ValueError: an unknown target, a target that matches no layer, or what `adapt` refuses.
     """
+    names = _layers_of(model, targets)
+    adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed, dora)
+    return model
+
+
+def train_weights(model: nn.Module, targets: str | Sequence[str]) -> nn.Module:
+    """Freezes the model but for the weights of the target kinds: what full fine-tuning of just these layers trains.
+
+    Where embedding and head are one matrix, either target trains it, in both of its places.
+
+    Raises:
+        ValueError: an unknown target, or one that matches no layer.
+    """
+    names = _layers_of(model, targets)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_submodule(name).weight.requires_grad_(True)
+    return model
+
+
+def _layers_of(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Module names of the layers of the target kinds."""
     kinds = parse_targets(targets)
     names = [name for name, _ in model.named_modules() if kind_of(name) in kinds]
     absent = [kind for kind in kinds if kind not in map(kind_of, names)]
     if absent:
         raise ValueError(f"no layer of the model is of kind {', '.join(absent)}")
-    adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed)
-    return model
+    return names
 
 
 def adapt(
@@ -225,6 +309,7 @@ def adapt(
     rslora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
+    dora: bool = False,
 ) -> None:
     """`inject_lora` layer by layer: module name -> its rank and alpha.
 
@@ -247,7 +332,7 @@ def adapt(
             too_wide.append(name)
         cls = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, cls(base, rank, alpha, rslora, dropout, generator))
+        setattr(model.get_submodule(parent), child, cls(base, rank, alpha, rslora, dropout, generator, dora))
     if too_wide:
         shown = ", ".join(too_wide[:4]) + (f" and {len(too_wide) - 4} more" if len(too_wide) > 4 else "")
         warnings.warn(f"the rank exceeds the smaller dimension of {shown}: it adds nothing there", stacklevel=2)
@@ -259,7 +344,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
+    """Applies every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
 
     Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
     then have a matrix each.
@@ -287,6 +372,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of values: `trainable`, and `base`, the model without its updates (a tied matrix once)."""
     names = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    lora = sum(count for name, count in names.items() if name.endswith((".lora_A", ".lora_B")))
+    lora = sum(count for name, count in names.items() if name.endswith(PARTS))
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return {"trainable": trainable, "base": sum(names.values()) - lora}

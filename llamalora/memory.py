@@ -81,7 +81,7 @@ def plan(
     """The memory of a training step on each of `gpus` GPUs.
 
     Args:
-        model: with its LoRA layers, or with all parameters trainable; the meta device will do.
+        model: with its LoRA layers, or with some or all of its own weights trainable; the meta device will do.
         parallel: `ddp` or `fsdp`.
         capacity: bytes that a GPU reports (`torch.cuda.get_device_properties(0).total_memory`).
         precision: of the products: `fp32`, `fp16` or `bf16`.
@@ -129,15 +129,16 @@ def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
 
 
 def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
-    """Bytes by item of what lives from step to step: frozen weights in the products' dtype, all that is
-    trained in fp32, with its gradient, two moments and a step count."""
+    """Bytes by item of what lives from step to step: the base model, in the products' dtype under LoRA and else in
+    fp32; all that is trained in fp32, with its gradient, two moments and a step count."""
     trainable = trainable_parameters(model)
     learning = sum(parameter.numel() for parameter in trainable.values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - learning
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lora = learning if lora_layers(model) else 0
     share = gpus if sharded else 1
     return {
-        "base": (frozen * width or learning * 4) // share,
-        "LoRA": learning * 4 // share if frozen else 0,
+        "base": ((total - lora) * width if lora else total * 4) // share,
+        "LoRA": lora * 4 // share,
         "gradients": learning * 4 // share,
         "optimizer": (learning * 8 + len(trainable) * 4) // share,
         # DDP has no buckets here: World.sum_gradients works in place
@@ -168,6 +169,10 @@ def _size(module: nn.Module, learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
 
 
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch through `training.backward`: what it holds beside parameters and their gradients.
@@ -175,8 +180,8 @@ class Step:
     Attributes:
         packing: of the micro-batch.
         recompute: activation checkpointing of every k-th block; 0: of none.
-        sharded: under FSDP all parameters compute in the products' dtype; else, in full fine-tuning, they
-            are fp32, and so is the residual stream, and autocast converts at every product.
+        sharded: under FSDP all parameters compute in the products' dtype; else, without LoRA, they are
+            fp32, and so is the residual stream, and autocast converts at every product.
     """
 
     model: Llama
@@ -195,13 +200,8 @@ class Step:
         return DTYPES[self.precision].itemsize
 
     @cached_property
-    def full(self) -> bool:
-        """Every parameter learns."""
-        return not lora_layers(self.model)
-
-    @property
     def converts(self) -> bool:
-        return self.full and not self.sharded and self.width < 4
+        return not (lora_layers(self.model) or self.sharded or self.width == 4)
 
     @property
     def stream(self) -> int:
@@ -220,13 +220,14 @@ class Step:
         """The most that the output head holds beside the activations, if every token is supervised.
 
         Of each chunk the logits, in fp32 their copy and the gradient, or the gradient before and after
-        scaling, and the gradient in the products' dtype; hidden states and their gradient; the gradient of
-        the head.
+        scaling, and the gradient in the products' dtype, under DoRA that before m / norm as well; hidden states
+        and their gradient; the gradient of the head.
         """
         config = self.model.config
         chunk = max(1, min(self.tokens, LOGITS_AT_ONCE // config.vocab_size)) * config.vocab_size
-        most = max({4: 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
-                   8 * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        dora = getattr(self.model.lm_head, "dora", False)
+        most = max({4: 12 if dora else 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
+                   (8 + dora * self.width) * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
         return most + 2 * self.width * config.hidden_size * self.tokens + (self._converted if self.recompute else 0)
 
     @property
@@ -252,8 +253,8 @@ class Step:
 
     @property
     def _converted(self) -> int:
-        """Copies of the parameters that autocast keeps."""
-        return self.width * _size(self.model) if self.converts else 0
+        """Half-precision copies: autocast keeps those of what learns, the backward pass those of frozen weights."""
+        return self.width * _size(self.model, learning=self.recompute) if self.converts else 0
 
     def _copies(self, *parameters: nn.Parameter) -> int:
         """Of fp32 parameters, for the products."""
@@ -275,7 +276,9 @@ class Step:
         if embedding is not None:
             found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
             found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
-        reached = self.full or embedding is not None  # does the block's input depend on anything that learns?
+            if embedding.dora:  # the stretched rows are kept as the input of the first block
+                found["model.embed_tokens", "m / norm, and the norm"] = 8 * config.hidden_size
+        reached = _learns(self.model.model.embed_tokens)  # does the block's input depend on anything that learns?
         for number in range(config.num_hidden_layers):
             name = f"model.layers.{number}"
             block, reached = self._block(name, reached)
@@ -301,6 +304,8 @@ class Step:
             found[attention, "q"] = width * heads * (tokens + padded)
             for tensor in ("k", "v"):
                 row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
+                if (f"{attention}.v_proj", "output") in found and tensor == "v":
+                    row = 0
                 found[attention, tensor] = width * (keys * row + heads * copy)
             found[attention, "output"] = width * heads * slots
             found[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
@@ -309,29 +314,37 @@ class Step:
             found |= self._norm(f"{name}.post_attention_layernorm")
         if self._linear(found, mlp, ("gate", "up"), config.hidden_size) or reached:
             reached = True
-            found[mlp, "gate"] = found[mlp, "up"] = width * config.intermediate_size * tokens
+            for tensor in ("gate", "up"):
+                if (f"{mlp}.{tensor}_proj", "output") not in found:
+                    found[mlp, tensor] = width * config.intermediate_size * tokens
         return found, self._linear(found, mlp, ("down",), config.intermediate_size) or reached
 
     def _norm(self, name: str) -> Saved:
         size = self.stream * self.model.config.hidden_size * self.tokens
         found = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
-        return found | ({(name, "normalised input"): size} if self.full else {})
+        return found | ({(name, "normalised input"): size} if _learns(self.model.get_submodule(name)) else {})
 
     def _linear(self, found: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
         """Adds what layers save that have one input between them; returns whether any of them learns."""
         names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
         layers = {name: self.model.get_submodule(name) for name in names}
-        learning = [name for name in names if self.full or isinstance(layers[name], LoRALinear)]
-        dropping = [name for name in learning if not self.full and layers[name].dropout]
+        learning = [name for name in names if _learns(layers[name])]
+        adapted = [name for name in learning if isinstance(layers[name], LoRALinear)]
+        dropping = [name for name in adapted if layers[name].dropout]
         inputs = len(learning) - len(dropping)
         if inputs:
             found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
-        for name in learning:
-            if not self.full:
-                found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
+        for name in adapted:
+            found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
         for name in dropping:
             found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
             found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)
+        for name in adapted:
+            if layers[name].dora:
+                output = self.width * layers[name].out_features * self.tokens
+                kept = {"W0 x and B A x after dropout": 2 * output} if name in dropping else {"output": output}
+                found |= {(name, tensor): size for tensor, size in kept.items()}
+                found[name, "m / norm, and the norm"] = 8 * layers[name].out_features
         return bool(learning)
 
 

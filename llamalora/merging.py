@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import run
 from .checkpoint import CheckpointError, load_model, read_json, read_tensor, skeleton, tensor_files
 from .cli import UsageError, aligned
-from .lora import KINDS, adapt, kind_of
+from .lora import KINDS, PARTS, adapt, kind_of
 from .model import Llama
 from .peft_format import Adapter, read_adapter
 from .stream import streamed, write_tensors
@@ -60,7 +60,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The folders of adapter and base model.
 
     Raises:
-        UsageError: no base model, or a run of full fine-tuning.
+        UsageError: no base model, or a run that trained without LoRA.
         CheckpointError: no such run, or one without an adapter yet.
     """
     if arguments.run is None:
@@ -71,8 +71,9 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
     settings = run.read_settings(folder)
-    if settings.method == "full":
-        raise UsageError(f"--run {folder}: it trained every parameter; {folder / 'best'} is a whole model already")
+    if settings.method != "lora":
+        raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
+                         "model already")  # fmt: skip
     return folder / "best", Path(arguments.model or settings.model)
 
 
@@ -103,7 +104,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE
     untied = tied and any(kind_of(name) in ("embed", "head") for name in adapter.layers)
     files = tensor_files(base)
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
-    adapt(model, ranks, adapter.rslora)
+    adapt(model, ranks, adapter.rslora, dora=adapter.dora)
     kinds = _Kinds()
     with _written_beside(out) as folder:
         _write_merged(model, adapter, files, folder, untied, kinds)
@@ -158,7 +159,7 @@ def _write_merged(
 ) -> None:
     """The safetensors files, named and cut as the base model's. What it stores beside its parameters (rotary
     frequencies, a second copy of a tied matrix) is left out."""
-    weights = {name: tensor for name, tensor in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))}
+    weights = {name: tensor for name, tensor in model.named_parameters() if not name.endswith(PARTS)}
     if untied:
         weights[HEAD] = weights[EMBEDDING]
     sources = {name: (files.get(name, files[EMBEDDING]), name if name in files else EMBEDDING) for name in weights}
@@ -175,7 +176,7 @@ def _write_merged(
         if layer not in adapter.layers:
             return weight
         adapter.check_base(layer, weight)
-        return kinds.merge(model.get_submodule(layer), layer, weight, *adapter.layers[layer].read())
+        return kinds.merge(model.get_submodule(layer), layer, weight, adapter.layers[layer].read())
 
     with progress:
         for file, entries in shards.items():
@@ -194,17 +195,17 @@ class _Kinds:
         self.layers: dict[str, int] = defaultdict(int)
 
     @torch.no_grad()
-    def merge(self, layer: nn.Module, name: str, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """weight + scale B A, as `_LoRA.merge` computes it."""
-        layer.lora_A, layer.lora_B = nn.Parameter(A.float()), nn.Parameter(B.float())
-        delta = layer.delta()
-        exact = weight.float() + delta
+    def merge(self, layer: nn.Module, name: str, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The weight with the update, as `_LoRA.merge` computes it."""
+        for part, tensor in zip(PARTS, parts, strict=False):
+            setattr(layer, part, nn.Parameter(tensor.float()))
+        exact = layer.applied(weight)
         rounded = exact.to(weight.dtype)
-        squares = [_square(weight), _square(delta), _square(exact, rounded)]
+        squares = [_square(weight), _square(exact, weight), _square(exact, rounded)]
         self.sums[kind_of(name)] += torch.tensor(squares, dtype=torch.float64)
         self.layers[kind_of(name)] += 1
-        for factor in ("lora_A", "lora_B"):
-            setattr(layer, factor, nn.Parameter(getattr(layer, factor).to("meta")))
+        for part, tensor in zip(PARTS, parts, strict=False):
+            setattr(layer, part, nn.Parameter(tensor.to("meta")))
         return rounded
 
     def report(self) -> dict[str, dict]:
@@ -247,7 +248,7 @@ def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Pat
     """Logits of the model with its update apart and of the merged one."""
     keys = {}
     for name, layer in adapter.layers.items():
-        keys |= zip((f"{name}.lora_A", f"{name}.lora_B"), layer.keys, strict=True)
+        keys |= zip((f"{name}.{part}" for part in PARTS), layer.keys, strict=False)
 
     def apart(name: str) -> Tensor:
         if name in keys:

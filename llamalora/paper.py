@@ -44,6 +44,7 @@ TABLE5 = {"Disease": (4182, 4244, 4424), "Chemical": (5203, 5347, 5385)}
 
 # answers to this input: (format, labels) -> answer
 TABLE6_INPUT = "Mesna significantly reduces IFO 's genotoxicity"
+TABLE6_MENTIONS = {"Mesna": "Chemical", "IFO": "Chemical", "genotoxicity": "Disease"}
 TABLE6 = {
     ("tagging", "Disease"): "Mesna significantly reduces IFO 's @@genotoxicity##",
     ("tagging", "Chemical"): "@@Mesna## significantly reduces @@IFO## 's genotoxicity",

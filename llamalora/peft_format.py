@@ -1,7 +1,7 @@
 """What a folder in PEFT's adapter format holds: found and checked before a tensor is read, with or without a model.
 
 Dimensions: R rank; A is (R, wide) and B is (tall, R), so a linear layer's weight is (tall, wide), and an
-embedding's (wide, tall).
+embedding's (wide, tall). DoRA's magnitude is (tall,).
 """
 
 import re
@@ -19,10 +19,9 @@ from .model import LlamaConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|(base_layer\.)?weight)$")
+_SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)$")
 # fields of LoraConfig that change what the tensors mean, and that must be unset to be read here
 _UNSUPPORTED = (
-    "use_dora",
     "use_qalora",
     "modules_to_save",
     "fan_in_fan_out",
@@ -37,26 +36,27 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class Factors:
-    """Where an adapter file holds the A (R, wide) and B (tall, R) of one layer."""
+    """Where an adapter file holds the A (R, wide) and B (tall, R) of one layer, and with DoRA its magnitude (tall,)."""
 
     name: str
     path: Path
     rank: int
     wide: int
     tall: int
+    dora: bool
 
     @property
-    def keys(self) -> tuple[str, str]:
-        """Of A and B in the file."""
-        return factor_keys(self.name)
+    def keys(self) -> tuple[str, ...]:
+        """Of A, B and, with DoRA, the magnitude in the file."""
+        return factor_keys(self.name, self.dora)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight that the update belongs to: (O, I) of a linear layer, (V, D) of the embedding."""
         return (self.wide, self.tall) if kind_of(self.name) == "embed" else (self.tall, self.wide)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype of the file.
+    def read(self) -> tuple[Tensor, ...]:
+        """A, B and, with DoRA, the magnitude, in the dtype of the file.
 
         Raises:
             CheckpointError: a value that is not finite.
@@ -91,6 +91,10 @@ class Adapter:
     def rslora(self) -> bool:
         return bool(self.config.get("use_rslora"))
 
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
     def scale(self, name: str) -> float:
         """What B A of this layer is multiplied by."""
         return lora_scale(self.alphas[name], self.layers[name].rank, self.rslora)
@@ -107,16 +111,17 @@ class Adapter:
                 raise CheckpointError(f"{self.path}: {self.base[name]} is not the base model's {name}.weight")
 
 
-def factor_keys(name: str) -> tuple[str, str]:
-    """The file's keys of A and B for the layer of this module name."""
+def factor_keys(name: str, dora: bool = False) -> tuple[str, ...]:
+    """The file's keys of A, B and, with DoRA, the magnitude for the layer of this module name."""
     pattern = "lora_embedding_{}" if kind_of(name) == "embed" else "lora_{}.weight"
-    return tuple(f"{_PREFIX}{name}.{pattern.format(factor)}" for factor in "AB")
+    parts = [pattern.format(factor) for factor in "AB"] + (["lora_magnitude_vector"] if dora else [])
+    return tuple(f"{_PREFIX}{name}.{part}" for part in parts)
 
 
 def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     """What an adapter folder holds.
 
-    Which layers, and their ranks, follow from the tensors in the file; alpha and rsLoRA from the
+    Which layers, and their ranks, follow from the tensors in the file; alpha, rsLoRA and DoRA from the
     configuration, which must agree with the file.
 
     Args:
@@ -124,7 +129,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
             without it any Llama's will do.
 
     Raises:
-        CheckpointError: no such folder, an adapter of another kind (DoRA, modules_to_save, ...), or
+        CheckpointError: no such folder, an adapter of another kind (QALoRA, modules_to_save, ...), or
             tensors that are missing, unexpected, or of shapes that fit neither each other nor the model.
     """
     folder = Path(folder)
@@ -136,7 +141,7 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     if not path.is_file():
         hint = "; pickled weights are not read" if (folder / "adapter_model.bin").is_file() else ""
         raise CheckpointError(f"{path}: no such file{hint}")
-    layers, base = read_layout(path, model)
+    layers, base = read_layout(path, model, bool(config.get("use_dora")))
     try:
         alphas = {name: float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])) for name in layers}
         ranks = {name: int(_pattern(config.get("rank_pattern"), name, config["r"])) for name in layers}
@@ -158,7 +163,9 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     return Adapter(path, config, layers, alphas, base)
 
 
-def read_layout(path: Path, model: nn.Module | None = None) -> tuple[dict[str, Factors], dict[str, str]]:
+def read_layout(
+    path: Path, model: nn.Module | None = None, dora: bool = False
+) -> tuple[dict[str, Factors], dict[str, str]]:
     """The adapted layers of an adapter file, and its keys of frozen weights, both by module name.
 
     Raises:
@@ -172,39 +179,47 @@ def read_layout(path: Path, model: nn.Module | None = None) -> tuple[dict[str, F
         known = _in_block(name, 0) in _names_of_one_block() if modules is None else name in modules
         if not known or not key.startswith(_PREFIX):
             strange.append(key)
-        elif key in factor_keys(name):
+        elif key in factor_keys(name, dora):
             found.add(name)
         elif key in (f"{_PREFIX}{name}.weight", f"{_PREFIX}{name}.base_layer.weight"):
             base[name] = key
         else:
             strange.append(key)
     if strange:
-        raise CheckpointError(f"{path}: {strange[0]} fits no layer of the model ({len(strange)} such keys)")
+        hint = f"; does {CONFIG} lack use_dora?" if strange[0].endswith("lora_magnitude_vector") else ""
+        raise CheckpointError(f"{path}: {strange[0]} fits no layer of the model ({len(strange)} such keys){hint}")
     if not found:
         raise CheckpointError(f"{path}: holds no tensor of an update")
     names = [name for name in modules if name in found] if modules else sorted(found, key=_place)
-    layers = {name: _factors(path, name, shapes, modules and tuple(modules[name].weight.shape)) for name in names}
+    layers = {
+        name: _factors(path, name, shapes, modules and tuple(modules[name].weight.shape), dora) for name in names
+    }
     return layers, base
 
 
-def _factors(path: Path, name: str, shapes: dict[str, tuple[int, ...]], weight: tuple[int, int] | None) -> Factors:
-    """Checks the shapes of A and B against each other and, if given, against that of the frozen weight."""
-    key_a, key_b = factor_keys(name)
-    for key in (key_a, key_b):
+def _factors(
+    path: Path, name: str, shapes: dict[str, tuple[int, ...]], weight: tuple[int, int] | None, dora: bool
+) -> Factors:
+    """Checks the shapes of an update's tensors against each other and, if given, against that of the frozen weight."""
+    keys = factor_keys(name, dora)
+    for key in keys:
         if key not in shapes:
             raise CheckpointError(f"{path}: lacks {key}")
+    key_a, key_b = keys[:2]
+    for key in (key_a, key_b):
         if len(shapes[key]) != 2 or 0 in shapes[key]:
             raise CheckpointError(f"{path}: {key} has shape {shapes[key]}, not that of a matrix")
     (rank, wide), (tall, _) = shapes[key_a], shapes[key_b]
     if weight is not None:
         tall, wide = reversed(weight) if kind_of(name) == "embed" else weight
-    for key, wanted in ((key_a, (rank, wide)), (key_b, (tall, rank))):
+    for key, wanted in zip(keys, ((rank, wide), (tall, rank), (tall,)), strict=False):
         if shapes[key] != wanted:
-            against = f"A with shape {shapes[key_a]}" if weight is None else "the base model"
+            beside = f"B with shape {shapes[key_b]}" if wanted == (tall,) else f"A with shape {shapes[key_a]}"
+            against = beside if weight is None else "the base model"
             raise CheckpointError(
                 f"{path}: {key} has shape {shapes[key]}, {against} needs {wanted}; is it an adapter of another model?"
             )
-    return Factors(name, path, rank, wide, tall)
+    return Factors(name, path, rank, wide, tall, dora)
 
 
 def _check_uniform(layers: dict[str, Factors]) -> None:

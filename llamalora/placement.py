@@ -49,18 +49,27 @@ def place(settings: run.Settings, config: LlamaConfig, lengths: Sequence[int], w
         lengths: of the training examples.
 
     Raises:
-        UsageError: fsdp with a single process.
+        UsageError: fsdp with a single process, or with DoRA in half precision.
     """
     if settings.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
     if world.device.type == "cuda":
         capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
         model = run.make_trainable(skeleton(config), settings)
-        return fit(model, settings, lengths, world.size, capacity)
+        return _checked(fit(model, settings, lengths, world.size, capacity), settings)
     chosen = {"parallel": "ddp", "micro_tokens": CPU_MICRO_TOKENS, "activation_checkpointing": 0}
     chosen |= {name: value for name in chosen if (value := getattr(settings, name)) != "auto"}
     why = "requested" if settings.parallel != "auto" else "one process" if world.size == 1 else "on the CPU"
-    return Placement(*chosen.values(), None, why)
+    return _checked(Placement(*chosen.values(), None, why), settings)
+
+
+def _checked(placement: Placement, settings: run.Settings) -> Placement:
+    if placement.parallel == "fsdp" and settings.dora and settings.precision != "fp32":
+        raise UsageError(
+            f"--dora: under fsdp ({placement.why}) its magnitudes, which need fp32, would be gathered in "
+            f"{settings.precision}; use --parallel ddp, --precision fp32, or leave it out"
+        )
+    return placement
 
 
 def fit(model: Llama, settings: run.Settings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
@@ -77,7 +86,10 @@ def fit(model: Llama, settings: run.Settings, lengths: Sequence[int], gpus: int,
     usable, lengths = int(USABLE * capacity), typical(lengths)
     longest = max(lengths)
     recomputed = SPARINGLY if settings.activation_checkpointing == "auto" else (settings.activation_checkpointing,)
-    tokens = longest + settings.batch_tokens // gpus if settings.micro_tokens == "auto" else settings.micro_tokens
+    step = settings.batch_tokens
+    if settings.batch_sentences:
+        step = settings.batch_sentences * sum(lengths) // len(lengths)
+    tokens = longest + step // gpus if settings.micro_tokens == "auto" else settings.micro_tokens
     least = longest if settings.micro_tokens == "auto" else settings.micro_tokens
 
     def planned(parallel: str, micro_tokens: int, recompute: int) -> Plan:

@@ -17,7 +17,7 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, model_files, read_config, read_json, save_model, skeleton
 from .cli import UsageError, option
 from .distributed import World
-from .lora import KINDS, inject_lora, parse_targets
+from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
 from .model import Llama, LlamaConfig
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
@@ -38,19 +38,22 @@ class Settings:
     labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
     instruction: bool = option(False, "put the instruction of figure 2 before the input")
     shots: int = option(0, "demonstrations from the training split before the input")
-    method: str = option("lora", "train low-rank updates, or every parameter", ("lora", "full"))
-    targets: str = option("all", f"kinds of layer that get LoRA: all, or a comma list of {','.join(KINDS)}")
+    method: str = option("lora", "train updates of the target layers, their own weights, or every parameter", METHODS)
+    targets: str = option("all", f"kinds of layer that are trained: all, or a comma list of {','.join(KINDS)}")
     rank: int = option(8, "rank of the updates")
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    dora: bool = option(False, "learn the length of each row of the weights apart from its direction")
+    loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
     dropout: float = option(0.0, "on the input of the updates")
     epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
-    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, a tenth of it for full)")
+    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
     batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
+    batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
     micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
     overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
     limit_train: int | None = option(None, "use only the first N training sentences")
@@ -73,13 +76,17 @@ class Settings:
 
     def __post_init__(self):
         for name, least in {
-            "rank": 1, "epochs": 1, "batch_tokens": 1, "micro_tokens": 1, "limit_train": 1, "eval_every": 1,
-            "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0, "weight_decay": 0,
-            "warmup": 0, "activation_checkpointing": 0,
+            "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
+            "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
+            "weight_decay": 0, "warmup": 0, "loraplus": 1, "activation_checkpointing": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if value not in (None, "auto") and not value >= least:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
+        if self.method != "lora" and any(chosen.values()):
+            flag = next(name for name in chosen if chosen[name])
+            raise UsageError(f"--{flag} is a variant of LoRA, and --method is {self.method}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:
@@ -112,13 +119,13 @@ def resolve(settings: Settings, device: torch.device) -> Resolved:
     precision, why["precision"] = choose_precision(settings.precision, device)
     out = settings.out
     if out is None:
-        what = settings.method if settings.method == "full" else f"r{settings.rank}"
+        what = f"r{settings.rank}" if settings.method == "lora" else settings.method
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
         out = str(HOME / "runs" / name)
     config = read_config(model)
     lr = settings.lr
     if lr is None:
-        lr = float(f"{1.2 / config.hidden_size * (0.1 if settings.method == 'full' else 1):.3g}")
+        lr = float(f"{1.2 / config.hidden_size * (1 if settings.method == 'lora' else 0.1):.3g}")
     return Resolved(replace(settings, model=model, data=data, out=out, precision=precision, lr=lr), why)
 
 
@@ -174,14 +181,15 @@ def read_base(settings: Settings) -> tuple[LlamaConfig, Tokenizer]:
 def build_model(settings: Settings, world: World, parallel: str) -> Llama:
     """The base model with what is to be trained in it.
 
-    With LoRA the frozen weights are stored in the precision of the products; in full fine-tuning all
-    weights are fp32 and cast by autocast, or under `fsdp` when they are gathered.
+    With LoRA the frozen weights are stored in the precision of the products; in full and partial
+    fine-tuning all weights are fp32, so that the two differ in what learns alone, and cast by autocast, or
+    under `fsdp` when they are gathered.
 
     Raises:
         CheckpointError, UsageError: as their names say.
     """
     products = DTYPES[settings.precision]
-    dtype = torch.float32 if settings.method == "full" else products
+    dtype = products if settings.method == "lora" else torch.float32
     if parallel == "ddp":
         return make_trainable(load_model(settings.model, dtype, world.device), settings)
     model = skeleton(read_config(settings.model)).to(dtype)
@@ -192,16 +200,25 @@ def build_model(settings: Settings, world: World, parallel: str) -> Llama:
 
 
 def make_trainable(model: Llama, settings: Settings) -> Llama:
-    """Lets every parameter learn, or freezes them and injects what does.
+    """Lets every parameter learn, or freezes them but for the targets, or injects what does.
 
     Raises:
         UsageError: the targets or the rank do not suit the model.
     """
     if settings.method == "full":
         return model.requires_grad_(True)
+    if settings.method == "partial":
+        return train_weights(model, settings.targets)
     try:
         return inject_lora(
-            model, settings.targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, settings.seed
+            model,
+            settings.targets,
+            settings.rank,
+            settings.alpha,
+            settings.rslora,
+            settings.dropout,
+            settings.seed,
+            settings.dora,
         )
     except ValueError as error:
         raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
@@ -209,14 +226,14 @@ def make_trainable(model: Llama, settings: Settings) -> Llama:
 
 def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
     """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
-    if settings.method == "full":
+    if settings.method == "lora":
+        save_adapter(model, folder, base_model=settings.model)
+    else:
         save_model(model, folder)
         for name in TOKENIZER_FILES:
             source = Path(settings.model) / name
             if source.is_file():
                 (folder / name).write_bytes(source.read_bytes())
-    else:
-        save_adapter(model, folder, base_model=settings.model)
 
 
 def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
@@ -234,9 +251,9 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     folder = run / which
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: the run has saved no such model yet")
-    full = settings.method == "full"
-    model = load_model(folder if full else settings.model, DTYPES[precision], device)
-    if not full:
+    lora = settings.method == "lora"
+    model = load_model(settings.model if lora else folder, DTYPES[precision], device)
+    if lora:
         load_adapter(model, folder)
     return model, load_tokenizer(settings.model)
 
@@ -268,7 +285,7 @@ def read_task(run: Path) -> ner.Task:
         raise CheckpointError(f"{run / CONFIG}: holds no task of a llamalora run ({error})") from None
 
 
-def describe(settings: Settings, task: ner.Task, config: LlamaConfig) -> dict:
+def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:
     """The contents of a run's `config.json`: all that another person needs to repeat it."""
     packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
     versions = {"python": platform.python_version()}
@@ -280,7 +297,8 @@ def describe(settings: Settings, task: ner.Task, config: LlamaConfig) -> dict:
     return {
         "settings": asdict(settings),
         "task": asdict(task),
-        "model": config.to_dict(),
+        "model": model.config.to_dict(),
+        "parameters": count_parameters(model),
         "fingerprints": fingerprints(settings),
         "versions": versions,
     }

@@ -67,7 +67,7 @@ def fill(model: Llama, files: Mapping[str, Path], device: torch.device, seed: in
             key = f"{name}.weight" if f"{name}.weight" in files else "model.embed_tokens.weight"  # a tied head
             base = _twin(layer, weight=read_tensor(files[key], key).to(layer.weight.dtype))
             dropout = getattr(layer, "dropout", 0.0)
-            started = type(layer)(base, layer.rank, layer.alpha, layer.rslora, dropout, generator)
+            started = type(layer)(base, layer.rank, layer.alpha, layer.rslora, dropout, generator, layer.dora)
             for factor, parameter in layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     parameter.copy_(placed(getattr(started, factor), parameter))

@@ -25,7 +25,7 @@ class StepLog:
             kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
             path.write_text("".join(line + "\n" for line in kept))
         self.file = metrics.open("a", buffering=1)
-        self.bar = tqdm(total=total, initial=done, desc="training", unit="step")
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", leave=not world.quiet)
 
     def __enter__(self) -> "StepLog":
         return self
@@ -73,7 +73,8 @@ class StepLog:
             record = {"step": step} | {key: result[key] for key in ("micro", "types", "health", "speed")}
             with self.evaluations.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            self.bar.write(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
+            with self.bar.external_write_mode():
+                self.world.say(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
 
 
 def _step_of(line: str) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .batch import MicroBatch
 from .distributed import World, is_sharded, whole
-from .lora import trainable_parameters
+from .lora import LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .sharding import placed, within
 
@@ -129,10 +129,18 @@ class Optimizer:
 
     MOST_SKIPS = 25  # in a row; fp16's scale halves at each, from 65536 far below 1
 
-    def __init__(self, model: nn.Module, precision: str, device: torch.device, weight_decay: float, clip: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: str,
+        device: torch.device,
+        weight_decay: float,
+        clip: float,
+        loraplus: float = 1.0,
+    ):
         self.parameters = trainable_parameters(model)
         self.adam = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+            _groups(model, self.parameters, loraplus), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip = clip or math.inf
@@ -148,7 +156,8 @@ class Optimizer:
         if not self.sharded:  # else the backward pass has summed them
             world.sum_gradients(self.parameters.values())
         scale = self.scaler.get_scale()
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["ratio"]
         self.scaler.unscale_(self.adam)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)).item()
         finite = math.isfinite(norm)
@@ -182,6 +191,20 @@ class Optimizer:
                 self.adam.state[parameter] = moments | {"step": tensors[f"step.{name}"].to(parameter.device)}
         self.scaler.load_state_dict(state["scaler"])
         self.skips_in_a_row = state["skips_in_a_row"]
+
+
+def _groups(model: nn.Module, parameters: dict[str, nn.Parameter], ratio: float) -> list[dict]:
+    """AdamW's groups for LoRA+ (Hayou et al. 2024): every linear layer's B learns `ratio` times as fast as the rest.
+
+    The argument is that A reads an input as wide as the model, and B one as wide as the rank. Both of the
+    embedding's factors read narrow inputs (a token, R values), so they share the common rate, where peft gives
+    them a constant one of their own (1e-6). DoRA's magnitudes, which are as large as rows of W0, share it, too.
+    """
+    fast = {id(layer.lora_B) for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)}
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], ratio: []}
+    for parameter in parameters.values():
+        groups[ratio if id(parameter) in fast else 1.0].append(parameter)
+    return [{"params": members, "ratio": rate} for rate, members in groups.items() if members]
 
 
 class MovementCheck:

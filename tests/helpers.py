@@ -76,8 +76,8 @@ def peft_model(base, targets: Sequence[str], rank: int, alpha: float, **options)
         return peft.get_peft_model(base, config).eval()
 
 
-def peft_pairs(theirs) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> A and B, parameters of a peft model."""
+def peft_pairs(theirs) -> dict[str, tuple[Tensor, ...]]:
+    """Module name -> A, B and, with DoRA, m, parameters of a peft model."""
     from peft.tuners.lora import LoraLayer
 
     pairs = {}
@@ -87,6 +87,8 @@ def peft_pairs(theirs) -> dict[str, tuple[Tensor, Tensor]]:
                 pairs[name] = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
             else:
                 pairs[name] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if "default" in layer.lora_magnitude_vector:
+                pairs[name] += (layer.lora_magnitude_vector["default"].weight,)
     return pairs
 
 
@@ -95,9 +97,9 @@ def copy_to_peft(model: Llama, theirs) -> None:
     pairs, ours = peft_pairs(theirs), lora_layers(model)
     assert pairs.keys() == ours.keys()
     with torch.no_grad():
-        for name, (A, B) in pairs.items():
-            A.copy_(ours[name].lora_A)
-            B.copy_(ours[name].lora_B)
+        for name, parts in pairs.items():
+            for theirs_, ours_ in zip(parts, ours[name].parts, strict=True):
+                theirs_.copy_(ours_)
 
 
 def randomise_lora(model: Llama, seed: int = 1, spread: float = 0.3) -> None:
@@ -108,6 +110,8 @@ def randomise_lora(model: Llama, seed: int = 1, spread: float = 0.3) -> None:
             size = 1.0 if isinstance(layer, LoRAEmbedding) else layer.in_features**-0.5
             layer.lora_A.normal_(0, size, generator=generator)
             layer.lora_B.normal_(0, spread, generator=generator)
+            if layer.dora:
+                layer.lora_magnitude.mul_(torch.rand(layer.lora_magnitude.shape, generator=generator) + 0.5)
 
 
 def random_ids(*shape: int, vocabulary: int = 97, seed: int = 0) -> Tensor:

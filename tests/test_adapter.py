@@ -238,7 +238,6 @@ def test_a_model_without_updates_is_not_saved_as_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("field, value", [
     ("peft_type", "IA3"),
-    ("use_dora", True),
     ("modules_to_save", ["lm_head"]),
     ("bias", "all"),
     ("bias", "lora_only"),

@@ -328,13 +328,20 @@ def refusal(capsys, *argv) -> str:
     ({"r": 5}, "has rank 4"),
     ({"lora_alpha": "much"}, "lora_alpha"),
     ({"alpha_pattern": {"(": 1}}, "malformed"),
-    ({"use_dora": True}, "use_dora"),
+    ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
 ])  # fmt: skip
 def test_a_bad_adapter_is_named(change, match, bad, capsys):
     edit(bad, **change)
     message = refusal(capsys, bad)
     assert str(bad) in message
     assert re.search(match, message) or match in message, message
+
+
+def test_dora_is_refused_since_its_update_is_not_of_low_rank(tmp_path, capsys):
+    model = tiny_model()
+    inject_lora(model, "q", 4, dora=True)
+    save_adapter(model, tmp_path / "dora")
+    assert "DoRA" in refusal(capsys, tmp_path / "dora")
 
 
 def test_an_adapter_of_another_base_model(bad, tmp_path, capsys):

@@ -13,7 +13,7 @@ from llamalora.adapter import save_adapter
 from llamalora.checkpoint import save_model
 from llamalora.cli import run_command
 from llamalora.distributed import World
-from llamalora.lora import inject_lora, kind_of, trainable_parameters
+from llamalora.lora import inject_lora, kind_of, train_weights, trainable_parameters
 from llamalora.model import LlamaConfig
 from llamalora.training import Optimizer
 
@@ -42,6 +42,8 @@ def with_real_weights(folder: Path, targets: str, rank: int):
     model = tiny_model(tie_word_embeddings=json.loads((folder / "config.json").read_text())["tie_word_embeddings"])
     if targets == "full":
         return model.requires_grad_(True)
+    if rank == 0:
+        return train_weights(model, targets)
     inject_lora(model, targets, rank)
     return model
 
@@ -91,6 +93,30 @@ def test_full_fine_tuning_counts_norms_and_a_tied_matrix_once(folder, tmp_path, 
     assert set(result["kinds"]) == {*NINE, "norm"} - ({"head"} if result["tied"] else set())
     assert result["kinds"]["norm"]["layers"] == 5
     assert result["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("targets", ["q", "embed,down", "all"])
+def test_dora_counts_a_magnitude_for_every_output(targets, folder, tmp_path, capsys):
+    plain, result = (audit(capsys, "--model", folder, "--targets", targets, *more) for more in ((), ("--dora",)))
+    for name, kind in result["kinds"].items():
+        outputs = kind["shape"][1 if name == "embed" else 0]
+        assert kind["parameters_each"] == plain["kinds"][name]["parameters_each"] + outputs
+    model = tiny_model(tie_word_embeddings=result["tied"])
+    inject_lora(model, targets, 8, dora=True)
+    assert result["trainable"] == sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    assert result["base"] == plain["base"] and "DoRA of rank" in printed(capsys, "--dora")
+    save_adapter(model, tmp_path / "adapter")
+    assert result["adapter_bytes"] == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("targets", ["q", "up,head", "all"])
+def test_partial_fine_tuning_counts_the_weights_of_the_targets(targets, folder, tmp_path, capsys):
+    result = audit(capsys, "--model", folder, "--method", "partial", "--targets", targets)
+    learning = trainable_parameters(with_real_weights(folder, targets, 0))
+    assert result["trainable"] == sum(parameter.numel() for parameter in learning.values())
+    assert result["trainable"] == sum(kind["parameters"] for kind in result["kinds"].values()) < result["base"]
+    assert result["adapter_bytes"] is None and result["model_bytes"] == 4 * result["base"]
+    assert "the weights of q" in printed(capsys, "--method", "partial", "--targets", "q")
 
 
 def test_tied_matrices_have_an_update_each(tmp_path, capsys):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream"},
+    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft"},
     {"peft_format", "runstate", "sharding"},
@@ -21,6 +21,9 @@ LAYERS = [
     {"run", "fetch", "report", "counts", "stats", "steplog"},
     {"placement", "hardware"},
     {"loop", "systems", "predict", "inspect_adapter", "audit", "merging"},
+    {"experiments"},
+    {"findings", "figures"},
+    {"tables"},
     {"__main__", "__init__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -29,10 +29,12 @@ from llamalora.lora import (
     adapt,
     count_parameters,
     inject_lora,
+    kind_of,
     lora_layers,
     merge,
     parse_targets,
     restore,
+    train_weights,
     trainable_parameters,
 )
 from llamalora.model import Llama, LlamaConfig
@@ -99,6 +101,25 @@ def test_only_the_updates_learn_and_base_keys_stay():
     assert base.state_dict().keys() == model.state_dict().keys() - trainable.keys()
     for name, tensor in base.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.bfloat16())
+
+
+@pytest.mark.parametrize("targets", [*NINE, "q,v", "all"])
+def test_partial_fine_tuning_trains_the_weights_of_these_layers(targets):
+    model = train_weights(tiny_model(), targets)
+    learning = trainable_parameters(model)
+    assert {kind_of(name.removesuffix(".weight")) for name in learning} == set(parse_targets(targets))
+    assert learning.keys() == {f"{name}.weight" for name in lora_layers(adapted(targets))}
+    assert count_parameters(model)["base"] == count_parameters(tiny_model())["base"]
+    with pytest.raises(ValueError, match="no layer of the model is of kind embed, head"):
+        train_weights(tiny_model().model.layers, "q,embed,head")
+
+
+@pytest.mark.parametrize("targets", ["embed", "head", "embed,head"])
+def test_partial_fine_tuning_of_a_tied_matrix(targets):
+    """It is one parameter, whichever of its places is named."""
+    model = train_weights(tiny_model(tie_word_embeddings=True), targets)
+    assert list(trainable_parameters(model)) == ["model.embed_tokens.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ---- the start ----

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamalora import memory, model, training
 from llamalora.batch import Example, MicroBatch
 from llamalora.checkpoint import skeleton
-from llamalora.lora import LoRALinear, inject_lora
+from llamalora.lora import LoRALinear, inject_lora, train_weights
 from llamalora.model import Llama, LlamaConfig
 from llamalora.training import DTYPES, autocast, backward
 
@@ -28,14 +28,16 @@ EVEN, UNEVEN = (48,) * 6, (70, 61, 40, 33, 30, 9)
 
 
 def trainee(precision: str, targets: str, rank: int = 4, dropout: float = 0.0, **shape) -> Llama:
-    """As run.build_model makes it; `targets` may be "full"."""
+    """As run.build_model makes it; `targets` may be "full", or begin with "partial " or "dora "."""
     config = tiny_config(**{"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3} | shape)
     torch.manual_seed(0)
     trained = Llama(config)
     if targets == "full":
         return trained.requires_grad_(True)
+    if targets.startswith("partial "):
+        return train_weights(trained, targets.removeprefix("partial "))
     trained.to(DTYPES[precision])
-    inject_lora(trained, targets, rank, dropout=dropout)
+    inject_lora(trained, targets.removeprefix("dora "), rank, dropout=dropout, dora=targets.startswith("dora "))
     return trained
 
 
@@ -97,7 +99,10 @@ CASES = [
     for precision, targets, lengths in (
         ("fp32", "all", EVEN), ("fp32", "all", UNEVEN), ("fp32", "q,v", EVEN), ("fp32", "up", EVEN),
         ("bf16", "all", EVEN), ("bf16", "all", UNEVEN), ("bf16", "o,down,head", EVEN), ("bf16", "embed", EVEN),
-        ("fp32", "full", EVEN), ("bf16", "full", UNEVEN),
+        ("fp32", "full", EVEN), ("bf16", "full", UNEVEN), ("fp32", "partial all", EVEN),
+        ("bf16", "partial q,v,down", EVEN), ("fp32", "partial head,embed", EVEN), ("bf16", "partial up", EVEN),
+        ("fp32", "dora all", EVEN), ("bf16", "dora all", UNEVEN), ("bf16", "dora q,v,gate", EVEN),
+        ("fp32", "dora embed,o,down,head", EVEN),
     )
 ]  # fmt: skip
 
@@ -115,6 +120,8 @@ def test_saved_tensors_are_those_of_the_list(shape, precision, targets, lengths,
             expected[module] += size
     # layers that share an input: it is saved by the first that is reached
     for values in (measured, expected):
+        if "dora" in targets:
+            values["model.layers.0.input_layernorm"] += values.pop("model.embed_tokens", 0)
         for name in list(values):
             for first, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
                 parent, _, last = name.rpartition(".")
@@ -139,9 +146,10 @@ def test_recomputation_keeps_the_input_of_each_block(gpu_attention):
         assert sum(listed.values()) < 0.2 * sum(memory.Step(trained, precision, batch.packing).saved().values())
 
 
-def test_dropout_keeps_its_own_input_of_each_layer(gpu_attention):
+@pytest.mark.parametrize("targets", ["all", "dora all"])
+def test_dropout_keeps_its_own_input_of_each_layer(targets, gpu_attention):
     """On a CPU the mask has the input's dtype, on a GPU a byte a value."""
-    trained, batch = trainee("fp32", "all", dropout=0.1), batch_of(EVEN)
+    trained, batch = trainee("fp32", targets, dropout=0.1), batch_of(EVEN)
     measured = sum(measure_saved(trained.train(), batch, "fp32", False).values())
     dropping = [module for module in trained.model.modules() if isinstance(module, LoRALinear)]
     masks = batch.ids.numel() * sum(layer.in_features for layer in dropping)
@@ -193,6 +201,8 @@ def measure_peak(trained: Llama, batch: MicroBatch, precision: str, recompute: b
 @pytest.mark.parametrize("precision, targets, lengths", [
     ("fp32", "all", EVEN), ("fp32", "q,v", UNEVEN), ("bf16", "all", UNEVEN), ("fp16", "all", EVEN),
     ("bf16", "q,down", EVEN), ("fp32", "full", EVEN), ("bf16", "full", EVEN),
+    ("fp32", "dora all", UNEVEN), ("bf16", "dora all", EVEN), ("fp16", "dora gate,down,head", UNEVEN),
+    ("fp32", "partial q,down", EVEN), ("bf16", "partial all", EVEN), ("bf16", "partial o,up", UNEVEN),
 ])  # fmt: skip
 def test_the_peak_of_a_step_is_the_sum_of_the_items(precision, targets, lengths, vocabulary, recompute, gpu_attention):
     """All tokens but one supervised, as the plan takes it."""
@@ -248,6 +258,13 @@ def test_recomputation_trades_memory(seven_billion):
     kept, recomputed = (memory.plan(seven_billion, "fsdp", 4, V100, "fp16", 2048, again) for again in (False, True))
     assert kept.items["activations"] > 20 * recomputed.items["activations"]
     assert kept.largest_micro_tokens < 2048 < recomputed.largest_micro_tokens
+
+
+def test_partial_fine_tuning_holds_its_base_in_fp32():
+    """4 bytes a value, and 12 more where it learns; a quarter of Llama-2-7B's linear layers, say, are up."""
+    up = train_weights(skeleton(LlamaConfig.named("llama-2-7b")), "up")
+    items = memory.plan(up, "ddp", 1, V100, "fp16", 2048).items
+    assert sum(items[name] for name in STATIC) == pytest.approx(4 * 6_738_415_616 + 12 * 32 * 11008 * 4096, rel=1e-6)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -31,14 +31,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def setup(
-    place: Path, tokenizer: Path, dtype=torch.float16, targets: str = "all", tied: bool = False, shards: int = 10**9
+    place: Path,
+    tokenizer: Path,
+    dtype=torch.float16,
+    targets: str = "all",
+    tied: bool = False,
+    shards: int = 10**9,
+    dora: bool = False,
 ) -> tuple[Path, Path]:
     """A base model and an adapter of it."""
     model = tiny_model(vocab_size=VOCABULARY, tie_word_embeddings=tied).to(dtype)
     save_model(model, place / "base", shards)
     for path in tokenizer.iterdir():
         shutil.copy(path, place / "base")
-    inject_lora(model, targets, 4, alpha=6.0)
+    inject_lora(model, targets, 4, alpha=6.0, dora=dora)
     randomise_lora(model, spread=0.05)
     save_adapter(model, place / "adapter")
     return place / "base", place / "adapter"
@@ -71,8 +77,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("targets", ["all", "q,down", "embed", "head"])
-def test_bitwise_what_merging_in_memory_saves(dtype, tied, targets, tmp_path, tiny_sentencepiece, capsys):
-    base, adapter = setup(tmp_path, tiny_sentencepiece, dtype, targets, tied, shards=30_000)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_bitwise_what_merging_in_memory_saves(dtype, tied, targets, dora, tmp_path, tiny_sentencepiece, capsys):
+    base, adapter = setup(tmp_path, tiny_sentencepiece, dtype, targets, tied, 30_000, dora)
     report = merge(capsys, base, adapter, tmp_path / "out")
     model = load_model(base)
     load_adapter(model, adapter)
@@ -130,11 +137,12 @@ def test_companion_files_come_along(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_transformers_decodes_what_base_and_peft_adapter_decode(tied, tmp_path, tiny_bytelevel, capsys):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_transformers_decodes_what_base_and_peft_adapter_decode(dora, tied, tmp_path, tiny_bytelevel, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, adapter = setup(tmp_path, tiny_bytelevel, torch.float32, tied=tied)
+    base, adapter = setup(tmp_path, tiny_bytelevel, torch.float32, tied=tied, dora=dora)
     merge(capsys, base, adapter, tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a tied layer has an update is what is tested
@@ -246,8 +254,9 @@ def test_a_run_names_its_own_base(folders, tmp_path, capsys):
     main(["merge", "--run", str(place), "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "other")])
 
 
-def test_a_run_of_full_fine_tuning_needs_no_merge(folders, tmp_path, capsys):
-    place = run_folder(*folders, tmp_path / "run", method="full")
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_a_run_without_lora_needs_no_merge(method, folders, tmp_path, capsys):
+    place = run_folder(*folders, tmp_path / "run", method=method)
     refused(capsys, "is a whole model already", "--run", place, "--out", tmp_path / "out")
 
 

@@ -64,6 +64,8 @@ def test_on_the_cpu_nothing_is_planned():
     assert placement.place(run.Settings(), SEVEN, [100], World(0, 4)).why == "on the CPU"
     with pytest.raises(UsageError, match="one process"):
         placement.place(run.Settings(parallel="fsdp"), SEVEN, [100], World())
+    with pytest.raises(UsageError, match="magnitudes"):
+        placement.place(run.Settings(parallel="fsdp", dora=True, precision="bf16"), SEVEN, [100], World(0, 4))
 
 
 def test_the_table_of_cards(monkeypatch):

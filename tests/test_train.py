@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import eval as evaluate
 import train
 from llamalora.cli import run_command
 from llamalora.run import read_settings
@@ -139,6 +140,49 @@ def test_full_fine_tuning_with_checkpointing_equals_without(tmp_path):
         assert (tensor - other[key]).abs().max() < 1e-4, key
 
 
+def test_dora_with_loraplus_resumed_and_scored(tmp_path, capsys):
+    """Two variants of LoRA at once: resumed equals uninterrupted, and the adapter that is saved scores as it did."""
+    flags = ("--dora", "--loraplus", "4", "--dropout", "0.1", "--targets", "q,down,embed,head")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, output = finish(start("--out", whole, *flags))
+    assert code == 0 and "DoRA on q,down,embed,head" in output, output
+    process = start("--out", run, *flags)
+    wait_for_steps(process, run, 3)
+    process.kill()
+    process.wait()
+    assert finish(start("--out", run, "--resume"))[0] == 0
+    assert adapters_equal(run, whole)
+    then = json.loads((whole / "eval-dev.json").read_text())
+    run_command(evaluate.main, ["--run", str(whole), "--limit", "3", "--precision", "fp32", "--json"])
+    assert json.loads(capsys.readouterr().out)["micro"] == then["micro"]
+
+
+def test_partial_fine_tuning_changes_the_target_layers_alone(tmp_path, capsys):
+    """Interrupted, continued and scored like any run; what it saves is a whole model."""
+    flags = ("--method", "partial", "--targets", "q,embed")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, output = finish(start("--out", whole, *flags))
+    assert code == 0 and "the weights of q,embed (embed and head are one matrix)" in output, output
+    process = start("--out", run, *flags)
+    wait_for_steps(process, run, 3)
+    process.terminate()
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    assert finish(start("--out", run, "--resume"))[0] == 0
+    base, best, last, other = (
+        load_file(folder / "model.safetensors")
+        for folder in (HOME / "weights/tiny", whole / "best", whole / "last", run / "last")
+    )
+    assert base.keys() == best.keys() == last.keys() == other.keys()
+    changed = {name for name, tensor in base.items() if not tensor.float().equal(last[name].float())}
+    assert changed == {name for name in base if "q_proj" in name or "embed_tokens" in name}
+    assert all(last[name].equal(other[name]) for name in last)
+    assert read_settings(whole).lr == pytest.approx(0.12 / 256, rel=1e-2)
+
+    then = json.loads((whole / "eval-dev.json").read_text())
+    run_command(evaluate.main, ["--run", str(whole), "--limit", "3", "--precision", "fp32", "--json"])
+    assert json.loads(capsys.readouterr().out)["micro"] == then["micro"]
+
+
 def refused(capsys, *flags):
     """The message on standard error of a command that must end with exit code 2."""
     with pytest.raises(SystemExit) as stop:
@@ -156,6 +200,9 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("--data", tmp_path): (str(tmp_path), "train"),
         ("--labels", "Gene"): ("Gene", "Disease, Chemical"),
         ("--lr", "nan"): ("--lr",),
+        ("--loraplus", "0.5"): ("--loraplus", "at least 1"),
+        ("--loraplus", "4", "--method", "full"): ("--loraplus", "--method is full"),
+        ("--dora", "--method", "partial"): ("--dora", "--method is partial"),
         ("--resume",): ("--resume",),
         ("--resume", tmp_path / "none"): ("none",),
     }.items():

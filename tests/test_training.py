@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from llamalora import runstate, training
 from llamalora.batch import Example, MicroBatch, deal
 from llamalora.distributed import World
-from llamalora.lora import KINDS, inject_lora, lora_layers, trainable_parameters
+from llamalora.lora import KINDS, inject_lora, lora_layers, train_weights, trainable_parameters
 from llamalora.training import (
     DivergedError,
     MovementCheck,
@@ -38,15 +38,17 @@ EXAMPLES = [Example(tuple(random_ids(n, seed=n).tolist()), prompt) for n, prompt
 LENGTHS = [len(example) for example in EXAMPLES]
 SUPERVISED = sum(example.supervised for example in EXAMPLES)
 EVERY = (range(len(EXAMPLES)),)  # one micro-batch of all
-METHODS = ["lora", "full"]
+METHODS = ["lora", "dora", "partial", "full"]
 
 
 def trainee(method="lora", targets="all", filled=True, **shape):
     model = tiny_model(**shape)
-    if method == "lora":
-        inject_lora(model, targets, 4)
+    if method in ("lora", "dora"):
+        inject_lora(model, targets, 4, dora=method == "dora")
         if filled:
             randomise_lora(model)
+    if method == "partial":
+        train_weights(model, targets)
     return model.train()
 
 
@@ -100,6 +102,8 @@ def distance(found, reference):
     ("lora", "head", False),
     ("lora", "embed", True),
     ("lora", "q,v", False),
+    ("partial", "q,down", False),
+    ("partial", "head", True),
     ("full", "all", False),
     ("full", "all", True),
 ])  # fmt: skip
@@ -164,8 +168,8 @@ def test_half_precision_gradients_are_near_fp32(method, precision, tolerance, fr
     model = trainee(method)
     loss, exact = gradients(model)
     if frozen == "half base":
-        if method == "full":
-            pytest.skip("full fine-tuning keeps its weights in fp32")
+        if method in ("partial", "full"):
+            pytest.skip("full and partial fine-tuning keep their weights in fp32")
         for layer in lora_layers(model).values():
             layer.weight.data = layer.weight.data.to(training.DTYPES[precision])
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
@@ -222,7 +226,7 @@ def snapshot(optimizer):
 def test_the_loss_falls(method, precision):
     model = trainee(method, filled=False)
     optimizer = Optimizer(model, precision, CPU, weight_decay=0.0, clip=1.0)
-    losses = [step(model, optimizer, 3e-3 if method == "full" else 2e-2, precision)[0] for _ in range(20)]
+    losses = [step(model, optimizer, 2e-2 if method in ("lora", "dora") else 3e-3, precision)[0] for _ in range(20)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -308,23 +312,41 @@ def test_overflow_of_fp16_is_survived():
     assert all(math.isfinite(update.grad_norm) for update in updates if not update.skipped)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_loraplus_is_a_rate_of_its_own_for_every_b_but_the_embeddings(method):
+    """Adam's first step is the learning rate wherever there is a gradient."""
+    model = trainee(method)
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    step(model, Optimizer(model, "fp32", CPU, 0.0, 1.0, loraplus=8.0), lr=1e-3)
+    for name, parameter in trainable_parameters(model).items():
+        moved = (parameter - before[name]).abs().max().item()
+        fast = name.endswith("lora_B") and "embed" not in name
+        assert moved == pytest.approx(8e-3 if fast else 1e-3, rel=0.02), name
+
+
+@pytest.mark.parametrize("targets", ["embed", "head"])
+def test_loraplus_where_one_of_its_rates_has_no_parameter(targets):
+    model = trainee(targets=targets)
+    assert not step(model, Optimizer(model, "fp16", CPU, 0.0, 1.0, loraplus=8.0), precision="fp16")[1].skipped
+
+
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, loraplus", [("lora", 1), ("lora", 8.0), ("dora", 8.0), ("partial", 1), ("full", 1)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("updates", [0, 3])
-def test_resumed_is_uninterrupted(method, precision, updates, tmp_path):
+def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path):
     """Through the files of a checkpoint, bitwise; with a skipped step in the history."""
 
     def run(model, optimizer, steps):
         for number in steps:
-            if number == 1 and method == "lora":
+            if number == 1 and method in ("lora", "dora"):
                 spoil(model, optimizer, precision)
             step(model, optimizer, 1e-2 / (number + 1), precision)
 
     model = trainee(method)
-    optimizer = Optimizer(model, precision, CPU, 0.01, 1.0)
+    optimizer = Optimizer(model, precision, CPU, 0.01, 1.0, loraplus)
     run(model, optimizer, range(updates))
     runstate.save_checkpoint(tmp_path, updates, *optimizer.state(), keep=1)
     run(model, optimizer, range(updates, 5))
@@ -333,7 +355,7 @@ def test_resumed_is_uninterrupted(method, precision, updates, tmp_path):
     with torch.no_grad():
         for parameter in trainable_parameters(resumed).values():
             parameter.add_(1)
-    other = Optimizer(resumed, precision, CPU, 0.01, 1.0)
+    other = Optimizer(resumed, precision, CPU, 0.01, 1.0, loraplus)
     other.load_state(*runstate.load_checkpoint(tmp_path))
     run(resumed, other, range(updates, 5))
     expected, found = snapshot(optimizer), snapshot(other)
@@ -393,18 +415,28 @@ def padded(indices):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("targets, tied", [("all", False), ("all", True), ("q,v", False)])
-def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied):
-    model = trainee("lora", targets, filled=False, tie_word_embeddings=tied)
+@pytest.mark.parametrize("method, targets, tied, loraplus", [
+    ("lora", "all", False, 1), ("lora", "all", True, 1), ("lora", "q,v", False, 1),
+    ("lora", "all", True, 4.0), ("lora", "q,v", False, 8.0), ("dora", "all", False, 1), ("dora", "all", True, 1),
+])  # fmt: skip
+def test_five_steps_of_adamw_are_those_of_transformers_and_peft(method, targets, tied, loraplus):
+    """With LoRA+ the optimizer is peft's own, its constant rate for the embedding replaced by A's."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = trainee(method, targets, filled=False, tie_word_embeddings=tied)
     base = transformers_twin(tiny_model(tie_word_embeddings=tied))
     names = {name.rpartition(".")[2] for name in lora_layers(model)}
     assert names <= set(KINDS.values())
-    theirs = peft_model(base, sorted(names), 4, 4.0)
+    theirs = peft_model(base, sorted(names), 4, 4.0, use_dora=method == "dora")
     copy_to_peft(model, theirs)
     initial = {name: layer.lora_B.detach().clone() for name, layer in lora_layers(model).items()}
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)
-    ours = Optimizer(model, "fp32", CPU, weight_decay=0.01, clip=0.5)
+    adam = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=loraplus, loraplus_lr_embedding=1.0,
+        loraplus_weight_decay=0.01,
+    )  # fmt: skip
+    rates = [group["lr"] for group in adam.param_groups]
+    ours = Optimizer(model, "fp32", CPU, weight_decay=0.01, clip=0.5, loraplus=loraplus)
 
     for number, indices in enumerate([(0, 1, 2), (3, 4), (5, 0), (1, 2, 3, 4, 5), (2, 4)]):
         lr = learning_rate(5e-3, number, 5, 2, "cosine")
@@ -415,16 +447,17 @@ def test_five_steps_of_adamw_are_those_of_transformers_and_peft(targets, tied):
         reference = theirs(**padded(indices)).loss
         reference.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        adam.param_groups[0]["lr"] = lr
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * lr
         adam.step()
         adam.zero_grad()
         assert loss == pytest.approx(reference.item(), rel=1e-4)
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-3)
 
-    for name, (A, B) in peft_pairs(theirs).items():
+    for name, parts in peft_pairs(theirs).items():
         layer = lora_layers(model)[name]
         assert (layer.lora_B - initial[name]).abs().max() > 5e-3
-        for actual, expected in ((layer.lora_A, A), (layer.lora_B, B)):
+        for actual, expected in zip(layer.parts, parts, strict=True):
             # Adam divides by the gradient's size, so where it is all rounding the step is, too: compare the whole
             assert (actual - expected).norm() < 1e-3 * expected.norm()
 

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Training speed and memory beside transformers + peft: same model, sentences, steps, initial adapter and threads.
+
+    python benchmarks/vs_peft.py --model weights/smollm2-135m --data data/bc5cdr
+
+The peer is measured in the forms in which its users write it - batches of 8 in random order, padded to the longest,
+in fp32 and under bf16 autocast - and as we would tune it: batches of 16 of similar length, base model in bf16. All
+sides run in processes of their own, in turn, several times; a ratio is of medians, its spread that of the repeats.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+HOME = Path(__file__).resolve().parents[1]
+KINDS = "q,k,v,o,up,down,gate"
+WARM = 2  # steps that are not counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--data", required=True, help="corpus folder")
+    parser.add_argument("--sentences", type=int, default=96, help="training sentences of a repeat (default: 96)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sides", default="ours,usual-fp32,usual-bf16,tuned-bf16", help="comma list")
+    parser.add_argument("--out", help="write the figures there as JSON")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # a peer's process
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.sentences < 64:
+        parser.error("--sentences: at least 64, or too few steps are left to count")
+    if arguments.side:
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(peer(arguments)))
+        return
+    sides = arguments.sides.split(",")
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as work:
+        examples = prepare(arguments, Path(work))
+        for repeat in range(arguments.repeats):
+            for side in sides:
+                measure = ours if side == "ours" else in_process
+                runs[side].append(measure(arguments, side, Path(work) / f"{side}-{repeat}"))
+                print(f"{side:<12} {runs[side][-1]['tokens_per_second']:.0f} tokens/s", flush=True)
+    result = summary(arguments, runs, examples)
+    print(f"\n{show(result)}")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def prepare(arguments: argparse.Namespace, work: Path) -> dict:
+    """The examples, our steps and our initial adapter, for the peer to start from."""
+    from llamalora import corpus, run
+    from llamalora.adapter import save_adapter
+    from llamalora.batch import encode_all, plan_epoch
+    from llamalora.distributed import World
+
+    settings = run.Settings(
+        model=arguments.model, data=arguments.data, targets=KINDS, rank=arguments.rank, precision="fp32"
+    )
+    splits = {name: corpus.read(path) for name, path in corpus.find_splits(arguments.data).items()}
+    sentences = [s for document in splits["train"] for s in corpus.sentences(document)][: arguments.sentences]
+    _, tokenizer = run.read_base(settings)
+    model = run.build_model(settings, World(), "ddp")
+    found, _ = encode_all(run.make_task(settings, splits), tokenizer, sentences, 10**9, "error")
+    save_adapter(model, work / "adapter", base_model=arguments.model)
+    steps = plan_epoch([1] * len(found), 8, seed=0, epoch=0)
+    examples = {"examples": [asdict(example) for example in found], "steps": steps}
+    (work / "examples.json").write_text(json.dumps(examples))
+    return examples
+
+
+# ---- ours: train.py itself ----
+
+
+def ours(arguments: argparse.Namespace, side: str, out: Path) -> dict:
+    command = [
+        sys.executable, str(HOME / "train.py"), "--model", arguments.model, "--data", arguments.data, "--out", str(out),
+        "--targets", KINDS, "--rank", str(arguments.rank), "--lr", str(arguments.lr), "--schedule", "constant",
+        "--warmup", "0", "--epochs", "1", "--limit-train", str(arguments.sentences), "--batch-sentences", "8",
+        "--eval-limit", "1",
+    ]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+    subprocess.run(command, check=True, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "tokens_per_second": sum(s["tokens"] for s in steps[WARM:]) / sum(s["seconds"] for s in steps[WARM:]),
+        "peak_bytes": steps[-1]["peak_memory_bytes"],
+        "losses": [step["loss"] for step in steps],
+        "padding": sum(s["padding"] * s["tokens"] for s in steps) / sum(s["tokens"] for s in steps),
+    }
+
+
+# ---- the peer ----
+
+
+def in_process(arguments: argparse.Namespace, side: str, out: Path) -> dict:
+    command = [
+        sys.executable, __file__, "--side", side, "--work", str(out.parent), "--model", arguments.model,
+        "--data", arguments.data, "--threads", str(arguments.threads), "--lr", str(arguments.lr),
+    ]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+    done = subprocess.run(command, check=True, env=os.environ | threads, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peer(arguments: argparse.Namespace) -> dict:
+    """transformers + peft on the examples that were prepared."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    form, _, precision = arguments.side.partition("-")
+    half = precision == "bf16"
+    kept = json.loads((Path(arguments.work) / "examples.json").read_text())
+    examples, steps = kept["examples"], kept["steps"]
+    if form == "tuned":
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index]["ids"]))
+        buckets = [order[start : start + 16] for start in range(0, len(order), 16)]
+        steps = [buckets[place] for place in torch.randperm(len(buckets), generator=torch.Generator().manual_seed(0))]
+    base = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.bfloat16 if form == "tuned" else torch.float32
+    )
+    model = PeftModel.from_pretrained(base, str(Path(arguments.work) / "adapter"), is_trainable=True).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=arguments.lr, weight_decay=0.0, fused=True
+    )
+    losses, speeds, padding = [], [], []
+    for step in steps:
+        started = time.perf_counter()
+        rows = [examples[index] for index in step]
+        longest = max(len(row["ids"]) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            length = len(row["ids"])
+            ids[place, :length] = torch.tensor(row["ids"])
+            labels[place, row["prompt"] : length] = ids[place, row["prompt"] : length]
+            mask[place, :length] = 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        tokens = sum(len(row["ids"]) - 1 for row in rows)  # as ours counts: the end token is never read
+        speeds.append((tokens, time.perf_counter() - started))
+        padding.append(1 - tokens / ids.numel())
+    counted = speeds[WARM:]
+    return {
+        "tokens_per_second": sum(tokens for tokens, _ in counted) / sum(seconds for _, seconds in counted),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "losses": losses,
+        "padding": statistics.mean(padding),
+    }
+
+
+# ---- what it comes to ----
+
+
+def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples: dict) -> dict:
+    torch.set_num_threads(arguments.threads)
+    flops, peak = flops_per_token(arguments, examples["examples"]), matmul_rate(arguments)
+    sides = {}
+    for side, those in runs.items():
+        speeds = [run["tokens_per_second"] for run in those]
+        sides[side] = {
+            "tokens_per_second": statistics.median(speeds),
+            "repeats": speeds,
+            "of_matmul": statistics.median(speeds) * flops / peak,
+            "peak_bytes": max(run["peak_bytes"] for run in those),
+            "padding": those[0]["padding"],
+            "losses": those[0]["losses"],
+        }
+        if side != "ours" and "ours" in runs:
+            pairs = zip(runs["ours"], those, strict=True)
+            ratios = [our["tokens_per_second"] / run["tokens_per_second"] for our, run in pairs]
+            spread = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+            sides[side]["ours_is_faster_by"] = spread
+    return {"threads": arguments.threads, "flops_per_token": flops, "bf16_matmul_flops": peak, "sides": sides}
+
+
+def flops_per_token(arguments: argparse.Namespace, examples: list[dict]) -> float:
+    """4 a frozen parameter in a product and 6 a LoRA parameter; the head counts at supervised positions; attention
+    2 x 2 products forward and twice that backward, causal."""
+    from llamalora.checkpoint import read_config
+    from llamalora.counts import build
+    from llamalora.lora import lora_layers
+
+    config = read_config(arguments.model)
+    layers = lora_layers(build(config, KINDS, arguments.rank, "lora")).values()
+    frozen = sum(layer.weight.numel() for layer in layers)
+    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
+    lengths = [len(example["ids"]) - 1 for example in examples]
+    supervised = sum(len(example["ids"]) - example["prompt"] for example in examples) / sum(lengths)
+    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    attention = 12 * heads * sum(length**2 for length in lengths) / sum(lengths) / 2
+    return 4 * frozen + 6 * lora + 4 * supervised * config.vocab_size * config.hidden_size + attention
+
+
+def matmul_rate(arguments: argparse.Namespace) -> float:
+    """FLOP/s of bf16 products of the model's shapes, 1,024 rows, in the proportion in which they occur."""
+    from llamalora.checkpoint import read_config
+    from llamalora.counts import build
+    from llamalora.lora import lora_layers
+
+    layers = lora_layers(build(read_config(arguments.model), KINDS, arguments.rank, "lora"))
+    shapes = [tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name]
+    operands = [(torch.randn(1024, i).bfloat16(), torch.randn(o, i).bfloat16()) for o, i in shapes]
+    rates = []
+    for _ in range(12):
+        started = time.perf_counter()
+        for x, weight in operands:
+            F.linear(x, weight)
+        rates.append(sum(2 * 1024 * o * i for o, i in shapes) / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def show(result: dict) -> str:
+    lines = [
+        f"{result['threads']} threads; {result['flops_per_token'] / 1e9:.3f} GFLOP a token, bf16 products of these "
+        f"shapes {result['bf16_matmul_flops'] / 1e9:.0f} GFLOP/s",
+        f"{'':<12} {'tokens/s':>9} {'of matmul':>10} {'peak GiB':>9} {'padding':>8} {'last losses':>12}"
+        "   ours is faster by",
+    ]
+    for side, found in result["sides"].items():
+        last = statistics.mean(found["losses"][-4:])
+        faster = found.get("ours_is_faster_by")
+        ratio = f"{faster['median']:.2f} ({faster['least']:.2f} to {faster['most']:.2f})" if faster else ""
+        lines.append(
+            f"{side:<12} {found['tokens_per_second']:>9.0f} {100 * found['of_matmul']:>9.0f}% "
+            f"{found['peak_bytes'] / 2**30:>9.2f} {100 * found['padding']:>7.1f}% {last:>12.4f}   {ratio}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
