@@ -13,6 +13,7 @@ from llamalora import run
 from llamalora.cli import UsageError, add_flags, from_flags, run_command
 from llamalora.distributed import join_world
 from llamalora.loop import train
+from llamalora.memory import OutOfMemory
 from llamalora.training import DivergedError
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     with join_world() as world:
         try:
             train(settings, world, resume)
-        except DivergedError as error:
+        except (DivergedError, OutOfMemory) as error:
             sys.exit(f"error: {error}")
 
 

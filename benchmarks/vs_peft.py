@@ -68,13 +68,15 @@ def prepare(arguments: argparse.Namespace, work: Path) -> dict:
     from llamalora import corpus, run
     from llamalora.adapter import save_adapter
     from llamalora.batch import encode_all, plan_epoch
+    from llamalora.distributed import World
 
     settings = run.Settings(
         model=arguments.model, data=arguments.data, targets=KINDS, rank=arguments.rank, precision="fp32"
     )
     splits = {name: corpus.read(path) for name, path in corpus.find_splits(arguments.data).items()}
     sentences = [s for document in splits["train"] for s in corpus.sentences(document)][: arguments.sentences]
-    model, tokenizer = run.build_model(settings, torch.device("cpu"))
+    _, tokenizer = run.read_base(settings)
+    model = run.build_model(settings, World(), "ddp")
     found, _ = encode_all(run.make_task(settings, splits), tokenizer, sentences, 10**9, "error")
     save_adapter(model, work / "adapter", base_model=arguments.model)
     steps = plan_epoch([1] * len(found), 8, seed=0, epoch=0)

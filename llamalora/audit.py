@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from . import counts, memory, paper
+from . import counts, hardware, memory, paper
 from .checkpoint import read_config
 from .cli import UsageError, aligned
 from .lora import KINDS, METHODS, parse_targets
@@ -14,7 +14,6 @@ from .model import LLAMA_2, Llama, LlamaConfig
 from .training import DTYPES
 
 GIB = 2**30
-REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
 
 
 def main(argv: list[str]) -> None:
@@ -28,18 +27,22 @@ def main(argv: list[str]) -> None:
     what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
     what.add_argument("--memory", action="store_true", help="GPU memory of a training step, item by item")
+    what.add_argument("--hardware", action="store_true", help="which cards train which Llama-2, as Markdown (a minute)")
     planned = parser.add_argument_group("for --memory")
     planned.add_argument("--gpus", type=int, default=4, help="processes, one on each (default: 4)")
     planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
                          help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
     planned.add_argument("--precision", default="fp16", choices=tuple(DTYPES), help="of the products (default: fp16)")
     planned.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a forward pass (default: 2048)")
-    planned.add_argument("--activation-checkpointing", action="store_true", help="recompute in the backward pass")
+    planned.add_argument("--activation-checkpointing", nargs="?", type=int, default=0, const=1, metavar="K",
+                         help="recompute every K-th block in the backward pass (1: all; default: 0, none)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
 
     config = read_shape(arguments.model)
-    if arguments.table7:
+    if arguments.hardware:
+        result, show = hardware.table(), hardware.show
+    elif arguments.table7:
         result, show = counts.table7(config), show_table7
     elif arguments.table8:
         result, show = counts.table8(config), show_table8
@@ -72,6 +75,8 @@ def plan_memory(arguments: argparse.Namespace, model: Llama) -> dict:
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
     capacity = parse_capacity(arguments.gpu_memory)
+    if arguments.activation_checkpointing < 0:
+        raise UsageError(f"--activation-checkpointing is {arguments.activation_checkpointing}; it must be at least 0")
     gpus, precision, recompute = arguments.gpus, arguments.precision, arguments.activation_checkpointing
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
     for parallel in ("ddp", "fsdp"):
@@ -85,7 +90,7 @@ def parse_capacity(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text.strip())
     if not match or not float(match[1]):
         raise UsageError(f"--gpu-memory {text}: write 16GB (the card's name) or 15.77GiB (what it reports)")
-    return int(float(match[1]) * GIB * (REPORTED if match[2] == "GB" else 1))
+    return int(float(match[1]) * GIB * (memory.REPORTED if match[2] == "GB" else 1))
 
 
 # ---- for people ----
@@ -184,7 +189,8 @@ def show_memory(result: dict) -> str:
         room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
         verdicts.append([parallel, f"{verdict}; {room}"])
     tokens = plans["ddp"]["micro_tokens"]
-    recompute = ", with activation checkpointing" if result["activation_checkpointing"] else ""
+    every = result["activation_checkpointing"]
+    recompute = {0: "", 1: ", recomputing every block"}.get(every, f", recomputing one block in {every}")
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
     return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}"

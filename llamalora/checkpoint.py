@@ -1,16 +1,19 @@
 """Hugging Face model folders in and out: `config.json` and safetensors, one file or shards."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .distributed import is_sharded, whole
 from .lora import PARTS, lora_layers
 from .model import ConfigError, Llama, LlamaConfig
+from .stream import write_tensors
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
@@ -127,8 +130,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
             unexpected or of another shape than the configuration asks for (all are listed).
     """
     model = skeleton(read_config(folder))
-    files = tensor_files(folder)
-    _check_tensors(folder, model, files)
+    files = model_files(folder, model)
     for name, parameter in list(model.named_parameters()):
         tensor = read_tensor(files[name], name)
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
@@ -136,15 +138,26 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, parameter.requires_grad))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-        if "lm_head.weight" in files:
-            head = read_tensor(files["lm_head.weight"], "lm_head.weight")
-            embedding = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
-            if not torch.equal(head, embedding):
-                raise CheckpointError(
-                    f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from "
-                    "model.embed_tokens.weight; set it to false to use both"
-                )
     return model.eval()
+
+
+def model_files(folder: str | Path, model: Llama) -> dict[str, Path]:
+    """`tensor_files` of a folder that holds just this model, which may be on the meta device.
+
+    Raises:
+        CheckpointError: as in `load_model`.
+    """
+    files = tensor_files(folder)
+    _check_tensors(folder, model, files)
+    if model.config.tie_word_embeddings and "lm_head.weight" in files:
+        head = read_tensor(files["lm_head.weight"], "lm_head.weight")
+        embedding = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
+        if not torch.equal(head, embedding):
+            raise CheckpointError(
+                f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false to use both"
+            )
+    return files
 
 
 def _check_tensors(folder: str | Path, model: Llama, files: dict[str, Path]) -> None:
@@ -211,16 +224,18 @@ def _save_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: in
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file with the permissions of any other new file.
+    """Writes a safetensors file tensor by tensor: one at a time is copied from a GPU, or gathered.
+
+    Sharded tensors are gathered from all processes, which must all call this; the first one writes.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, for one).
     """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    only_gives = any(map(is_sharded, tensors.values())) and dist.get_rank() > 0
     try:
-        path.touch()  # safetensors would create it readable by its owner alone
-        mode = path.stat().st_mode
-        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, path, metadata={"format": "pt"})
-        path.chmod(mode)
-    except (SafetensorError, OSError) as error:
+        write_tensors(
+            Path(os.devnull) if only_gives else path, entries, lambda name: whole(tensors[name].detach()).cpu()
+        )
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from None

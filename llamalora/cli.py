@@ -19,9 +19,9 @@ class UsageError(ValueError):
 BAD_INPUT = (UsageError, CheckpointError, CorpusError, TokenizerError, OverlongError)
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A documented dataclass field that becomes a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, bare=None):
+    """A documented dataclass field that becomes a command-line flag, which stands for `bare` if it has no value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] | None = None) -> None:
@@ -37,8 +37,17 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] |
             parser.add_argument(flag, action="store_true", help=help)
             continue
         kind = item.type if isinstance(item.type, type) else item.type.__args__[0]
+        if item.type == int | str:
+            kind = number_or_auto
         shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(flag, type=kind, default=default, choices=item.metadata["choices"], help=help + shown)
+        optional = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
+        parser.add_argument(
+            flag, type=kind, default=default, choices=item.metadata["choices"], help=help + shown, **optional
+        )
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def from_flags(cls: type, arguments: argparse.Namespace):

@@ -19,6 +19,7 @@ from .distributed import World
 from .draft import SourceDrafter
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
+from .sharding import in_step
 from .tokenizer import TextStream, Tokenizer
 
 DRAFT_TOKENS = 40
@@ -92,9 +93,9 @@ def answer(
     grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
-        decoding = generate(
+        decoding = in_step(model, world, lambda: generate(
             model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update
-        )
+        ))  # fmt: skip
     answers = [Answer(sentence, "", ner.parse(task, sentence.text, ""), overlong=True) for sentence in mine]
     decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)
     for index, ids, truncated, log_probs in decoded:

@@ -13,9 +13,13 @@ from . import corpus, evaluate, run, runstate
 from .batch import MicroBatch, deal, encode_all, plan_epoch, show
 from .cli import Interrupt, UsageError
 from .distributed import World
-from .lora import count_parameters, merge, restore
+from .lora import count_parameters
+from .memory import explained
+from .model import attention_kernel
+from .placement import place
+from .sharding import is_spread, merged
 from .steplog import StepLog
-from .training import MovementCheck, Optimizer, autocast, backward, learning_rate
+from .training import DTYPES, MovementCheck, Optimizer, autocast, backward, learning_rate
 
 FEWEST_STEPS = 400  # by default a small corpus is passed over more often than 3 times, up to this many steps
 
@@ -35,10 +39,10 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     if "train" not in splits:
         raise UsageError(f"--data {settings.data}: has no training split")
     task = run.make_task(settings, splits)
-    model, tokenizer = run.build_model(settings, world.device)
+    config, tokenizer = run.read_base(settings)
     sentences = [sentence for document in splits["train"] for sentence in corpus.sentences(document)]
     examples, skipped = encode_all(
-        task, tokenizer, sentences[: settings.limit_train], model.config.max_position_embeddings, settings.overlong
+        task, tokenizer, sentences[: settings.limit_train], config.max_position_embeddings, settings.overlong
     )
     if not examples:
         raise UsageError(f"--data {settings.data}: the training split holds no sentence that can be learnt from")
@@ -53,10 +57,13 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         (epoch, step) for epoch in range(settings.epochs) for step in plan_epoch(sizes, batch, settings.seed, epoch)
     ]
 
+    placement = place(settings, config, lengths, world)
+    with explained(placement.plan, world.device):
+        model = run.build_model(settings, world, placement.parallel)
     if not resume:
         run.start_folder(folder, run.describe(settings, task, model), world)
     lock = run.lock(folder) if world.is_main else None  # noqa: F841  (held until the end)
-    announce(world, resolved, settings, task, model, splits, examples, skipped, len(plan))
+    announce(world, resolved, settings, placement, task, model, splits, examples, skipped, len(plan))
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
 
     optimizer = Optimizer(
@@ -76,7 +83,11 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         return "dev" in splits and (regular or cursor == len(plan))
 
     model.train()
-    with Interrupt() as interrupt, StepLog(folder, world, len(plan), progress.cursor) as log:
+    with (
+        explained(placement.plan, world.device),
+        Interrupt() as interrupt,
+        StepLog(folder, world, len(plan), progress.cursor) as log,
+    ):
         while True:
             if progress.evaluated < progress.cursor and is_evaluated(progress.cursor):
                 result, answers = evaluate_now(model, tokenizer, task, splits["dev"], settings, world)
@@ -97,25 +108,19 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             supervised = sum(examples[index].supervised for index in step)
             lr = learning_rate(settings.lr, progress.updates, len(plan), warmup, settings.schedule)
             loss, computed = 0.0, 0
-            for indices in deal(step, lengths, world.size, settings.micro_tokens)[world.rank]:
-                if indices:
-                    batch = MicroBatch.of([examples[index] for index in indices], world.device)
-                    computed += batch.ids.numel()
-                    loss += backward(
-                        model,
-                        batch,
-                        supervised,
-                        optimizer.scaler,
-                        settings.precision,
-                        settings.activation_checkpointing,
-                    )
+            stand_in = [min(step, key=lengths.__getitem__)]  # without a share: under fsdp the others need its passes
+            for indices in deal(step, lengths, world.size, placement.micro_tokens)[world.rank]:
+                batch = MicroBatch.of([examples[index] for index in indices or stand_in], world.device)
+                counted = supervised if indices else math.inf
+                computed += batch.ids.numel()
+                loss += backward(model, batch, counted, optimizer.scaler, settings.precision, placement.recompute)
             update = optimizer.step(lr, world)
             loss, computed, stop = world.sum([loss, computed, interrupt.signal])
 
             progress.cursor += 1
             progress.updates += not update.skipped
             if moved and progress.updates == moved.UPDATES:
-                moved()
+                moved(world)
                 moved = None
             seconds = time.perf_counter() - started
             log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], computed, seconds)
@@ -138,10 +143,13 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     return result
 
 
-def announce(world, resolved, settings, task, model, splits, examples, skipped, steps) -> None:
+def announce(world, resolved, settings, placement, task, model, splits, examples, skipped, steps) -> None:
     """The first lines of a run: which model, data and precision are in use, and why."""
     counts = count_parameters(model)
     share = 100 * counts["trainable"] / counts["base"]
+    on = f"{world.size} x {world.device.type}"
+    if world.device.type == "cuda":
+        on += f", {attention_kernel(model.config, DTYPES[settings.precision], world.device)}"
     trained = {
         "lora": f"{'DoRA' if settings.dora else 'LoRA'} on {settings.targets}, rank {settings.rank}",
         "partial": f"the weights of {settings.targets}",
@@ -159,7 +167,8 @@ def announce(world, resolved, settings, task, model, splits, examples, skipped, 
         + (f", {skipped} skipped as longer than the context" if skipped else "")
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"
         + (" (one-label format)" if task.per_label else "")
-        + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {world.size} x {world.device.type}\n"
+        + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {on}\n"
+        f"parallel   {placement}\n"
         f"schedule   {settings.epochs} epochs, {steps} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
@@ -171,13 +180,9 @@ def evaluate_now(model, tokenizer, task, documents, settings, world) -> tuple[di
     before."""
     documents, asked = evaluate.select(documents, settings.eval_limit)
     model.eval()
-    merge(model)
-    try:
-        with autocast(settings.precision, world.device):
-            answers, speed = evaluate.answer(model, tokenizer, task, asked, world, settings.eval_batch)
-    finally:
-        restore(model)
-        model.train()
+    with merged(model), autocast(settings.precision, world.device):
+        answers, speed = evaluate.answer(model, tokenizer, task, asked, world, settings.eval_batch)
+    model.train()
     scores = evaluate.assess(documents, answers, task.labels)
     return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
 
@@ -193,9 +198,10 @@ class Progress:
 
 
 def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:
-    if world.is_main:
+    if world.is_main or optimizer.sharded:
         tensors, state = optimizer.state()
-        runstate.save_checkpoint(folder, progress.cursor, tensors, {"progress": asdict(progress), **state}, keep)
+        state |= {"progress": asdict(progress)}
+        runstate.save_checkpoint(folder, progress.cursor, tensors, state, keep, keeps=world.is_main)
     world.barrier()
 
 
@@ -216,6 +222,8 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
 
 def save(model, settings, folder: Path, name: str, world: World) -> None:
     """Keeps the trained parameters as `best/` or `last/`."""
-    if world.is_main:
-        runstate.write_atomically(folder / name, lambda target: run.save_trained(model, settings, target))
+    if world.is_main or is_spread(model):
+        runstate.write_atomically(
+            folder / name, lambda target: run.save_trained(model, settings, target), keeps=world.is_main
+        )
     world.barrier()

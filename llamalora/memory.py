@@ -6,7 +6,8 @@ the model really saves and names the entry that is off.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +21,8 @@ from .training import DTYPES, LOGITS_AT_ONCE
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
+REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
+USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
 
 # tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): the longest, and the deciles
 LENGTHS = (698, 175, 144, 123, 108, 97, 86, 75, 64, 50)
@@ -58,6 +61,12 @@ class Plan:
     def fits(self) -> bool:
         return self.spare >= 0
 
+    def __str__(self) -> str:
+        """A line for each item, in GiB."""
+        lines = {**self.items, "total": self.total, "reported by the GPU": self.capacity}
+        width = max(map(len, lines))
+        return "\n".join(f"{name:{width}}  {size / GIB:6.2f}" for name, size in lines.items())
+
 
 def plan(
     model: Llama,
@@ -66,7 +75,7 @@ def plan(
     capacity: int,
     precision: str,
     micro_tokens: int,
-    recompute: bool = False,
+    recompute: int = 0,
     lengths: Sequence[int] = LENGTHS,
 ) -> Plan:
     """The memory of a training step on each of `gpus` GPUs.
@@ -76,7 +85,7 @@ def plan(
         parallel: `ddp` or `fsdp`.
         capacity: bytes that a GPU reports (`torch.cuda.get_device_properties(0).total_memory`).
         precision: of the products: `fp32`, `fp16` or `bf16`.
-        recompute: activation checkpointing.
+        recompute: activation checkpointing of every k-th block; 0: of none.
         lengths: of examples of which a micro-batch is thought to be made, the longest among them. It is
             never cut, so a micro-batch has at least its length.
     """
@@ -101,6 +110,12 @@ def plan(
         middle = (fitting + failing) // 2
         fitting, failing = (middle, failing) if at(middle).fits else (fitting, middle)
     return replace(chosen, largest_micro_tokens=fitting)
+
+
+def typical(lengths: Sequence[int]) -> tuple[int, ...]:
+    """The longest of many examples and the deciles below it, as in `LENGTHS`."""
+    ordered = sorted(lengths, reverse=True)
+    return tuple(ordered[len(ordered) * tenth // 10] for tenth in range(10))
 
 
 def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
@@ -132,16 +147,22 @@ def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
 
 
 def _gathered(model: Llama, width: int) -> int:
-    """Bytes that FSDP2 (`fully_shard` of each block, embedding and head) holds beside a rank's own shard.
+    """Bytes that FSDP2 (`sharding.shard`) holds beside a rank's own shard, at the most of three moments.
 
-    Three times the largest block: the one that computes, the all-gather of the next, and that one's copy
-    into parameters; embedding or head; a block's gradients, in fp32 too on their way to the reduce-scatter.
+    All through a pass embedding, norm and head (one group, a tied matrix once), from the head's backward pass on
+    with their gradients. With them, when a block computes, this block, the all-gather of the next and its copy
+    into parameters, and in the backward pass the block's gradients, which become fp32 for the reduce-scatter;
+    at the start, their own all-gather and the first block's; at the end their own gradients' reduce-scatter.
     """
     blocks = model.model.layers
-    return (
-        width * (3 * max(map(_size, blocks)) + max(_size(model.model.embed_tokens), _size(model.lm_head)))
-        + (width + 4) * max(_size(block, learning=True) for block in blocks)
-    )  # fmt: skip
+    block, learning = max(map(_size, blocks)), max(_size(one, learning=True) for one in blocks)
+    ends = _size(model) - sum(map(_size, blocks))
+    ends_learning = _size(model, learning=True) - sum(_size(one, learning=True) for one in blocks)
+    return max(
+        width * (ends + ends_learning + 3 * block) + (width + 4) * learning,
+        width * (2 * ends + block),
+        width * (ends + ends_learning) + 4 * ends_learning,
+    )
 
 
 def _size(module: nn.Module, learning: bool = False) -> int:
@@ -158,7 +179,7 @@ class Step:
 
     Attributes:
         packing: of the micro-batch.
-        recompute: activation checkpointing.
+        recompute: activation checkpointing of every k-th block; 0: of none.
         sharded: under FSDP all parameters compute in the products' dtype; else, without LoRA, they are
             fp32, and so is the residual stream, and autocast converts at every product.
     """
@@ -166,7 +187,7 @@ class Step:
     model: Llama
     precision: str
     packing: Packing
-    recompute: bool = False
+    recompute: int = 0
     sharded: bool = False
 
     @property
@@ -214,17 +235,21 @@ class Step:
         """What the backward pass, which has its peak in the last block's MLP, holds beyond that.
 
         Four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
-        `down` is freed; hidden states and their gradient; the gradient of one matrix. With recomputation
-        also all that this block saves.
+        `down` is freed; hidden states and their gradient; the gradient of one matrix. If that block is
+        recomputed, also all that it saves.
         """
-        config, last = self.model.config, f"model.layers.{self.model.config.num_hidden_layers - 1}"
+        config, number = self.model.config, self.model.config.num_hidden_layers - 1
+        last = f"model.layers.{number}"
         block, _ = self._block(last, reached=True)
         held = 4 * self.width * config.intermediate_size * self.tokens
         held -= block.get((f"{last}.mlp.down_proj", "input"), 0)
         held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
-        if self.recompute:
+        if self._recomputes(number):
             held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]
         return max(0, held - self.logits)
+
+    def _recomputes(self, number: int) -> bool:
+        return bool(self.recompute) and number % self.recompute == 0
 
     @property
     def _converted(self) -> int:
@@ -236,9 +261,9 @@ class Step:
         return self.width * sum(p.numel() for p in parameters) if self.width < 4 else 0
 
     def _gradient_of(self, module: nn.Module) -> int:
-        """Of the largest matrix that learns, before it is added up in fp32."""
+        """Of the largest matrix that learns, before it is added up, in fp32 unless sharded."""
         largest = max((p.numel() for p in trainable_parameters(module).values()), default=0)
-        return largest * (4 if self.width == 4 else self.width + 4)
+        return largest * (self.width if self.sharded or self.width == 4 else self.width + 4)
 
     # ---- what is saved between forward and backward ----
 
@@ -257,7 +282,7 @@ class Step:
         for number in range(config.num_hidden_layers):
             name = f"model.layers.{number}"
             block, reached = self._block(name, reached)
-            found |= {(name, "input"): self.stream * config.hidden_size * tokens} if self.recompute else block
+            found |= {(name, "input"): self.stream * config.hidden_size * tokens} if self._recomputes(number) else block
         if reached:
             found |= self._norm("model.norm")
         return found
@@ -321,3 +346,35 @@ class Step:
                 found |= {(name, tensor): size for tensor, size in kept.items()}
                 found[name, "m / norm, and the norm"] = 8 * layers[name].out_features
         return bool(learning)
+
+
+# ---- when it was not enough ----
+
+
+class OutOfMemory(RuntimeError):
+    """A GPU's memory did not suffice; the message sets the plan beside what was measured."""
+
+
+@contextmanager
+def explained(plan: Plan | None, device: torch.device) -> Iterator[None]:
+    """Turns torch's error into one that says what was planned, what was measured and what to change.
+
+    Raises:
+        OutOfMemory
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if plan is None:
+            raise
+        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        share = "" if plan.parallel == "fsdp" else "--parallel fsdp with several processes, "
+        raise OutOfMemory(
+            f"the GPU's memory does not suffice. {error}\n\n"
+            f"planned, in GiB ({plan.parallel}, micro-batches of {plan.micro_tokens:,} tokens):\n{plan}\n\n"
+            f"measured: {held / GIB:.2f} GiB held by tensors at the peak, {reserved / GIB:.2f} by the allocator "
+            "(CUDA itself and other programs take the rest)\n\n"
+            f"what helps: --activation-checkpointing 1, a smaller --micro-tokens, {share}more processes, a lower "
+            "--rank; in an evaluation a smaller --eval-batch; where much is reserved and not held, the environment "
+            "variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        ) from error

@@ -293,6 +293,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return y.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
 
 
+def attention_kernel(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that PyTorch chooses for training's attention on a GPU: FLASH_ATTENTION, EFFICIENT_ATTENTION, ..."""
+    q = torch.empty(1, config.num_attention_heads, 128, config.head_dim, dtype=dtype, device=device)
+    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+
+
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -328,20 +334,21 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None, recompute: bool = False
+        self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None, recompute: int = 0
     ) -> Tensor:
         """Hidden states (B, T, D) of ids (B, T).
 
         Args:
             packing: ids is one row (1, N) of several sequences.
             cache: is written, and read where the packing continues; needs a packing.
-            recompute: activation checkpointing: keep only each block's input for the backward pass.
+            recompute: activation checkpointing: of every k-th block keep only the input for the backward pass;
+                1 is every block, 0 none.
         """
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if packing is None else packing.positions
         context = (rope(self.config, positions), packing, cache)
         x = self.embed_tokens(ids)
-        for block in self.layers:
-            if recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.layers):
+            if recompute and number % recompute == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)

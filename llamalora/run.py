@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from . import corpus, ner
+from . import corpus, ner, sharding
 from .adapter import load_adapter, save_adapter
-from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
+from .checkpoint import CheckpointError, load_model, model_files, read_config, read_json, save_model, skeleton
 from .cli import UsageError, option
 from .distributed import World
 from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
-from .model import Llama
+from .model import Llama, LlamaConfig
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
 
@@ -54,11 +54,16 @@ class Settings:
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
     batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
     batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
-    micro_tokens: int = option(2048, "tokens of a forward pass, on one process")
+    micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
     overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
     limit_train: int | None = option(None, "use only the first N training sentences")
     precision: str = option("auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"))
-    activation_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    parallel: str = option(
+        "auto", "ddp: the model in each process; fsdp: one over all; auto: as memory allows", ("auto", "ddp", "fsdp")
+    )
+    activation_checkpointing: int | str = option(
+        "auto", "recompute every K-th block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
+    )
     seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
     eval_every: int | None = option(None, "evaluate on the development split every N steps (default: each epoch)")
     eval_limit: int | None = option(None, "evaluate on its first N sentences")
@@ -67,16 +72,16 @@ class Settings:
     keep: int = option(2, "checkpoints to keep")
 
     # what may differ when a run is resumed, because it does not change what is learnt
-    FREE = ("out", "micro_tokens", "activation_checkpointing", "eval_batch", "save_every", "keep")
+    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep")
 
     def __post_init__(self):
         for name, least in {
             "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
             "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
-            "weight_decay": 0, "warmup": 0, "loraplus": 1,
+            "weight_decay": 0, "warmup": 0, "loraplus": 1, "activation_checkpointing": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value not in (None, "auto") and not value >= least:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
         if self.method != "lora" and any(chosen.values()):
@@ -162,25 +167,50 @@ def make_task(settings: Settings, splits: Mapping[str, list[corpus.Document]]) -
     return task
 
 
-def build_model(settings: Settings, device: torch.device) -> tuple[Llama, Tokenizer]:
-    """The base model with what is to be trained in it, and its tokenizer.
-
-    With LoRA the frozen weights are stored in the precision of the products; in full and partial
-    fine-tuning all weights are fp32 and cast by autocast, so that the two differ in what learns alone.
+def read_base(settings: Settings) -> tuple[LlamaConfig, Tokenizer]:
+    """Shape and tokenizer of the base model.
 
     Raises:
-        CheckpointError, TokenizerError, UsageError: as their names say.
+        CheckpointError, TokenizerError: as their names say.
     """
-    tokenizer = load_tokenizer(settings.model)
-    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
-    lora = settings.method == "lora"
-    model = load_model(settings.model, DTYPES[settings.precision] if lora else torch.float32, device)
+    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
+    check_fit(tokenizer, config.vocab_size, settings.model)
+    return config, tokenizer
+
+
+def build_model(settings: Settings, world: World, parallel: str) -> Llama:
+    """The base model with what is to be trained in it.
+
+    With LoRA the frozen weights are stored in the precision of the products; in full and partial
+    fine-tuning all weights are fp32, so that the two differ in what learns alone, and cast by autocast, or
+    under `fsdp` when they are gathered.
+
+    Raises:
+        CheckpointError, UsageError: as their names say.
+    """
+    products = DTYPES[settings.precision]
+    dtype = products if settings.method == "lora" else torch.float32
+    if parallel == "ddp":
+        return make_trainable(load_model(settings.model, dtype, world.device), settings)
+    model = skeleton(read_config(settings.model)).to(dtype)
+    files = model_files(settings.model, model)
+    sharding.shard(make_trainable(model, settings), world, products)
+    sharding.fill(model, files, world.device, settings.seed)
+    return model
+
+
+def make_trainable(model: Llama, settings: Settings) -> Llama:
+    """Lets every parameter learn, or freezes them but for the targets, or injects what does.
+
+    Raises:
+        UsageError: the targets or the rank do not suit the model.
+    """
     if settings.method == "full":
-        return model.requires_grad_(True), tokenizer
+        return model.requires_grad_(True)
     if settings.method == "partial":
-        return train_weights(model, settings.targets), tokenizer
+        return train_weights(model, settings.targets)
     try:
-        inject_lora(
+        return inject_lora(
             model,
             settings.targets,
             settings.rank,
@@ -192,7 +222,6 @@ def build_model(settings: Settings, device: torch.device) -> tuple[Llama, Tokeni
         )
     except ValueError as error:
         raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
-    return model, tokenizer
 
 
 def save_trained(model: Llama, settings: Settings, folder: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -19,8 +20,17 @@ from .checkpoint import CheckpointError, read_json, save_tensors
 MANIFEST = "manifest.json"
 
 
-def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replaces `folder` by one that `fill` writes: complete with its manifest, or not at all."""
+def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = True) -> None:
+    """Replaces `folder` by one that `fill` writes: complete with its manifest, or not at all.
+
+    Args:
+        keeps: false on a process that only gives its rows of sharded tensors (`save_tensors`): what it fills is
+            thrown away.
+    """
+    if not keeps:
+        with TemporaryDirectory() as scratch:
+            fill(Path(scratch))
+        return
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -69,15 +79,23 @@ def _cursor(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_checkpoint(run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
-    """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`."""
+def save_checkpoint(
+    run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, keeps: bool = True
+) -> None:
+    """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`.
+
+    Args:
+        keeps: as in `write_atomically`.
+    """
 
     def fill(folder: Path) -> None:
         save_tensors(tensors, folder / "tensors.safetensors")
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     written = run / "checkpoints" / f"step-{cursor:06d}"
-    write_atomically(written, fill)
+    write_atomically(written, fill, keeps)
+    if not keeps:
+        return
     # one of a later step is what a fallback passed over: damaged, and its steps are being done again
     later = [path for path in checkpoints(run) if _cursor(path) > cursor]
     for old in [*later, *[path for path in checkpoints(run) if path not in later][keep:]]:

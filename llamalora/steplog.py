@@ -56,6 +56,7 @@ class StepLog:
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
             "skipped": update.skipped,
+            "loss_scale": update.scale,
             "tokens": tokens,
             "supervised_tokens": sum(example.supervised for example in examples),
             "padding": 1 - tokens / computed,  # of the tokens that went through the model

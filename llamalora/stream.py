@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
 
 # in the order in which the safetensors library lays tensors out: wide ones first
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _layout(entries: Entries) -> tuple[bytes, list[str]]:
@@ -43,7 +43,7 @@ def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor])
     """Writes a safetensors file, asking for one tensor after the other, so that one is in memory at a time.
 
     Args:
-        entries: what the file will hold; dtypes are floating-point ones.
+        entries: what the file will hold; dtypes are int64 and floating-point ones.
         tensor: name -> the tensor, of the dtype and shape in `entries`.
     """
     header, order = _layout(entries)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .batch import MicroBatch
-from .distributed import World
+from .distributed import World, is_sharded, whole
 from .lora import LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
+from .sharding import placed, within
 
 LOGITS_AT_ONCE = 2**25  # logits held at a time: 128 MiB in fp32
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,10 +59,10 @@ def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: s
 def backward(
     model: Llama,
     batch: MicroBatch,
-    supervised: int,
+    supervised: float,
     scaler: torch.amp.GradScaler,
     precision: str,
-    recompute: bool = False,
+    recompute: int = 0,
 ) -> float:
     """Forward and backward of one micro-batch; gradients add up in the parameters.
 
@@ -70,24 +71,33 @@ def backward(
     The output head sees supervised positions only and a chunk at a time: each chunk's logits are
     gone, backward pass included, before the next are made.
 
+    Args:
+        supervised: infinite for a micro-batch that counts for nothing, and whose gradients are zero.
+        recompute: as in `Backbone.forward`.
+
     Returns:
         This micro-batch's share of the step's loss, in nats a token.
     """
-    loss_sum = torch.zeros((), device=batch.ids.device)
-    with autocast(precision, batch.ids.device):
-        hidden = model.model(batch.ids, packing=batch.packing, recompute=recompute)
-        hidden = hidden[0].index_select(0, batch.predictors)  # (M, D)
-        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
-        chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-        for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
-            logits = model.lm_head(states)  # (chunk, V)
-            losses, gradient = _cross_entropy(logits, targets)
-            logits.backward(scaler.scale(gradient.div_(supervised)).to(logits.dtype))
-            loss_sum += losses.sum() / supervised
-            del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
-    if hidden.requires_grad:
-        hidden.backward(leaf.grad)
-    return loss_sum.item()
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        loss = torch.zeros((), device=batch.ids.device)
+        with autocast(precision, batch.ids.device):
+            hidden = model.model(batch.ids, packing=batch.packing, recompute=recompute)
+            # even if the head alone learns: it is the backbone's backward pass that ends a step of a sharded model
+            hidden = hidden[0].index_select(0, batch.predictors).requires_grad_()  # (M, D)
+            leaf = hidden.detach().requires_grad_()
+            chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+            for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
+                logits = model.lm_head(states)  # (chunk, V)
+                losses, gradient = _cross_entropy(logits, targets)
+                logits.backward(scaler.scale(gradient.div_(supervised)).to(logits.dtype))
+                loss += losses.sum() / supervised
+                del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
+        return hidden, leaf.grad, loss
+
+    hidden, gradient, loss = within(model, forward)
+    hidden.backward(gradient)
+    return loss.item()
 
 
 @torch.no_grad()
@@ -109,11 +119,13 @@ class Update:
 
     grad_norm: float  # before clipping, over all trainable parameters
     skipped: bool  # gradients were not finite, parameters stayed
+    scale: float  # of the loss in this step: 1 except in fp16
 
 
 class Optimizer:
     """AdamW over the trainable parameters, with clipping, loss scaling, and the step that is skipped
-    when a gradient is not finite: by all processes alike, since they hold the same summed gradients."""
+    when a gradient is not finite: by all processes alike, since they hold the same summed gradients, or
+    rows of them whose norms are gathered."""
 
     MOST_SKIPS = 25  # in a row; fp16's scale halves at each, from 65536 far below 1
 
@@ -132,6 +144,7 @@ class Optimizer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip = clip or math.inf
+        self.sharded = any(map(is_sharded, self.parameters.values()))
         self.skips_in_a_row = 0
 
     def step(self, lr: float, world: World) -> Update:
@@ -140,11 +153,13 @@ class Optimizer:
         Raises:
             DivergedError: `MOST_SKIPS` steps in a row had gradients that were not finite.
         """
-        world.sum_gradients(self.parameters.values())
+        if not self.sharded:  # else the backward pass has summed them
+            world.sum_gradients(self.parameters.values())
+        scale = self.scaler.get_scale()
         for group in self.adam.param_groups:
             group["lr"] = lr * group["ratio"]
         self.scaler.unscale_(self.adam)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)).item()
         finite = math.isfinite(norm)
         if finite:
             self.scaler.step(self.adam)
@@ -156,7 +171,7 @@ class Optimizer:
                 f"{self.MOST_SKIPS} steps in a row had gradients that are not finite (loss scale "
                 f"{self.scaler.get_scale():g}); lower --lr, or use --precision fp32 to find the cause"
             )
-        return Update(norm, not finite)
+        return Update(norm, not finite, scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that a resumed run needs: parameters and moments by name, and JSON values."""
@@ -169,15 +184,11 @@ class Optimizer:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            # torch keeps the step count on the CPU unless the fused kernel wants it on the device
-            moments = {
-                key: tensors[f"{key}.{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
-            }
-            if moments:
-                self.adam.state[parameter] = moments
+            parameter.copy_(placed(tensors[f"parameter.{name}"], parameter))
+            if f"step.{name}" in tensors:
+                moments = {key: placed(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+                # torch keeps the step count on the CPU unless the fused kernel wants it on the device
+                self.adam.state[parameter] = moments | {"step": tensors[f"step.{name}"].to(parameter.device)}
         self.scaler.load_state_dict(state["scaler"])
         self.skips_in_a_row = state["skips_in_a_row"]
 
@@ -208,17 +219,21 @@ class MovementCheck:
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
+        """Of what this process keeps of each parameter."""
+        kept = {name: p.to_local() if is_sharded(p) else p for name, p in self.parameters.items()}
         return {
-            name: (parameter.sum(dtype=torch.float64).item(), parameter.norm(dtype=torch.float64).item())
-            for name, parameter in self.parameters.items()
+            name: (values.sum(dtype=torch.float64).item(), values.norm(dtype=torch.float64).item())
+            for name, values in kept.items()
         }
 
-    def __call__(self) -> None:
+    def __call__(self, world: World) -> None:
         """
         Raises:
-            DivergedError: naming the parameters that are what they were.
+            DivergedError: naming the parameters that are what they were, on every process.
         """
-        still = [name for name, value in self._fingerprints().items() if value == self.before[name]]
+        unmoved = {name for name, value in self._fingerprints().items() if value == self.before[name]}
+        everywhere = set.intersection(*world.gather(unmoved))
+        still = [name for name in self.parameters if name in everywhere]
         if still:
             shown = ", ".join(still[:6]) + (f" and {len(still) - 6} more" if len(still) > 6 else "")
             raise DivergedError(f"after {self.UPDATES} updates these parameters have not moved: {shown}")

@@ -247,7 +247,7 @@ def test_the_figures_of_llama_2_7b(seven_billion):
     assert sum(ddp.items[name] for name in STATIC) == pytest.approx(static, rel=1e-6)
     assert static / GIB == pytest.approx(17.46, abs=0.01)
     assert sum(fsdp.items[name] for name in STATIC) == pytest.approx(static / 4, rel=1e-6)
-    assert fsdp.items["buckets or gathered layers"] / GIB == pytest.approx(1.5, abs=0.1)
+    assert fsdp.items["buckets or gathered layers"] / GIB == pytest.approx(1.77, abs=0.01)
     assert ddp.items["buckets or gathered layers"] == 0
     assert not ddp.fits and ddp.largest_micro_tokens == 0 and fsdp.fits
     for found in (ddp, fsdp):

@@ -375,7 +375,7 @@ def test_every_parameter_moves(method, tied):
     check = MovementCheck(optimizer.parameters)
     for _ in range(MovementCheck.UPDATES):
         step(model, optimizer)
-    check()
+    check(ALONE)
 
 
 def test_a_parameter_that_cannot_move_is_named():
@@ -387,7 +387,7 @@ def test_a_parameter_that_cannot_move_is_named():
     for _ in range(MovementCheck.UPDATES):
         step(model, optimizer)
     with pytest.raises(DivergedError) as caught:
-        check()
+        check(ALONE)
     named = str(caught.value).rpartition(": ")[2].split(", ")
     assert named == ["model.layers.1.self_attn.q_proj.lora_A", "model.layers.1.self_attn.q_proj.lora_B"]
 
@@ -396,7 +396,7 @@ def test_a_model_that_stands_still_is_cut_in_the_message():
     model = trainee()
     check = MovementCheck(trainable_parameters(model))
     with pytest.raises(DivergedError, match="and 26 more"):
-        check()
+        check(ALONE)
 
 
 # ---- against transformers, peft and torch ----
