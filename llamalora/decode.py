@@ -56,6 +56,7 @@ def generate(
     batch_size: int = 32,
     drafter: Drafter | None = None,
     progress: Callable[[int], None] = lambda finished: None,
+    stop: Callable[[], object] = lambda: False,
 ) -> Decoding:
     """The most probable next token, over and over, until the end token or the limit.
 
@@ -68,6 +69,7 @@ def generate(
         batch_size: prompts decoded side by side; the outputs do not depend on it.
         drafter: proposes continuations; without one, a pass yields a token.
         progress: called with the number of prompts finished since the last call.
+        stop: asked before each forward pass; once it says so, outputs stay as they are.
 
     Raises:
         ValueError: an empty prompt, or a limit below 1.
@@ -85,7 +87,7 @@ def generate(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     cache = model.make_cache(len(rows), slots, autocast)
     passes = 0
-    while waiting or any(rows):
+    while (waiting or any(rows)) and not stop():
         free = [place for place, row in enumerate(rows) if row is None]
         # prompts enter several at a time, in a pass of their own, because they are longer than a step
         enter = waiting and 4 * len(free) >= len(rows)

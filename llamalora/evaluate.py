@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from .corpus import Document, Sentence, Span, sentences
 from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
+from .files import replace_file
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
 from .tokenizer import Tokenizer
@@ -62,6 +63,7 @@ def answer(
     batch_size: int = 32,
     draft_tokens: int = DRAFT_TOKENS,
     quiet: bool = False,
+    stop: Callable[[], object] = lambda: False,
 ) -> tuple[list[Answer], Speed]:
     """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
     the order of the sentences.
@@ -69,6 +71,7 @@ def answer(
     Args:
         batch_size: sentences decoded side by side.
         draft_tokens: drafted from the source for a forward pass, in tagging; 0 is plain greedy decoding.
+        stop: as in `generate`; the answers are then worth nothing.
     """
     started = time.perf_counter()
     mine = asked[world.rank :: world.size]
@@ -82,7 +85,7 @@ def answer(
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = generate(
-            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, progress=bar.update
+            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, bar.update, stop
         )
     outputs = [("", False)] * len(mine)
     for index, ids, truncated in zip(fits, decoding.outputs, decoding.truncated, strict=True):
@@ -226,20 +229,14 @@ def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
         place = {"document": item.sentence.document, "start": item.sentence.start}
         state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
         lines.append(json.dumps(place | state, ensure_ascii=False) + "\n")
-    _replace(folder / f"answers-{result['split']}.jsonl", "".join(lines))
+    replace_file(folder / f"answers-{result['split']}.jsonl", "".join(lines))
     return write_json(result, folder / f"eval-{result['split']}.json")
 
 
 def write_json(result: dict, path: Path) -> Path:
     """Indented, but each list of numbers, like the counts of a document, on one line."""
     lines = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
-    return _replace(path, lines + "\n")
-
-
-def _replace(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    return replace_file(path, lines + "\n")
 
 
 def read_result(folder: Path, split: str) -> dict:

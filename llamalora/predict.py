@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from . import corpus, evaluate, run
-from .cli import UsageError
+from .cli import Interrupt, UsageError
 from .corpus import CorpusError, Document
 from .distributed import join_world
 from .lora import merge
@@ -41,8 +41,11 @@ def main(argv: list[str]) -> None:
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = evaluate.select(chunk, None)
             answers, _ = evaluate.answer(model, tokenizer, task, asked, world, arguments.batch, quiet=True)
-            if world.is_main:
-                write(evaluate.predicted_documents(chunk, answers), arguments.to)
+            with Interrupt() as interrupt:  # a reader of the stream never meets half a line
+                if world.is_main:
+                    write(evaluate.predicted_documents(chunk, answers), arguments.to)
+            if interrupt.signal:
+                sys.exit(128 + interrupt.signal)
 
 
 def write(documents: Iterable[Document], form: str) -> None:

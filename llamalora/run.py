@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -17,13 +18,14 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
 from .cli import UsageError, option
 from .distributed import World
+from .files import replace_file
 from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
 from .model import Llama
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
 
 HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -65,9 +67,10 @@ class Settings:
     eval_batch: int = option(32, "sentences decoded side by side")
     save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
     keep: int = option(2, "checkpoints to keep")
+    timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
 
     # what may differ when a run is resumed, because it does not change what is learnt
-    FREE = ("out", "micro_tokens", "activation_checkpointing", "eval_batch", "save_every", "keep")
+    FREE = ("out", "micro_tokens", "activation_checkpointing", "eval_batch", "save_every", "keep", "timeout")
 
     def __post_init__(self):
         for name, least in {
@@ -86,6 +89,8 @@ class Settings:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:
             raise UsageError(f"--lr is {self.lr}; it must be above 0 (and below 10)")
+        if not 0 < self.timeout <= 10**6:
+            raise UsageError(f"--timeout is {self.timeout}; it must be above 0 (and at most a million) minutes")
         if self.warmup > 1:
             raise UsageError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
         try:
@@ -300,6 +305,11 @@ def _fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds more than a run that was killed while it started."""
+    return any(path.name not in (LOCK, f"{CONFIG}.tmp") for path in folder.iterdir())
+
+
 def start_folder(folder: Path, config: dict, world: World) -> None:
     """Claims a new output folder for this process and records the run's configuration in it.
 
@@ -310,28 +320,41 @@ def start_folder(folder: Path, config: dict, world: World) -> None:
     if world.is_main:
         if (folder / CONFIG).exists():
             problem = f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
             problem = f"--out {folder}: exists and is not an empty folder"
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            problem, held = _lock(folder)
+            with held:
+                if not problem and (folder / CONFIG).exists():
+                    problem = f"--out {folder}: another process has just started a run there"
+                if not problem:
+                    replace_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     problem = world.from_main(problem)
     if problem:
         raise UsageError(problem)
 
 
-def lock(folder: Path):
-    """Keeps other processes from writing to a run; holds as long as the returned file is open.
+def lock(folder: Path, world: World) -> TextIO | None:
+    """Keeps other runs from writing to this one; holds as long as the file that the main process gets is open.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another run holds it.
     """
-    file = (folder / ".lock").open("w")
+    problem, file = _lock(folder) if world.is_main else (None, None)
+    problem = world.from_main(problem)
+    if problem:
+        raise UsageError(problem)
+    return file
+
+
+def _lock(folder: Path) -> tuple[str | None, TextIO]:
+    file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--out {folder}: another process is writing to this run") from None
-    return file
+    except BlockingIOError:
+        return f"--out {folder}: another process is writing to this run", file
+    return None, file
 
 
 def check_resumable(folder: Path, settings: Settings) -> None:

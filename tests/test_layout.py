@@ -11,14 +11,14 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora"},
+    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora", "files"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft"},
     {"peft_format", "runstate", "training", "evaluate"},
     {"adapter", "analysis", "memory"},
     {"cli"},
     {"run", "fetch", "report", "counts", "stats", "steplog"},
-    {"loop", "systems", "predict", "inspect_adapter", "audit", "merging"},
+    {"loop", "systems", "predict", "inspect_adapter", "audit", "merging", "verify"},
     {"experiments"},
     {"findings", "figures"},
     {"tables"},
