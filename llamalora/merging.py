@@ -70,7 +70,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if settings.method != "lora":
         raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
                          "model already")  # fmt: skip
-    return folder / "best", Path(arguments.model or settings.model)
+    return run.trained_folder(folder, "best"), Path(arguments.model or settings.model)
 
 
 def merge(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from . import corpus, ner
+from . import corpus, ner, runstate
 from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, read_config, read_json, save_model
 from .cli import UsageError, option
@@ -212,6 +212,21 @@ def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
                 (folder / name).write_bytes(source.read_bytes())
 
 
+def trained_folder(run: Path, which: str) -> Path:
+    """Where a run keeps its `best` or `last` model; every file in it is checked.
+
+    Raises:
+        CheckpointError: no such run, one without a trained model yet, or a damaged one.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    folder = run / which
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    runstate.verify(folder)
+    return folder
+
+
 def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
     """The trained model of a run (LoRA not yet merged) and its tokenizer.
 
@@ -219,14 +234,10 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
         which: `best` (on the development split) or `last`.
 
     Raises:
-        CheckpointError: no such run, or one without a trained model yet.
+        CheckpointError: as `trained_folder`.
     """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
     settings = read_settings(run)
-    folder = run / which
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    folder = trained_folder(run, which)
     lora = settings.method == "lora"
     model = load_model(settings.model if lora else folder, DTYPES[precision], device)
     if lora:

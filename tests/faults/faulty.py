@@ -22,7 +22,8 @@ from llamalora.model import Llama
 from llamalora.steplog import StepLog
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "faulty"])
+# torch imports the last two when they are first needed, for longer than a run here takes
+CONTEXT.set_forkserver_preload(["pytest", "faulty", "torch._dynamo", "torch.distributed.tensor"])
 STEPS = 20
 FLAGS = (
     "--rank", "2", "--dropout", "0.1", "--lr", "0.01", "--precision", "fp32", "--batch-sentences", "3", "--epochs", "2",
