@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -73,6 +74,9 @@ class Settings:
     FREE = ("out", "micro_tokens", "activation_checkpointing", "eval_batch", "save_every", "keep", "timeout")
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
         for name, least in {
             "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
             "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
@@ -255,7 +259,14 @@ def read_settings(run: Path) -> Settings:
     names = {field.name for field in fields(Settings)}
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / CONFIG}: holds no settings of a llamalora run of this version")
-    return Settings(**stored)
+    try:
+        for field in fields(Settings):
+            value = stored[field.name]
+            if not isinstance(value, field.type) and not (isinstance(value, int) and isinstance(1.0, field.type)):
+                raise UsageError(f"{field.name} is {value!r}")
+        return Settings(**stored)
+    except UsageError as error:
+        raise CheckpointError(f"{run / CONFIG}: a setting that cannot be: {error}") from None
 
 
 def read_task(run: Path) -> ner.Task:
@@ -266,7 +277,7 @@ def read_task(run: Path) -> ner.Task:
     """
     try:
         return ner.Task.from_dict(read_json(run / CONFIG)["task"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{run / CONFIG}: holds no task of a llamalora run ({error})") from None
@@ -380,7 +391,8 @@ def check_resumable(folder: Path, settings: Settings) -> None:
         for name, value in asdict(settings).items()
         if name not in (*Settings.FREE, "model", "data") and value != stored[name]
     ]
-    then = read_json(folder / CONFIG).get("fingerprints", {})
+    then = read_json(folder / CONFIG).get("fingerprints")
+    then = then if isinstance(then, dict) else {}
     for name, value in fingerprints(settings).items():
         if then.get(name) != value:
             differences.append(f"the {name} is not the one that the run was started with")

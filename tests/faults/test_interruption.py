@@ -9,7 +9,7 @@ from faulty import STEPS, assert_same, at_step, at_write, cut_off, in_phase, kil
 
 from llamalora import runstate
 
-WRITES = 130  # more than a resumed run makes; beyond its last one nothing strikes
+WRITES = 56  # more than a resumed run makes; beyond its last one nothing strikes
 
 
 def some(cases, quick):
@@ -91,7 +91,8 @@ def test_interrupted_in_a_phase(phase, number, tmp_path, flags, whole):
     if phase != "start":
         assert f"continue with --resume {folder}" in output
         done = len(metrics(folder))
-        assert done == {"step": 7, "saving": 5}.get(phase, 10)
+        # what comes after a step has been summed up is seen in the next
+        assert done == {"step": 8, "saving": 5}.get(phase, 10)
         assert runstate.checkpoints(folder)[0].name == f"step-{done:06d}"  # also where it fell into an evaluation
     resume(folder, flags, whole)
 
