@@ -46,7 +46,8 @@ def _write(folder: Path, partial: Path, replaced: Path, fill: Callable[[Path], N
     for path in files:
         _sync(path)
     sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
+    # no line end: of this one file, which has no sum, a byte that is lost must show
+    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
     _sync(partial / MANIFEST)
     _sync(partial)
     shutil.rmtree(replaced, ignore_errors=True)
