@@ -4,11 +4,13 @@
 import argparse
 import json
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 from llamalora import corpus, evaluate, run
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World, join_world
+from llamalora.files import replace_file
 from llamalora.systems import joint_labels, load_run, load_system, score_split
 from llamalora.training import DTYPES, choose_precision
 
@@ -50,8 +52,9 @@ def main(argv: list[str]) -> None:
         if not world.is_main:
             return
         if arguments.predictions:
-            with open(arguments.predictions, "w", encoding="utf-8") as file:
-                corpus.write_pubtator(evaluate.predicted_documents(documents, answers), file)
+            text = StringIO()
+            corpus.write_pubtator(evaluate.predicted_documents(documents, answers), text)
+            replace_file(Path(arguments.predictions), text.getvalue())
         folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)

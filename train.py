@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments)))))
         explicit = {name: given[name] for name in stored if given[name] is not None}
         settings = run.Settings(**stored | explicit | {"out": folder})
-    with join_world() as world:
+    with join_world(settings.timeout) as world:
         try:
             train(settings, world, resume)
         except (DivergedError, OutOfMemory) as error:

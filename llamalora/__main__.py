@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from . import audit, fetch, inspect_adapter, merging, predict, score, stats, tables
+from . import audit, fetch, inspect_adapter, merging, predict, score, stats, tables, verify
 from .cli import UsageError, run_command
 
 HELP = """usage: python -m llamalora COMMAND ...
@@ -16,6 +16,7 @@ commands:
   score    score PubTator predictions against gold
   merge    base model and adapter as one Hugging Face folder
   tables   the paper's tables again, ours beside the paper's
+  verify   check every file that a run has saved against its SHA-256 sum
   inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
 
 Each command explains itself with --help. Training is train.py, evaluation eval.py."""
@@ -45,6 +46,7 @@ COMMANDS = {
     "merge": merging.main,
     "inspect": inspect_adapter.main,
     "tables": tables.main,
+    "verify": verify.main,
 }
 
 

@@ -1,6 +1,7 @@
 """Command-line flags derived from dataclass fields, and how a command ends on bad input."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import MISSING, field, fields
 from .batch import OverlongError
 from .checkpoint import CheckpointError
 from .corpus import CorpusError
+from .distributed import LostError
 from .tokenizer import TokenizerError
 
 
@@ -55,15 +57,32 @@ def from_flags(cls: type, arguments: argparse.Namespace):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command; bad input ends it with one message and exit code 2, Ctrl-C with 130."""
+    """Runs a command and ends it with one message, never a traceback, on what is not its fault.
+
+    Exit codes: 2 for bad input, 1 for a file that cannot be read or written and for a lost process, 130 after
+    Ctrl-C, 143 after SIGTERM.
+    """
+    # ends as an exception does, so that what has been written in part is removed
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BAD_INPUT as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n" if error.filename else f"error: {error}\n")
+        sys.exit(1)
+    except LostError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def aligned(rows: list[list[str]], sides: str = "l") -> str:
@@ -75,7 +94,7 @@ def aligned(rows: list[list[str]], sides: str = "l") -> str:
 
 
 class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a number that the loop looks at between steps; a second one ends at once."""
+    """Turns SIGTERM and Ctrl-C into a number to look at where work can stop; a second one ends at once."""
 
     def __init__(self):
         self.signal = 0

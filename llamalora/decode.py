@@ -68,6 +68,7 @@ def generate(
     drafter: Drafter | None = None,
     grammar: Grammar | None = None,
     progress: Callable[[int], None] = lambda finished: None,
+    stop: Callable[[], object] = lambda: False,
 ) -> Decoding:
     """The most probable (allowed) next token, over and over, until the end token or the limit.
 
@@ -81,6 +82,7 @@ def generate(
         drafter: proposes continuations; without one, a pass yields a token.
         grammar: only outputs that it allows; without one, every token may follow.
         progress: called with the number of prompts finished since the last call.
+        stop: asked before each forward pass; once it says so, outputs stay as they are.
 
     Raises:
         ValueError: an empty prompt, or a limit below 1.
@@ -99,7 +101,7 @@ def generate(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     cache = model.make_cache(len(rows), slots, autocast)
     passes = row_passes = 0
-    while waiting or any(rows):
+    while (waiting or any(rows)) and not stop():
         free = [place for place, row in enumerate(rows) if row is None]
         # prompts enter several at a time, in a pass of their own, because they are longer than a step
         enter = waiting and 4 * len(free) >= len(rows)

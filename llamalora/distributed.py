@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+class LostError(RuntimeError):
+    """Another process has died, or has been silent for too long."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among the others."""
@@ -87,7 +91,10 @@ def whole(tensor: Tensor) -> Tensor:
 def join_world(timeout_minutes: float = 30):
     """The `World` that torchrun's environment describes; alone without it.
 
-    NCCL between GPUs, gloo between CPUs; a process that is silent for the timeout ends the others.
+    NCCL between GPUs, gloo between CPUs.
+
+    Raises:
+        LostError: another process has died, or was silent for the timeout.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -102,5 +109,14 @@ def join_world(timeout_minutes: float = 30):
     try:
         yield World(dist.get_rank(), size, device)
         dist.barrier()
+    except RuntimeError as error:
+        # gloo's errors have no class of their own, but name the source file that they come from
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = str(error).splitlines()[0]
+            raise LostError(
+                f"process {dist.get_rank()} of {size} has lost another one, which died or was silent for "
+                f"{timeout_minutes:g} minutes ({reason})"
+            ) from None
+        raise
     finally:
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +17,7 @@ from .corpus import Document, Sentence, Span, sentences
 from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
+from .files import replace_file
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
 from .sharding import in_step
@@ -71,6 +72,7 @@ def answer(
     draft_tokens: int = DRAFT_TOKENS,
     quiet: bool = False,
     constrain: bool = False,
+    stop: Callable[[], object] = lambda: False,
 ) -> tuple[list[Answer], Speed]:
     """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
     the order of the sentences.
@@ -79,6 +81,7 @@ def answer(
         batch_size: sentences decoded side by side.
         draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
         constrain: only answers that are the sentence with legal tags (tagging only).
+        stop: as in `generate`; the answers are then worth nothing.
     """
     started = time.perf_counter()
     mine = asked[world.rank :: world.size]
@@ -94,7 +97,7 @@ def answer(
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = in_step(model, world, lambda: generate(
-            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update
+            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update, stop
         ))  # fmt: skip
     answers = [Answer(sentence, "", ner.parse(task, sentence.text, ""), overlong=True) for sentence in mine]
     decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)
@@ -290,20 +293,14 @@ def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
         state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
         mentions = [vars(span) | {"confidence": round(sure, 4)} for span, sure in item.confidence.items()]
         lines.append(json.dumps(place | state | {"mentions": mentions}, ensure_ascii=False) + "\n")
-    _replace(folder / f"answers-{result['split']}.jsonl", "".join(lines))
+    replace_file(folder / f"answers-{result['split']}.jsonl", "".join(lines))
     return write_json(result, folder / f"eval-{result['split']}.json")
 
 
 def write_json(result: dict, path: Path) -> Path:
     """Indented, but each list of numbers, like the counts of a document, on one line."""
     lines = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
-    return _replace(path, lines + "\n")
-
-
-def _replace(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    return replace_file(path, lines + "\n")
 
 
 def read_result(folder: Path, split: str) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import analysis, report, run
-from .checkpoint import CheckpointError, read_config, skeleton
+from .checkpoint import read_config, skeleton
 from .cli import UsageError
 from .lora import kind_of
 from .peft_format import CONFIG, Adapter, block_of, read_adapter
@@ -87,7 +87,7 @@ def adapter_folder(given: str) -> Path:
 
     Raises:
         UsageError: a run that trained without LoRA.
-        CheckpointError: a run that has saved nothing yet.
+        CheckpointError: a run that has saved nothing yet, or whose adapter is damaged.
     """
     folder = Path(given)
     if (folder / CONFIG).is_file() or not (folder / run.CONFIG).is_file():
@@ -95,9 +95,7 @@ def adapter_folder(given: str) -> Path:
     method = run.read_settings(folder).method
     if method != "lora":
         raise UsageError(f"{folder}: the run trained the model's own weights (--method {method}), so it has no adapter")
-    if not (folder / "best").is_dir():
-        raise CheckpointError(f"{folder / 'best'}: the run has saved no such model yet")
-    return folder / "best"
+    return run.trained_folder(folder, "best")
 
 
 def chosen_layers(adapter: Adapter, wanted: str | None) -> list[str]:

@@ -1,11 +1,11 @@
 """The training loop, from top to bottom: what `train.py` runs, and every cell of the paper's tables."""
 
 import math
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -62,7 +62,7 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         model = run.build_model(settings, world, placement.parallel)
     if not resume:
         run.start_folder(folder, run.describe(settings, task, model), world)
-    lock = run.lock(folder) if world.is_main else None  # noqa: F841  (held until the end)
+    lock = run.lock(folder, world)  # noqa: F841  (held until the end)
     announce(world, resolved, settings, placement, task, model, splits, examples, skipped, len(plan))
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
 
@@ -82,6 +82,14 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         regular = cursor % settings.eval_every == 0 if settings.eval_every else is_last_of_epoch(cursor)
         return "dev" in splits and (regular or cursor == len(plan))
 
+    def leave() -> NoReturn:
+        """Ends all processes after a signal to one of them, the latest step saved."""
+        number = max(world.gather(interrupt.signal))
+        save_progress(folder, optimizer, progress, settings.keep, world)
+        save(model, settings, folder, "last", world)
+        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        sys.exit(128 + number)
+
     model.train()
     with (
         explained(placement.plan, world.device),
@@ -90,7 +98,10 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     ):
         while True:
             if progress.evaluated < progress.cursor and is_evaluated(progress.cursor):
-                result, answers = evaluate_now(model, tokenizer, task, splits["dev"], settings, world)
+                scored = evaluate_now(model, tokenizer, task, splits["dev"], settings, world, interrupt)
+                if scored is None:
+                    leave()
+                result, answers = scored
                 log.evaluation(progress.cursor, result)
                 if result["micro"]["f1"] > progress.best:
                     progress.best = result["micro"]["f1"]
@@ -126,12 +137,11 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], computed, seconds)
 
             regular = settings.save_every and progress.cursor % settings.save_every == 0
-            if stop or regular or is_last_of_epoch(progress.cursor):
+            if stop:
+                leave()
+            if regular or is_last_of_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
                 save(model, settings, folder, "last", world)
-            if stop:
-                world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
-                sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
     if "dev" not in splits:
         save(model, settings, folder, "best", world)
@@ -175,14 +185,20 @@ def announce(world, resolved, settings, placement, task, model, splits, examples
     )
 
 
-def evaluate_now(model, tokenizer, task, documents, settings, world) -> tuple[dict, list[evaluate.Answer]]:
+def evaluate_now(
+    model, tokenizer, task, documents, settings, world, interrupt
+) -> tuple[dict, list[evaluate.Answer]] | None:
     """Scores and answers on the development split with the updates merged; afterwards the model is bitwise as
-    before."""
+    before. None if a signal to one of the processes cut it short."""
     documents, asked = evaluate.select(documents, settings.eval_limit)
     model.eval()
     with merged(model), autocast(settings.precision, world.device):
-        answers, speed = evaluate.answer(model, tokenizer, task, asked, world, settings.eval_batch)
+        answers, speed = evaluate.answer(
+            model, tokenizer, task, asked, world, settings.eval_batch, stop=lambda: interrupt.signal
+        )
     model.train()
+    if any(world.sum([interrupt.signal])):
+        return None
     scores = evaluate.assess(documents, answers, task.labels)
     return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
 

@@ -9,8 +9,6 @@ import ctypes
 import json
 import os
 import shutil
-import signal
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +47,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-probe", action="store_true", help="leave that out: it reads both models once")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    # ends as an exception does, which removes what has been written
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     adapter, model = _sources(arguments)
     report = merge(model, adapter, Path(arguments.out), None if arguments.no_probe else arguments.probe)
     print(json.dumps(report, indent=2) if arguments.json else show(report))
@@ -74,7 +70,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if settings.method != "lora":
         raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
                          "model already")  # fmt: skip
-    return folder / "best", Path(arguments.model or settings.model)
+    return run.trained_folder(folder, "best"), Path(arguments.model or settings.model)
 
 
 def merge(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:

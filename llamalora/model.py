@@ -21,6 +21,21 @@ class ConfigError(ValueError):
     """A model configuration that this implementation cannot represent; the message names the field."""
 
 
+# beyond what any Llama has, and far enough below what overflows, or takes hours to build without a weight
+_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e15,
+}
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (only the low ones)."""
@@ -52,6 +67,11 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
 
     def __post_init__(self):
+        for name, most in _MOST.items():
+            if not 0 < getattr(self, name) <= most:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings turn pairs of dimensions")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -77,12 +97,15 @@ class LlamaConfig:
             ConfigError: what this Llama cannot represent (another architecture or activation, biases,
                 quantised weights, an unknown rope scaling), or a field that is missing or malformed.
         """
-        _refuse_unrepresentable(config)
-        rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
-        scaling = config.get("rope_scaling") or rope
         try:
+            _refuse_unrepresentable(config)
+            rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
+            scaling = config.get("rope_scaling") or rope
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            eos = config.get("eos_token_id")
+            bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
+            for token in (bos, *(eos if isinstance(eos, list) else [eos])):
+                if not isinstance(token, int | None):
+                    raise ConfigError(f"bos_token_id or eos_token_id is {token!r}, not the number of a token")
             return LlamaConfig(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
@@ -96,12 +119,12 @@ class LlamaConfig:
                 rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
                 rope_scaling=_rope_scaling(scaling),
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                bos_token_id=config.get("bos_token_id"),
+                bos_token_id=bos,
                 eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             )
         except KeyError as error:
             raise ConfigError(f"{error.args[0]} is missing") from None
-        except (TypeError, ZeroDivisionError, ValueError) as error:
+        except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
 
     def to_dict(self) -> dict:
@@ -164,8 +187,11 @@ def _rope_scaling(scaling: dict) -> RopeScaling | None:
         return None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope_scaling type is {kind!r}; supported are default, linear and llama3")
-    names = [field.name for field in fields(RopeScaling) if field.name != "rope_type"]
-    return RopeScaling(kind, **{name: scaling[name] for name in names if name in scaling})
+    kinds = {field.name: field.type for field in fields(RopeScaling) if field.name != "rope_type"}
+    numbers = {name: kind(scaling[name]) for name, kind in kinds.items() if name in scaling}
+    if not all(0 < number < math.inf for number in numbers.values()):
+        raise ConfigError(f"rope_scaling is {scaling}; its numbers must be above 0")
+    return RopeScaling(kind, **numbers)
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from . import corpus, evaluate, run
-from .cli import UsageError
+from .cli import Interrupt, UsageError
 from .corpus import CorpusError, Document
 from .distributed import join_world
 from .lora import merge
@@ -46,9 +46,12 @@ def main(argv: list[str]) -> None:
             answers, _ = evaluate.answer(
                 model, tokenizer, task, asked, world, arguments.batch, quiet=True, constrain=arguments.constrain
             )
-            if world.is_main:
-                annotated = evaluate.predicted_documents(chunk, answers)
-                write(annotated, evaluate.confidence_by_mention(answers), arguments.to)
+            with Interrupt() as interrupt:  # a reader of the stream never meets half a line
+                if world.is_main:
+                    annotated = evaluate.predicted_documents(chunk, answers)
+                    write(annotated, evaluate.confidence_by_mention(answers), arguments.to)
+            if interrupt.signal:
+                sys.exit(128 + interrupt.signal)
 
 
 def write(documents: Iterable[Document], confidence: Mapping[tuple[str, int, int, str], float], form: str) -> None:

@@ -4,26 +4,29 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from . import corpus, ner, sharding
+from . import corpus, ner, runstate, sharding
 from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, model_files, read_config, read_json, save_model, skeleton
 from .cli import UsageError, option
 from .distributed import World
+from .files import replace_file
 from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
 from .model import Llama, LlamaConfig
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
 from .training import DTYPES, choose_precision
 
 HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -70,11 +73,16 @@ class Settings:
     eval_batch: int = option(32, "sentences decoded side by side")
     save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
     keep: int = option(2, "checkpoints to keep")
+    timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
 
     # what may differ when a run is resumed, because it does not change what is learnt
-    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep")
+    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
+            "timeout")  # fmt: skip
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
         for name, least in {
             "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
             "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
@@ -91,6 +99,8 @@ class Settings:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:
             raise UsageError(f"--lr is {self.lr}; it must be above 0 (and below 10)")
+        if not 0 < self.timeout <= 10**6:
+            raise UsageError(f"--timeout is {self.timeout}; it must be above 0 (and at most a million) minutes")
         if self.warmup > 1:
             raise UsageError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
         try:
@@ -236,6 +246,21 @@ def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
                 (folder / name).write_bytes(source.read_bytes())
 
 
+def trained_folder(run: Path, which: str) -> Path:
+    """Where a run keeps its `best` or `last` model; every file in it is checked.
+
+    Raises:
+        CheckpointError: no such run, one without a trained model yet, or a damaged one.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    folder = run / which
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    runstate.verify(folder)
+    return folder
+
+
 def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
     """The trained model of a run (LoRA not yet merged) and its tokenizer.
 
@@ -243,14 +268,10 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
         which: `best` (on the development split) or `last`.
 
     Raises:
-        CheckpointError: no such run, or one without a trained model yet.
+        CheckpointError: as `trained_folder`.
     """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
     settings = read_settings(run)
-    folder = run / which
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    folder = trained_folder(run, which)
     lora = settings.method == "lora"
     model = load_model(settings.model if lora else folder, DTYPES[precision], device)
     if lora:
@@ -268,7 +289,14 @@ def read_settings(run: Path) -> Settings:
     names = {field.name for field in fields(Settings)}
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / CONFIG}: holds no settings of a llamalora run of this version")
-    return Settings(**stored)
+    try:
+        for field in fields(Settings):
+            value = stored[field.name]
+            if not isinstance(value, field.type) and not (isinstance(value, int) and isinstance(1.0, field.type)):
+                raise UsageError(f"{field.name} is {value!r}")
+        return Settings(**stored)
+    except UsageError as error:
+        raise CheckpointError(f"{run / CONFIG}: a setting that cannot be: {error}") from None
 
 
 def check_constraint(task: ner.Task) -> None:
@@ -285,7 +313,7 @@ def read_task(run: Path) -> ner.Task:
     """
     try:
         return ner.Task.from_dict(read_json(run / CONFIG)["task"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{run / CONFIG}: holds no task of a llamalora run ({error})") from None
@@ -335,6 +363,11 @@ def _fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds more than a run that was killed while it started."""
+    return any(path.name not in (LOCK, f"{CONFIG}.tmp") for path in folder.iterdir())
+
+
 def start_folder(folder: Path, config: dict, world: World) -> None:
     """Claims a new output folder for this process and records the run's configuration in it.
 
@@ -345,28 +378,41 @@ def start_folder(folder: Path, config: dict, world: World) -> None:
     if world.is_main:
         if (folder / CONFIG).exists():
             problem = f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
             problem = f"--out {folder}: exists and is not an empty folder"
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            problem, held = _lock(folder)
+            with held:
+                if not problem and (folder / CONFIG).exists():
+                    problem = f"--out {folder}: another process has just started a run there"
+                if not problem:
+                    replace_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     problem = world.from_main(problem)
     if problem:
         raise UsageError(problem)
 
 
-def lock(folder: Path):
-    """Keeps other processes from writing to a run; holds as long as the returned file is open.
+def lock(folder: Path, world: World) -> TextIO | None:
+    """Keeps other runs from writing to this one; holds as long as the file that the main process gets is open.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another run holds it.
     """
-    file = (folder / ".lock").open("w")
+    problem, file = _lock(folder) if world.is_main else (None, None)
+    problem = world.from_main(problem)
+    if problem:
+        raise UsageError(problem)
+    return file
+
+
+def _lock(folder: Path) -> tuple[str | None, TextIO]:
+    file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--out {folder}: another process is writing to this run") from None
-    return file
+    except BlockingIOError:
+        return f"--out {folder}: another process is writing to this run", file
+    return None, file
 
 
 def check_resumable(folder: Path, settings: Settings) -> None:
@@ -381,7 +427,8 @@ def check_resumable(folder: Path, settings: Settings) -> None:
         for name, value in asdict(settings).items()
         if name not in (*Settings.FREE, "model", "data") and value != stored[name]
     ]
-    then = read_json(folder / CONFIG).get("fingerprints", {})
+    then = read_json(folder / CONFIG).get("fingerprints")
+    then = then if isinstance(then, dict) else {}
     for name, value in fingerprints(settings).items():
         if then.get(name) != value:
             differences.append(f"the {name} is not the one that the run was started with")

@@ -7,6 +7,7 @@ written beside its destination, synced, and renamed into place, so a crash leave
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,27 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = T
     Args:
         keeps: false on a process that only gives its rows of sharded tensors (`save_tensors`): what it fills is
             thrown away.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, for one); the old one is as it was.
     """
     if not keeps:
         with TemporaryDirectory() as scratch:
             fill(Path(scratch))
         return
-    partial = folder.with_name(folder.name + ".tmp")
+    partial, replaced = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    try:
+        _write(folder, partial, replaced, fill)
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from None
+
+
+def _write(folder: Path, partial: Path, replaced: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
@@ -39,10 +55,10 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = T
     for path in files:
         _sync(path)
     sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
+    # no line end: of this one file, which has no sum, a byte that is lost must show
+    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
     _sync(partial / MANIFEST)
     _sync(partial)
-    replaced = folder.with_name(folder.name + ".old")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
@@ -51,27 +67,38 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = T
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a folder by its manifest: each file that is missing, damaged or not listed."""
+    try:
+        sums = read_json(folder / MANIFEST)
+    except CheckpointError as error:
+        return [str(error)]
+    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = []
+    for name, expected in sums.items():
+        if name not in present:
+            found.append(f"{folder / name}: missing")
+        elif _sha256(present[name]) != expected:
+            found.append(f"{present[name]}: damaged, its SHA-256 differs from {MANIFEST}")
+    unlisted = present.keys() - {*sums, MANIFEST}
+    if unlisted or not sums:
+        found.append(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
+    return found
+
+
 def verify(folder: Path) -> None:
     """Checks every file of a folder against its manifest.
 
     Raises:
-        CheckpointError: the first file that is missing, damaged, or a manifest that is.
+        CheckpointError: all that `damage` finds.
     """
-    sums = read_json(folder / MANIFEST)
-    unlisted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {*sums, MANIFEST}
-    if unlisted or not sums:
-        raise CheckpointError(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if _sha256(path) != expected:
-            raise CheckpointError(f"{path}: damaged, its SHA-256 differs from {MANIFEST}")
+    if found := damage(folder):
+        raise CheckpointError("\n  ".join(found))
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoint folders of a run, newest first."""
-    found = (path for path in (run / "checkpoints").glob("step-*") if path.suffix == "")
+    found = (path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name))
     return sorted(found, key=_cursor, reverse=True)
 
 
@@ -122,16 +149,22 @@ def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> tuple[dict
     return None
 
 
+def leftovers(run: Path) -> list[Path]:
+    """What an interrupted save left behind: what it was writing (`.tmp`), what it was replacing (`.old`)."""
+    return sorted(path for suffix in ("tmp", "old") for place in (run, run / "checkpoints")
+                  for path in place.glob(f"*.{suffix}"))  # fmt: skip
+
+
 def clean_partial(run: Path) -> None:
     """Removes what an interrupted save left behind."""
-    for path in [*run.glob("*.tmp"), *(run / "checkpoints").glob("*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in [*run.glob("*.old"), *(run / "checkpoints").glob("*.old")]:
+    for path in leftovers(run):
         target = path.with_suffix("")
-        if target.exists():
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)  # the crash fell between the two renames
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.rename(target)  # the crash fell between the two renames
+            path.unlink()
 
 
 def _sha256(path: Path) -> str:

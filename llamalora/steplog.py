@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from .batch import Example
 from .distributed import World
+from .files import naming, replace_file
 
 
 class StepLog:
@@ -21,10 +22,10 @@ class StepLog:
             return
         metrics, self.evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
         for path in (metrics, self.evaluations):
-            lines = path.read_text().splitlines() if path.exists() else []
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
-            path.write_text("".join(line + "\n" for line in kept))
-        self.file = metrics.open("a", buffering=1)
+            replace_file(path, "".join(line + "\n" for line in kept))
+        self.path, self.file = metrics, metrics.open("a", buffering=1)
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", leave=not world.quiet)
 
     def __enter__(self) -> "StepLog":
@@ -32,8 +33,9 @@ class StepLog:
 
     def __exit__(self, *exception) -> None:
         if self.world.is_main:
-            self.file.close()
             self.bar.close()
+            with naming(self.path):
+                self.file.close()
 
     def step(
         self,
@@ -64,14 +66,15 @@ class StepLog:
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(self.world.device),
         }
-        self.file.write(json.dumps(record) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(record) + "\n")
         self.bar.update()
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens / seconds:.0f} tokens/s")
 
     def evaluation(self, step: int, result: dict) -> None:
         if self.world.is_main:
             record = {"step": step} | {key: result[key] for key in ("micro", "types", "health", "speed")}
-            with self.evaluations.open("a") as file:
+            with naming(self.evaluations), self.evaluations.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             with self.bar.external_write_mode():
                 self.world.say(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
@@ -80,8 +83,8 @@ class StepLog:
 def _step_of(line: str) -> float:
     """The step of a JSON line; infinity for one that a crash cut short."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 

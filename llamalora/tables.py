@@ -16,6 +16,7 @@ from .cli import UsageError, add_flags
 from .corpus import Span
 from .distributed import World, join_world
 from .experiments import Row, Runner, Table
+from .files import replace_file
 from .model import LLAMA_2
 from .score import document_counts, score, score_files, span_keys
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         if not name or not Path(file).is_file():
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
-    with join_world() as world:
+    with join_world(base.timeout) as world:
         places = run.resolve(base, world.device).settings
         base = replace(base, model=places.model, data=places.data)
         sections = [counted(name, base) for name in which if name in COUNTED]
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         if world.is_main:
             text = "\n\n".join(sections)
             out.mkdir(parents=True, exist_ok=True)
-            (out / "tables.md").write_text(text + "\n", encoding="utf-8")
+            replace_file(out / "tables.md", text + "\n")
             print(f"\n{text}\n\nwritten to {out / 'tables.md'}")
 
 

@@ -149,7 +149,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.json").is_file():
         eos = _read(folder / "config.json").get("eos_token_id")
-        return JsonTokenizer(folder / "tokenizer.json", eos[0] if isinstance(eos, list) else eos)
+        return JsonTokenizer(folder / "tokenizer.json", next(iter(eos), None) if isinstance(eos, list) else eos)
     raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
 
 
@@ -174,7 +174,7 @@ def _read(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: holds {type(content).__name__}, not an object")

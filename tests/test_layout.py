@@ -11,7 +11,7 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora"},
+    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora", "files"},
     {"ner", "score", "model", "lora"},
     {"checkpoint", "batch", "decode", "draft", "constrain"},
     {"peft_format", "runstate", "sharding"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
     {"run", "fetch", "report", "counts", "stats", "steplog"},
     {"placement", "hardware"},
-    {"loop", "systems", "predict", "inspect_adapter", "audit", "merging"},
+    {"loop", "systems", "predict", "inspect_adapter", "audit", "merging", "verify"},
     {"experiments"},
     {"findings", "figures"},
     {"tables"},
