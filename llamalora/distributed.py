@@ -110,8 +110,8 @@ def join_world(timeout_minutes: float = 30):
         yield World(dist.get_rank(), size, device)
         dist.barrier()
     except RuntimeError as error:
-        # gloo's errors have no class of their own, but name the source file that they come from
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        # gloo's errors have no class of their own; most of them name the source file that they come from
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "pair closure" in str(error):
             reason = str(error).splitlines()[0]
             raise LostError(
                 f"process {dist.get_rank()} of {size} has lost another one, which died or was silent for "
