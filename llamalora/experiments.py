@@ -233,10 +233,9 @@ class Cell:
         """Trains and scores, or goes on where it was interrupted.
 
         Returns:
-            The result on the development split with `trainable` parameters, `seconds` and the learning `curve`
-            (loss of each step), or `{"error": ...}`.
+            The result on the development split with `trainable` parameters, `seconds` of training and of its last
+            evaluation, and the learning `curve` (loss of each step), or `{"error": ...}`.
         """
-        started = time.perf_counter()
         settings, resume = self.settings, world.from_main((self.folder / run.CONFIG).exists())
         if resume:  # with the number of epochs that was found at the start, and with ours of what is free
             free = {name: getattr(settings, name) for name in run.Settings.FREE}
@@ -249,11 +248,11 @@ class Cell:
             result = {"error": f"{type(error).__name__}: {error}"}
         else:
             config = json.loads((self.folder / run.CONFIG).read_text())
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             result |= {
                 "trainable": config["parameters"]["trainable"],
-                "seconds": time.perf_counter() - started,
-                "curve": [round(json.loads(line)["loss"], 5) for line in lines],
+                "seconds": sum(step["seconds"] for step in steps) + result["speed"]["seconds"],
+                "curve": [round(step["loss"], 5) for step in steps],
             }
         result["settings"] = asdict(self.settings)
         self.keep(result, world)

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Training and decoding at the exact shape of Llama-2-7B, random weights, on one GPU; transformers + peft beside it.
+
+    python benchmarks/gpu.py --peak-tflops 989 --bandwidth 4800        # H100 or H200: dense bf16, GB/s
+
+Reports tokens/s and model FLOPs utilisation of LoRA training (all nine kinds, r=128, packed rows), and batch-1 decoding
+of the base and of the merged model against the memory bandwidth. `--tiny` tries the script without a GPU.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from llamalora.batch import Example, MicroBatch
+from llamalora.checkpoint import skeleton
+from llamalora.decode import generate
+from llamalora.distributed import World
+from llamalora.lora import count_parameters, inject_lora, merge, restore
+from llamalora.memory import LENGTHS, micro_batch
+from llamalora.model import LLAMA_2, Llama, LlamaConfig
+from llamalora.training import DTYPES, Optimizer, backward, choose_precision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense, in the precision used (default: 989)")
+    parser.add_argument("--bandwidth", type=float, default=4800.0, help="of the memory, GB/s (default: 4800)")
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a packed row (default: 2048)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers + peft out")
+    parser.add_argument("--tiny", action="store_true", help="two small layers: tries the script, measures nothing")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.tiny:
+        parser.error("needs a GPU; --tiny tries the script without one")
+    config = LLAMA_2["llama-2-7b"]
+    if arguments.tiny:
+        config = replace(config, num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2,
+                         num_key_value_heads=2, head_dim=32, vocab_size=512)  # fmt: skip
+    precision, why = choose_precision("auto", device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    result = {"device": name, "precision": precision, "torch": torch.__version__}
+    print(f"{name}, {precision} ({why})")
+    model = random_model(config, DTYPES[precision], device)
+    examples = fake_examples(arguments.micro_tokens, config)
+    result["decoding, base"] = decode(model, arguments)
+    inject_lora(model, "all", rank=128)
+    result["training"] = train(model, examples, precision, device, arguments)
+    merge(model)
+    result["decoding, merged"] = decode(model, arguments)
+    result["merged by base"] = (
+        result["decoding, merged"]["tokens_per_second"] / result["decoding, base"]["tokens_per_second"]
+    )
+    restore(model)
+    if not arguments.no_peer:
+        del model
+        torch.cuda.empty_cache()
+        result["peer"] = peer(config, examples, precision, device, arguments)
+    print(json.dumps(result, indent=2))
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+    model = skeleton(config).to(dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, 0.0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
+    return model.requires_grad_(False)
+
+
+def fake_examples(tokens: int, config: LlamaConfig) -> list[Example]:
+    """Sequences as long as BC5CDR's, with random ids; the answer is 60 % of each."""
+    lengths = micro_batch(tokens, LENGTHS)
+    ids = torch.randint(3, config.vocab_size, (max(lengths) + 1,)).tolist()
+    return [Example(tuple(ids[: length + 1]), prompt=max(1, round(0.4 * length))) for length in lengths]
+
+
+def seconds_of(work, repeats: int) -> list[float]:
+    """Of each repeat, after one to warm up."""
+    taken = []
+    for _ in range(repeats + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return taken[1:]
+
+
+def flops_per_token(config: LlamaConfig, lora: int, examples: list[Example]) -> float:
+    """4 a frozen parameter, 6 a LoRA parameter, attention 12 x width x length / 2 a layer; the embedding is no product,
+    and the head works at supervised positions only."""
+    lengths = [len(example) for example in examples]
+    supervised = sum(example.supervised for example in examples) / sum(lengths)
+    head = config.vocab_size * config.hidden_size
+    with torch.device("meta"):
+        frozen = count_parameters(Llama(config))["base"] - 2 * head
+    width = config.num_attention_heads * config.head_dim
+    attention = 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths) / sum(lengths)
+    return 4 * (frozen + supervised * head) + 6 * lora + attention
+
+
+def train(model: Llama, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:
+    optimizer = Optimizer(model, precision, device, weight_decay=0.0, clip=1.0)
+    batch = MicroBatch.of(examples, device)
+    supervised, tokens = sum(example.supervised for example in examples), sum(map(len, examples))
+
+    def step() -> None:
+        backward(model, batch, supervised, optimizer.scaler, precision)
+        optimizer.step(1e-4, World(device=device))
+
+    seconds = seconds_of(step, arguments.repeats)
+    flops = flops_per_token(model.config, count_parameters(model)["trainable"], examples)
+    speed = tokens / statistics.median(seconds)
+    return {
+        "tokens_per_second": speed,
+        "repeats": [tokens / one for one in seconds],
+        "mfu": speed * flops / (arguments.peak_tflops * 1e12),
+        "gflop_per_token": flops / 1e9,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def decode(model: Llama, arguments, new: int = 64) -> dict:
+    """Batch-1 greedy decoding; each token reads every weight but the embedding once."""
+    prompt = list(range(3, 67))
+    seconds = seconds_of(lambda: generate(model, [prompt], -1, new, 1), arguments.repeats)
+    short = seconds_of(lambda: generate(model, [prompt], -1, 1, 1), arguments.repeats)
+    each = (statistics.median(seconds) - statistics.median(short)) / (new - 1)
+    read = sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if "embed" not in name and "lora" not in name
+    )
+    return {"tokens_per_second": 1 / each, "of_bandwidth": read / each / (arguments.bandwidth * 1e9)}
+
+
+def peer(config: LlamaConfig, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:
+    """transformers + peft on the same sequences, padded to the longest, in batches of 16."""
+    import peft
+    import transformers
+
+    shape = {key: value for key, value in config.to_dict().items() if key not in ("architectures", "model_type")}
+    with torch.device(device):
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(DTYPES[precision])
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj", "embed_tokens", "lm_head"]
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=128, lora_alpha=128, target_modules=seven))
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        for start in range(0, len(examples), 16):
+            rows = examples[start : start + 16]
+            longest = max(len(row.ids) for row in rows)
+            ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+            for place, row in enumerate(rows):
+                ids[place, : len(row.ids)] = torch.tensor(row.ids)
+                labels[place, row.prompt : len(row.ids)] = ids[place, row.prompt : len(row.ids)]
+                mask[place, : len(row.ids)] = 1
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+                wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    tokens = sum(map(len, examples))
+    result = {"tokens_per_second": tokens / statistics.median(seconds_of(step, arguments.repeats))}
+    if device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    merged = wrapped.merge_and_unload().eval()
+    prompt = torch.arange(3, 67, device=device)[None]
+    taken = {}
+    for new in (1, 64):
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        taken[new] = statistics.median(seconds_of(lambda o=options: merged.generate(prompt, **o), arguments.repeats))
+    return result | {"decoding_tokens_per_second": 63 / (taken[64] - taken[1])}
+
+
+if __name__ == "__main__":
+    main()
