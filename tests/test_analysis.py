@@ -19,6 +19,7 @@ from llamalora.checkpoint import CheckpointError, save_model
 from llamalora.cli import run_command
 from llamalora.lora import KINDS, inject_lora, lora_layers
 from llamalora.peft_format import read_adapter
+from llamalora.runstate import write_atomically
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 WEIGHTS = "adapter_model.safetensors"
@@ -417,7 +418,7 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"settings": asdict(Settings())}))
     assert "best: the run has saved no such model yet" in refusal(capsys, run)
-    save_adapter(adapted("q"), run / "best")
+    write_atomically(run / "best", lambda folder: save_adapter(adapted("q"), folder))
     assert inspect_adapter.adapter_folder(str(run)) == run / "best"
     main(["inspect", str(run)])
     assert capsys.readouterr().out.startswith("kind")

@@ -22,6 +22,7 @@ from llamalora.checkpoint import load_model, save_model, skeleton, tensor_files
 from llamalora.cli import run_command
 from llamalora.lora import inject_lora, kind_of, lora_layers
 from llamalora.peft_format import factor_keys
+from llamalora.runstate import write_atomically
 from llamalora.stream import file_bytes, streamed, write_tensors
 from llamalora.tokenizer import load_tokenizer
 
@@ -236,7 +237,7 @@ def run_folder(base: Path, adapter: Path, place: Path, **changes) -> Path:
     settings = run.Settings(**{"model": str(base), "data": "x", "out": str(place), "method": "lora"} | changes)
     place.mkdir()
     (place / "config.json").write_text(json.dumps({"settings": vars(settings)}))
-    shutil.copytree(adapter, place / "best")
+    write_atomically(place / "best", lambda folder: shutil.copytree(adapter, folder, dirs_exist_ok=True))
     return place
 
 
@@ -318,12 +319,10 @@ def test_a_full_disk_leaves_nothing_behind(folders, tmp_path, capsys, monkeypatc
 
 def test_a_signal_leaves_nothing_behind(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "write_tensors", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    before, handler = sorted(tmp_path.iterdir()), signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(["merge", "--model", str(folders[0]), "--adapter", str(folders[1]), "--out", str(tmp_path / "out")])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    before = sorted(tmp_path.iterdir())
+    command = ["merge", "--model", str(folders[0]), "--adapter", str(folders[1]), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, command)
     assert ended.value.code == 128 + signal.SIGTERM
     assert sorted(tmp_path.iterdir()) == before
 
