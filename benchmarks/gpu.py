@@ -8,6 +8,7 @@ of the base and of the merged model against the memory bandwidth. `--tiny` tries
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -58,7 +59,10 @@ def main() -> None:
     restore(model)
     if not arguments.no_peer:
         del model
-        torch.cuda.empty_cache()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         result["peer"] = peer(config, examples, precision, device, arguments)
     print(json.dumps(result, indent=2))
 

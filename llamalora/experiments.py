@@ -1,6 +1,7 @@
 """The paper's experiments as data - rows that differ from a base in the fields it varies - and the cells, each trained
 and scored once, that the rows are made of."""
 
+import gc
 import hashlib
 import json
 import time
@@ -9,9 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from . import corpus, counts, evaluate, paper, run
+from .checkpoint import CheckpointError
 from .cli import BAD_INPUT
 from .distributed import World
 from .loop import train
@@ -233,19 +233,21 @@ class Cell:
         """Trains and scores, or goes on where it was interrupted.
 
         Returns:
-            The result on the development split with `trainable` parameters, `seconds` of training and of its last
+            The result on the development split with `trainable` parameters, `seconds` of training and of its best
             evaluation, and the learning `curve` (loss of each step), or `{"error": ...}`.
         """
         settings, resume = self.settings, world.from_main((self.folder / run.CONFIG).exists())
-        if resume:  # with the number of epochs that was found at the start, and with ours of what is free
-            free = {name: getattr(settings, name) for name in run.Settings.FREE}
-            settings = replace(run.read_settings(self.folder), **free)
+        gc.collect()  # AdamW is part of a cycle: the last cell's would stay on the GPU
         try:
+            if resume:  # with the number of epochs that was found at the start, and with ours of what is free
+                free = {name: getattr(settings, name) for name in (*run.Settings.FREE, "model", "data")}
+                settings = replace(run.read_settings(self.folder), **free)
             result = train(settings, replace(world, quiet=True), resume)
-        except (DivergedError, torch.OutOfMemoryError, RuntimeError, *BAD_INPUT) as error:
-            if world.size > 1 and not isinstance(error, (DivergedError, *BAD_INPUT)):
-                raise  # the other processes may not have failed, and wait
-            result = {"error": f"{type(error).__name__}: {error}"}
+        except (RuntimeError, *BAD_INPUT) as error:
+            result = failure(error)
+            if not on_every_process(error, world):
+                self.keep(result)
+                raise  # the others have not failed, and wait
         else:
             config = json.loads((self.folder / run.CONFIG).read_text())
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -255,14 +257,24 @@ class Cell:
                 "curve": [round(step["loss"], 5) for step in steps],
             }
         result["settings"] = asdict(self.settings)
-        self.keep(result, world)
+        if world.is_main:
+            self.keep(result)
+        world.barrier()
         return result
 
-    def keep(self, result: dict, world: World) -> None:
-        if world.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            evaluate.write_json(result, self.path)
-        world.barrier()
+    def keep(self, result: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        evaluate.write_json(result, self.path)
+
+
+def failure(error: Exception) -> dict:
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def on_every_process(error: Exception, world: World) -> bool:
+    """Whether all processes have met the same error: one that memory or a disk gave may be one process's own."""
+    alike = isinstance(error, (DivergedError, *BAD_INPUT)) and not isinstance(error, CheckpointError)
+    return alike or world.size == 1
 
 
 @dataclass
@@ -302,6 +314,7 @@ class Runner:
             for seed in self.seeds:
                 wanted |= {cell.path: cell for cell in self.cells(row, seed)}
         todo = [cell for cell in wanted.values() if "error" in (cell.read() or {"error": None})]
+        todo.sort(key=lambda cell: cell.path.exists())  # what failed before comes last
         todo = self.world.from_main(todo)
         self.world.say(f"{len(wanted)} cells, {len(wanted) - len(todo)} of them done before; results in {self.out}")
         started = time.perf_counter()
@@ -324,7 +337,8 @@ class Runner:
             return {"error": errors[0]}
         together = {key: sum(result[key] for result in known) for key in ("trainable", "seconds")}
         if split != "dev":
-            return self._score(cells, split) | together
+            scored = self._score(cells, split)
+            return scored if "error" in scored else scored | together
         if len(cells) == 1:
             return known[0]
         documents, asked = self.documents("dev")
@@ -343,12 +357,19 @@ class Runner:
             return json.loads(path.read_text())
         documents, asked = self.documents(split)
         loaders = [partial(load_run, cell.folder, "best", cell.settings.precision, self.world) for cell in cells]
-        result, answers = score_split(
-            loaders, split, documents, len(asked), cells[0].settings.precision, self.world, self.base.eval_batch
-        )  # fmt: skip
+        gc.collect()
+        try:
+            result, answers = score_split(
+                loaders, split, documents, len(asked), cells[0].settings.precision, self.world, self.base.eval_batch
+            )
+        except (RuntimeError, *BAD_INPUT) as error:
+            if not on_every_process(error, self.world):
+                raise
+            return failure(error)
         if self.world.is_main:
             evaluate.write(result, answers, cells[0].folder)
-        replace(cells[0], path=path).keep(result, self.world)
+            replace(cells[0], path=path).keep(result)
+        self.world.barrier()
         return result
 
     def documents(self, split: str) -> tuple[list[corpus.Document], list[corpus.Sentence]]:

@@ -58,6 +58,8 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     ]
 
     placement = place(settings, config, lengths, world)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)  # of an earlier run in this process
     with explained(placement.plan, world.device):
         model = run.build_model(settings, world, placement.parallel)
     if not resume:

@@ -80,9 +80,13 @@ class Settings:
             "timeout")  # fmt: skip
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        for field in fields(self):
+            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
+            unknown = field.type == int | str and isinstance(value, str) and value != "auto"
+            if unknown or choices and value not in choices:
+                raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is none of its values")
         for name, least in {
             "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
             "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,

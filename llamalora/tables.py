@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     if unknown:
         raise UsageError(f"no table {', '.join(unknown)}; choose from {', '.join(CHOICES)}")
     which = [name for name in CHOICES if name in arguments.which or "all" in arguments.which and name.isdigit()]
+    if arguments.limit_eval is not None and arguments.limit_eval < 1:
+        raise UsageError(f"--limit-eval is {arguments.limit_eval}; it must be at least 1")
     base = run.Settings(eval_limit=arguments.limit_eval, **{name: getattr(arguments, name) for name in common})
     out = Path(arguments.out)
     predictions = {}
@@ -64,6 +66,9 @@ def main(argv: list[str]) -> None:
         if any(name in TRAINED for name in which):
             runner = Runner(base, numbers(arguments.seeds, "seeds", int), out, world, arguments.lr_full)
             chosen = [define(name, arguments, base) for name in which if name in TRAINED]
+            missing = {"train", "dev", *(table.split for table in chosen)} - corpus.find_splits(base.data).keys()
+            if missing:
+                raise UsageError(f"--data {base.data}: these tables need a split {', '.join(sorted(missing))}, too")
             runner.run(chosen)
             summaries = [summarise(table, runner, predictions) for table in chosen]
             sections += [markdown(summary) for summary in summaries]
@@ -194,7 +199,8 @@ def _list(summary: dict) -> list[str]:
     head = [*summary["head"], "ours", "95 % interval", "first occurrence", "string set", "exact copies"]
     head += ["trainable", "minutes", "paper"]
     rows = []
-    for row in summary["rows"]:
+    ranked = summary["name"] in ("recipe", "ablation", "methods")
+    for row in sorted(summary["rows"], key=lambda row: -row.get("f1", -1)) if ranked else summary["rows"]:
         interval, secondary = row.get("interval"), row.get("secondary", {})
         rows.append([
             *row["title"],
@@ -207,8 +213,6 @@ def _list(summary: dict) -> list[str]:
             f"{row['seconds'] / 60:.1f}" if "seconds" in row else "–",
             _paper(row),
         ])  # fmt: skip
-    if summary["name"] in ("recipe", "ablation", "methods"):
-        rows.sort(key=lambda cells: cells[len(summary["head"])], reverse=True)
     return _markdown_table(head, rows, len(summary["head"]))
 
 

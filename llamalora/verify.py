@@ -27,14 +27,14 @@ class Report:
 
     Attributes:
         config: what is wrong with `config.json`; None if it is sound.
-        leftovers: of an interrupted save; harmless.
+        leftovers: of an interrupted save, each with what --resume does about it.
         resume: the newest sound checkpoint, from which --resume goes on; None if there is none.
     """
 
     run: str
     config: str | None
     folders: tuple[Folder, ...]
-    leftovers: tuple[str, ...]
+    leftovers: dict[str, str]
     resume: str | None
 
     @property
@@ -72,8 +72,14 @@ def inspect(folder: Path) -> Report:
     saved = [*runstate.checkpoints(folder), *(folder / name for name in ("best", "last") if (folder / name).exists())]
     folders = [_check(folder, path) for path in saved]
     sound = (item.name for item in folders if item.name.startswith("checkpoints/") and not item.damage)
-    leftovers = tuple(path.relative_to(folder).as_posix() for path in runstate.leftovers(folder))
+    leftovers = {path.relative_to(folder).as_posix(): _fate(path) for path in runstate.leftovers(folder)}
     return Report(str(folder), config, tuple(folders), leftovers, next(sound, None))
+
+
+def _fate(path: Path) -> str:
+    if path.suffix == ".old" and not path.with_suffix("").exists():
+        return "the only copy, --resume puts it back"
+    return "harmless, --resume clears it away"
 
 
 def _check(folder: Path, saved: Path) -> Folder:
@@ -88,8 +94,8 @@ def show(report: Report) -> str:
         state = "DAMAGED" if item.damage else "sound"
         lines.append(f"{item.name:<24} {state:<8} {item.files} files, {item.bytes / 2**20:.1f} MiB")
         lines += [f"  {problem}" for problem in item.damage]
-    for name in report.leftovers:
-        lines.append(f"{name:<24} left by an interrupted save; harmless, --resume clears it away")
+    for name, fate in report.leftovers.items():
+        lines.append(f"{name:<24} left by an interrupted save; {fate}")
     damaged = sum(bool(item.damage) for item in report.folders)
     lines.append("")
     if report.config:

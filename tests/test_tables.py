@@ -252,7 +252,7 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("3", "--seeds", "a"): "--seeds a",
         ("3", "--ranks", "0"): "--ranks 0",
         ("4", "--predictions", "x"): "NAME=FILE",
-        ("1", "--limit-eval", "0"): "--eval-limit is 0",
+        ("1", "--limit-eval", "0"): "--limit-eval is 0",
         ("1", "--model", "nowhere"): "no such model folder",
     }.items():
         with pytest.raises(SystemExit) as stop:
