@@ -183,6 +183,7 @@ def joined(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answ
                     unbalanced=any(p.unbalanced for p in parsed),
                     truncated=any(p.truncated for p in parsed),
                     unaligned=sum(p.unaligned for p in parsed),
+                    first=ner.join(dict(zip(by_label, (p.first for p in parsed), strict=True)), order),
                 ),
                 any(item.overlong for item in answers),
                 {span: confidence[span] for span in spans if span in confidence},
@@ -241,7 +242,7 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
         named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
         invented = {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
         exact |= invented | {_key(sentence, span) for span in parsed.spans}
-        first |= invented | {_key(sentence, span) for span in ner.locate(text, named, first_only=True)}
+        first |= invented | {_key(sentence, span) for span in parsed.first}
         strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels

@@ -137,6 +137,7 @@ class Parsed:
         unbalanced: tags that do not pair up (tagging), or text outside the labelled lists (extraction).
         truncated: as given to `parse`: generation met its limit.
         unaligned: tagged mentions that were rejected, since a boundary has no counterpart in the sentence.
+        first: the spans under another convention: in extraction each string is placed once, where it first occurs.
     """
 
     spans: tuple[Span, ...]
@@ -147,6 +148,7 @@ class Parsed:
     unbalanced: bool
     truncated: bool
     unaligned: int
+    first: tuple[Span, ...]
 
 
 def parse(task: Task, text: str, output: str, truncated: bool = False) -> Parsed:
@@ -182,7 +184,7 @@ def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parse
         elif " ".join(entity.split()) not in source:
             missing.append((stretch.label, entity))
     return Parsed(tuple(placed), tuple(places), tuple(entities), tuple(missing), plain.strip() == text.strip(),
-                  unbalanced, truncated, len(entities) - len(placed))
+                  unbalanced, truncated, len(entities) - len(placed), tuple(placed))
 
 
 # position in the output without tags, outer edge in the output, label, whether it closes
@@ -276,7 +278,8 @@ def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Pa
         position = start + len(string)
         places.setdefault((label, " ".join(string.split())), (start, position))
     where = tuple(places[span.label, " ".join(text[span.start:span.end].split())] for span in spans)
-    return Parsed(spans, where, entities, missing, not missing, unbalanced, truncated, 0)
+    return Parsed(spans, where, entities, missing, not missing, unbalanced, truncated, 0,
+                  locate(text, entities, first_only=True))
 
 
 def _items(text: str, items: str) -> list[str]:

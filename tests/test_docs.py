@@ -1,6 +1,8 @@
 """Every Python snippet of README.md and docs/ runs: those of one file in order, in one namespace."""
 
+import json
 import re
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -39,3 +41,9 @@ def test_snippets_run(path, outside):
 
 def test_the_tour_has_snippets():
     assert len(SNIPPET.findall((ROOT / "docs/internals.md").read_text(encoding="utf-8"))) >= 6
+
+
+def test_the_reproduction_is_what_its_script_makes_of_the_results():
+    module = runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
+    result = json.loads((ROOT / "docs/results/tables.json").read_text(encoding="utf-8"))
+    assert module["document"](result) == (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")

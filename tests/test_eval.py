@@ -245,3 +245,19 @@ def test_joined_answers_obey_the_order():
     (chemical,) = evaluate.joined(answers, ("Chemical", "Disease"))
     assert [span.label for span in disease.parsed.spans] == ["Disease"]
     assert [span.label for span in chemical.parsed.spans] == ["Chemical"]
+
+
+def test_each_extracted_string_is_placed_once_under_the_other_convention():
+    text = "Fever came, and fever went; then Fever again."
+    document = corpus.Document("1", text, (corpus.Span(0, 5, "Disease"), corpus.Span(33, 38, "Disease")), ((0, 45),))
+    (sentence,) = corpus.sentences(document)
+    tagged = "[Disease]Fever[/Disease] came, and fever went; then [Disease]Fever[/Disease] again."
+    written = {"extraction": "Fever", "tagging": tagged}
+    counts = {}
+    for form, output in written.items():
+        task = ner.Task(form, ("Disease",), per_label=False)
+        output = f"Disease: {output}" if form == "extraction" else output
+        answer = evaluate.Answer(sentence, output, ner.parse(task, text, output))
+        result = evaluate.assess([document], [answer], ("Disease",))
+        counts[form] = [result["by_document"][name]["1"] for name in ("exact", "first_occurrence")]
+    assert counts == {"extraction": [[2, 0, 0], [1, 0, 1]], "tagging": [[2, 0, 0], [2, 0, 0]]}

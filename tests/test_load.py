@@ -88,7 +88,7 @@ def answer(model, tokenizer, task, asked, *_, **__):
     return [evaluate.Answer(sentence, "", nothing) for sentence in asked], None
 
 seen, peaks = [0], []
-nothing = ner.Parsed((), (), (), True, False, False, 0)
+nothing = ner.parse(ner.Task("tagging", ("Disease",), per_label=True), "", "")
 run.load_trained, run.read_task, predict.merge, evaluate.answer = lambda *_: (None, None), str, str, answer
 predict.main(["--run", ".", "-"])
 early = next(peak for count, peak in zip(seen[1:], peaks) if count > 5000)

@@ -135,8 +135,8 @@ def test_streams_to_predict(place, capsys):
         try:
             for document in predict.read_stream(str(path)):
                 assert all(0 <= start < end <= len(document.text) for start, end in document.sentences)
-                predict.write([document], "jsonl")
-                predict.write([document], "pubtator")
+                predict.write([document], {}, "jsonl")
+                predict.write([document], {}, "pubtator")
         except CorpusError as error:
             assert str(path) in str(error)
         capsys.readouterr()

@@ -78,7 +78,8 @@ def test_everything_damaged_is_listed(copied):
     code, output = run(copied.with_name("log"), ["verify", copied, "--json"], main=commands.main)
     report = json.loads(output)
     assert code == 1 and not report["sound"] and len(report["folders"][0]["damage"]) == 3
-    assert report["resume"] == "checkpoints/step-000016" and list(report["leftovers"]) == ["checkpoints/step-000024.tmp"]
+    assert report["resume"] == "checkpoints/step-000016"
+    assert list(report["leftovers"]) == ["checkpoints/step-000024.tmp"]
 
 
 def test_a_sound_run_and_no_run(copied, tmp_path):
