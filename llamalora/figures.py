@@ -59,7 +59,7 @@ def save_curves(curves: dict, path: Path) -> None:
         axes.set(yscale="log", xlabel="step", ylabel="loss (nats a token)")
         axes.set_title(f"Table {name}" if name.isdigit() else name, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 
