@@ -90,7 +90,7 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[evalu
         loaders = [partial(load_system, run.Settings(data=data, **asking), arguments.adapter, precision, world)]
     drafted = evaluate.DRAFT_TOKENS if arguments.draft == "source" else 0
     result, answers = score_split(
-        loaders, arguments.split, documents, len(asked), precision, world, arguments.batch, drafted, order,
+        loaders, arguments.split, documents, asked, precision, world, arguments.batch, drafted, order,
         quiet=arguments.json, constrain=arguments.constrain,
     )  # fmt: skip
     return result, answers, documents

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 
 import torch
+from work import flops_per_token, padded
 
 from llamalora.batch import Example, MicroBatch
 from llamalora.checkpoint import skeleton
@@ -95,19 +96,6 @@ def seconds_of(work, repeats: int) -> list[float]:
     return taken[1:]
 
 
-def flops_per_token(config: LlamaConfig, lora: int, examples: list[Example]) -> float:
-    """4 a frozen parameter, 6 a LoRA parameter, attention 12 x width x length / 2 a layer; the embedding is no product,
-    and the head works at supervised positions only."""
-    lengths = [len(example) for example in examples]
-    supervised = sum(example.supervised for example in examples) / sum(lengths)
-    head = config.vocab_size * config.hidden_size
-    with torch.device("meta"):
-        frozen = count_parameters(Llama(config))["base"] - 2 * head
-    width = config.num_attention_heads * config.head_dim
-    attention = 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths) / sum(lengths)
-    return 4 * (frozen + supervised * head) + 6 * lora + attention
-
-
 def train(model: Llama, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:
     optimizer = Optimizer(model, precision, device, weight_decay=0.0, clip=1.0)
     batch = MicroBatch.of(examples, device)
@@ -157,16 +145,9 @@ def peer(config: LlamaConfig, examples: list[Example], precision: str, device: t
 
     def step() -> None:
         for start in range(0, len(examples), 16):
-            rows = examples[start : start + 16]
-            longest = max(len(row.ids) for row in rows)
-            ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for place, row in enumerate(rows):
-                ids[place, : len(row.ids)] = torch.tensor(row.ids)
-                labels[place, row.prompt : len(row.ids)] = ids[place, row.prompt : len(row.ids)]
-                mask[place, : len(row.ids)] = 1
+            batch = padded(examples[start : start + 16], device)
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+                wrapped(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -22,6 +22,15 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from work import flops_per_token, padded
+
+from llamalora import corpus, run
+from llamalora.adapter import save_adapter
+from llamalora.batch import Example, encode_all, plan_epoch
+from llamalora.checkpoint import read_config
+from llamalora.counts import build
+from llamalora.distributed import World
+from llamalora.lora import lora_layers
 
 HOME = Path(__file__).resolve().parents[1]
 KINDS = "q,k,v,o,up,down,gate"
@@ -63,13 +72,8 @@ def main() -> None:
         Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def prepare(arguments: argparse.Namespace, work: Path) -> dict:
-    """The examples, our steps and our initial adapter, for the peer to start from."""
-    from llamalora import corpus, run
-    from llamalora.adapter import save_adapter
-    from llamalora.batch import encode_all, plan_epoch
-    from llamalora.distributed import World
-
+def prepare(arguments: argparse.Namespace, work: Path) -> list[Example]:
+    """The examples; they, our steps and our initial adapter are kept for the peer to start from."""
     settings = run.Settings(
         model=arguments.model, data=arguments.data, targets=KINDS, rank=arguments.rank, precision="fp32"
     )
@@ -80,9 +84,8 @@ def prepare(arguments: argparse.Namespace, work: Path) -> dict:
     found, _ = encode_all(run.make_task(settings, splits), tokenizer, sentences, 10**9, "error")
     save_adapter(model, work / "adapter", base_model=arguments.model)
     steps = plan_epoch([1] * len(found), 8, seed=0, epoch=0)
-    examples = {"examples": [asdict(example) for example in found], "steps": steps}
-    (work / "examples.json").write_text(json.dumps(examples))
-    return examples
+    (work / "examples.json").write_text(json.dumps({"examples": [asdict(one) for one in found], "steps": steps}))
+    return found
 
 
 # ---- ours: train.py itself ----
@@ -127,9 +130,9 @@ def peer(arguments: argparse.Namespace) -> dict:
     form, _, precision = arguments.side.partition("-")
     half = precision == "bf16"
     kept = json.loads((Path(arguments.work) / "examples.json").read_text())
-    examples, steps = kept["examples"], kept["steps"]
+    examples, steps = [Example(**example) for example in kept["examples"]], kept["steps"]
     if form == "tuned":
-        order = sorted(range(len(examples)), key=lambda index: len(examples[index]["ids"]))
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
         buckets = [order[start : start + 16] for start in range(0, len(order), 16)]
         steps = [buckets[place] for place in torch.randperm(len(buckets), generator=torch.Generator().manual_seed(0))]
     base = AutoModelForCausalLM.from_pretrained(
@@ -143,25 +146,17 @@ def peer(arguments: argparse.Namespace) -> dict:
     for step in steps:
         started = time.perf_counter()
         rows = [examples[index] for index in step]
-        longest = max(len(row["ids"]) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            length = len(row["ids"])
-            ids[place, :length] = torch.tensor(row["ids"])
-            labels[place, row["prompt"] : length] = ids[place, row["prompt"] : length]
-            mask[place, :length] = 1
+        batch = padded(rows, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        tokens = sum(len(row["ids"]) - 1 for row in rows)  # as ours counts: the end token is never read
+        tokens = sum(map(len, rows))  # as ours counts: the end token is never read
         speeds.append((tokens, time.perf_counter() - started))
-        padding.append(1 - tokens / ids.numel())
+        padding.append(1 - tokens / batch["input_ids"].numel())
     counted = speeds[WARM:]
     return {
         "tokens_per_second": sum(tokens for tokens, _ in counted) / sum(seconds for _, seconds in counted),
@@ -174,9 +169,12 @@ def peer(arguments: argparse.Namespace) -> dict:
 # ---- what it comes to ----
 
 
-def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples: dict) -> dict:
+def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples: list[Example]) -> dict:
     torch.set_num_threads(arguments.threads)
-    flops, peak = flops_per_token(arguments, examples["examples"]), matmul_rate(arguments)
+    layers = lora_layers(build(read_config(arguments.model), KINDS, arguments.rank, "lora"))
+    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
+    flops = flops_per_token(read_config(arguments.model), lora, examples)
+    peak = matmul_rate([tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name])
     sides = {}
     for side, those in runs.items():
         speeds = [run["tokens_per_second"] for run in those]
@@ -196,32 +194,8 @@ def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples
     return {"threads": arguments.threads, "flops_per_token": flops, "bf16_matmul_flops": peak, "sides": sides}
 
 
-def flops_per_token(arguments: argparse.Namespace, examples: list[dict]) -> float:
-    """4 a frozen parameter in a product and 6 a LoRA parameter; the head counts at supervised positions; attention
-    2 x 2 products forward and twice that backward, causal."""
-    from llamalora.checkpoint import read_config
-    from llamalora.counts import build
-    from llamalora.lora import lora_layers
-
-    config = read_config(arguments.model)
-    layers = lora_layers(build(config, KINDS, arguments.rank, "lora")).values()
-    frozen = sum(layer.weight.numel() for layer in layers)
-    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
-    lengths = [len(example["ids"]) - 1 for example in examples]
-    supervised = sum(len(example["ids"]) - example["prompt"] for example in examples) / sum(lengths)
-    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    attention = 12 * heads * sum(length**2 for length in lengths) / sum(lengths) / 2
-    return 4 * frozen + 6 * lora + 4 * supervised * config.vocab_size * config.hidden_size + attention
-
-
-def matmul_rate(arguments: argparse.Namespace) -> float:
-    """FLOP/s of bf16 products of the model's shapes, 1,024 rows, in the proportion in which they occur."""
-    from llamalora.checkpoint import read_config
-    from llamalora.counts import build
-    from llamalora.lora import lora_layers
-
-    layers = lora_layers(build(read_config(arguments.model), KINDS, arguments.rank, "lora"))
-    shapes = [tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name]
+def matmul_rate(shapes: list[tuple[int, int]]) -> float:
+    """FLOP/s of bf16 products of these weights, 1,024 rows, each as often as the others."""
     operands = [(torch.randn(1024, i).bfloat16(), torch.randn(o, i).bfloat16()) for o, i in shapes]
     rates = []
     for _ in range(12):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -17,7 +16,7 @@ from .corpus import Document, Sentence, Span, sentences
 from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
-from .files import replace_file
+from .files import replace_file, write_json
 from .model import Llama
 from .score import bootstrap, document_counts, format_table, score
 from .sharding import in_step
@@ -298,12 +297,6 @@ def write(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
     return write_json(result, folder / f"eval-{result['split']}.json")
 
 
-def write_json(result: dict, path: Path) -> Path:
-    """Indented, but each list of numbers, like the counts of a document, on one line."""
-    lines = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(result, indent=2))
-    return replace_file(path, lines + "\n")
-
-
 def read_result(folder: Path, split: str) -> dict:
     return json.loads((folder / f"eval-{split}.json").read_text())
 
@@ -320,8 +313,7 @@ def read_answers(folder: Path, split: str, task: ner.Task, asked: Sequence[Sente
             kept = json.loads(line)
             assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
             parsed = ner.parse(task, sentence.text, kept["output"], kept["truncated"])
-            mentions = [dict(mention) for mention in kept.get("mentions", ())]  # older files have none
-            confidence = {Span(**mention): sure for mention in mentions for sure in [mention.pop("confidence")]}
+            confidence = {Span(m["start"], m["end"], m["label"]): m["confidence"] for m in kept["mentions"]}
             answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))
     return answers
 

@@ -14,6 +14,7 @@ from . import corpus, counts, evaluate, paper, run
 from .checkpoint import CheckpointError
 from .cli import BAD_INPUT
 from .distributed import World
+from .files import write_json
 from .loop import train
 from .lora import KINDS, count_parameters
 from .model import LlamaConfig
@@ -207,9 +208,8 @@ class Cell:
         """The cell of a run whose settings are `base` with these changes. Its name holds a hash of all that
         decides its result: settings, model, tokenizer, data; not where they lie."""
         settings = run.resolve(replace(base, **changes, out=""), world.device).settings
-        deciding = {
-            name: value for name, value in asdict(settings).items() if name not in (*run.Settings.FREE, "model", "data")
-        }
+        idle = {*run.Settings.FREE, "model", "data", *run.Settings.IDLE[settings.method]}
+        deciding = {name: value for name, value in asdict(settings).items() if name not in idle}
         content = json.dumps([deciding, run.fingerprints(settings)], sort_keys=True)
         what = [settings.format, settings.labels.replace(",", "+")]
         what += ["prompt"] if settings.instruction or settings.shots else []
@@ -264,7 +264,7 @@ class Cell:
 
     def keep(self, result: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        evaluate.write_json(result, self.path)
+        write_json(result, self.path)
 
 
 def failure(error: Exception) -> dict:
@@ -360,7 +360,7 @@ class Runner:
         gc.collect()
         try:
             result, answers = score_split(
-                loaders, split, documents, len(asked), cells[0].settings.precision, self.world, self.base.eval_batch
+                loaders, split, documents, asked, cells[0].settings.precision, self.world, self.base.eval_batch
             )
         except (RuntimeError, *BAD_INPUT) as error:
             if not on_every_process(error, self.world):

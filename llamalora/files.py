@@ -1,6 +1,8 @@
 """Files that a reader never meets half written, and errors that say which file it was."""
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +34,9 @@ def replace_file(path: Path, text: str) -> Path:
             return partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(value: dict, path: Path) -> Path:
+    """`replace_file` with indented JSON, but each list of numbers, like the counts of a document, on one line."""
+    text = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(value, indent=2))
+    return replace_file(path, text + "\n")

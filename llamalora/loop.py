@@ -123,6 +123,8 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             loss, computed = 0.0, 0
             stand_in = [min(step, key=lengths.__getitem__)]  # without a share: under fsdp the others need its passes
             for indices in deal(step, lengths, world.size, placement.micro_tokens)[world.rank]:
+                if not indices and not optimizer.sharded:
+                    continue
                 batch = MicroBatch.of([examples[index] for index in indices or stand_in], world.device)
                 counted = supervised if indices else math.inf
                 computed += batch.ids.numel()

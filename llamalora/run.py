@@ -78,6 +78,12 @@ class Settings:
     # what may differ when a run is resumed, because it does not change what is learnt
     FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
             "timeout")  # fmt: skip
+    # what says nothing of a run, by its method
+    IDLE = {
+        "lora": (),
+        "partial": ("rank", "alpha", "rslora", "dora", "loraplus", "dropout"),
+        "full": ("rank", "alpha", "rslora", "dora", "loraplus", "dropout", "targets"),
+    }
 
     def __post_init__(self):
         for field in fields(self):

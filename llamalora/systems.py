@@ -60,7 +60,7 @@ def score_split(
     loaders: Iterable[Callable[[], System]],
     split: str,
     documents: Sequence[corpus.Document],
-    limit: int | None,
+    asked: Sequence[corpus.Sentence],
     precision: str,
     world: World,
     batch: int = 32,
@@ -69,18 +69,18 @@ def score_split(
     quiet: bool = False,
     constrain: bool = False,
 ) -> tuple[dict, list[evaluate.Answer]]:
-    """Decodes and scores the first `limit` sentences of a split.
+    """Decodes and scores sentences of a split.
 
     Args:
         loaders: each makes a system, one after the other, so that one model is in memory at a time; the
             answers of several are joined.
+        documents, asked: from `evaluate.select`.
         batch, draft_tokens, constrain: as in `evaluate.answer`.
         order: labels by priority where several systems are joined; the corpus's if empty.
 
     Returns:
         The result for `eval-SPLIT.json`, and the (joined) answers.
     """
-    documents, asked = evaluate.select(documents, limit)
     by_label: dict[str, list[evaluate.Answer]] = {}
     tasks, speeds = [], []
     for load in loaders:

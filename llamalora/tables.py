@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from . import corpus, counts, evaluate, experiments, figures, findings, ner, paper, run, stats
+from . import corpus, counts, experiments, figures, findings, ner, paper, run, stats
 from .audit import show_table7, show_table8
 from .checkpoint import read_config
 from .cli import UsageError, add_flags
 from .corpus import Span
 from .distributed import World, join_world
 from .experiments import Row, Runner, Table
-from .files import replace_file
+from .files import replace_file, write_json
 from .model import LLAMA_2
 from .score import document_counts, score, score_files, span_keys
 
@@ -265,7 +265,7 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[Table], out: Path) 
         "curves": curves,
     }
     out.mkdir(parents=True, exist_ok=True)
-    evaluate.write_json(result, out / "tables.json")
+    write_json(result, out / "tables.json")
     figures.save(result, out)
 
 

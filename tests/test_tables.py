@@ -109,6 +109,8 @@ def test_a_cell_is_known_by_what_decides_its_result(tmp_path):
     assert name() == name(micro_tokens=64) == name(keep=7)
     names = {name(), name(seed=1), name(rank=9), name(lr=0.1), name(eval_limit=3), name(batch_tokens=77)}
     assert len(names) == 6
+    # full fine-tuning has no rank
+    assert name(method="full", rank=8) == name(method="full", rank=128) != name(method="full", seed=1)
     # the same data at another place is the same
     copy = tmp_path / "copy"
     copy.mkdir()
