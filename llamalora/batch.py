@@ -14,6 +14,8 @@ from . import ner
 from .packing import Packing
 from .tokenizer import Tokenizer
 
+ROWS_AT_ONCE = 16  # of a matrix that processors multiply: with one more or less they take up to 8 % longer
+
 
 @dataclass(frozen=True)
 class Example:
@@ -115,15 +117,18 @@ class MicroBatch:
 
     @staticmethod
     def of(examples: Sequence[Example], device: torch.device) -> "MicroBatch":
+        """The row is filled up to a multiple of `ROWS_AT_ONCE`, behind the last example, where no token sees it."""
         ids, predictors, targets = [], [], []
         for example in examples:
             first = len(ids) + example.prompt - 1
             predictors.extend(range(first, first + example.supervised))
             targets.extend(example.ids[example.prompt :])
             ids.extend(example.ids[:-1])
+        filling = -len(ids) % ROWS_AT_ONCE
+        *lengths, last = map(len, examples)
         return MicroBatch(
-            torch.tensor([ids], device=device),
-            Packing([len(example) for example in examples], device),
+            torch.tensor([ids + [0] * filling], device=device),
+            Packing([*lengths, last + filling], device),
             torch.tensor(predictors, device=device),
             torch.tensor(targets, device=device),
         )

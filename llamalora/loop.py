@@ -10,12 +10,12 @@ from typing import NoReturn
 import torch
 
 from . import corpus, evaluate, run, runstate
+from .attention import attention_kernel
 from .batch import MicroBatch, deal, encode_all, plan_epoch, show
 from .cli import Interrupt, UsageError
 from .distributed import World
 from .lora import count_parameters
 from .memory import explained
-from .model import attention_kernel
 from .placement import place
 from .sharding import is_spread, merged
 from .steplog import StepLog
@@ -163,7 +163,8 @@ def announce(world, resolved, settings, placement, task, model, splits, examples
     share = 100 * counts["trainable"] / counts["base"]
     on = f"{world.size} x {world.device.type}"
     if world.device.type == "cuda":
-        on += f", {attention_kernel(model.config, DTYPES[settings.precision], world.device)}"
+        heads = model.config.num_attention_heads, model.config.head_dim
+        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
     trained = {
         "lora": f"{'DoRA' if settings.dora else 'LoRA'} on {settings.targets}, rank {settings.rank}",
         "partial": f"the weights of {settings.targets}",

@@ -9,6 +9,7 @@ name and place, so that the keys of the base model do not move.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -60,36 +61,54 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-class _LinearWithDelta(torch.autograd.Function):
-    """x W0^T + scale (x A^T) B^T, with W0 frozen.
+class _LinearsWithDeltas(torch.autograd.Function):
+    """x W0^T + scale (x A^T) B^T for each of several layers, with W0 frozen.
 
-    Beside autograd's own form this saves two passes over the output (the sum is the second product's
-    accumulator) and keeps no half-precision copy of A, B or x between forward and backward.
+    Beside autograd's own form this reads x once for all A and sums the gradients of x, like the outputs, in the
+    products' accumulators; and it keeps no half-precision copy of A, B or x between forward and backward.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, dtype: torch.dtype, scales: Sequence[float], *matrices: Tensor) -> tuple[Tensor, ...]:
+        """`matrices` are W0, A and B of the first layer, then those of the next."""
+        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
-            inner = F.linear(rows, A.to(dtype)).mul_(scale)  # (N, R)
-            y = torch.addmm(F.linear(rows, weight.to(dtype)), inner, B.to(dtype).T)
-        ctx.save_for_backward(x, weight, A, B, inner)
-        ctx.scale, ctx.dtype = scale, dtype
-        return y.view(*x.shape[:-1], -1)
+            inner = F.linear(rows, torch.cat(As).to(dtype))  # (N, all R)
+            outputs = [F.linear(rows, weight.to(dtype)) for weight in weights]
+            for y, part, B, scale in zip(outputs, _split(inner, As), Bs, scales, strict=True):
+                y.addmm_(part, (B * scale).to(dtype).T)
+        ctx.save_for_backward(x, inner, *matrices)
+        ctx.dtype, ctx.scales = dtype, scales
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, A, B, inner = ctx.saved_tensors
-        dtype = ctx.dtype
+    def backward(ctx, *grads: Tensor):
+        x, inner, *matrices = ctx.saved_tensors
+        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
+        dtype, grad_x = ctx.dtype, None
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         with torch.autocast(x.device.type, enabled=False):
-            rows, grad = x.reshape(-1, x.shape[-1]).to(dtype), grad.reshape(-1, grad.shape[-1])
-            grad_inner = (grad @ B.to(dtype)).mul_(ctx.scale)  # (N, R)
-            grad_x = None
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            scaled = [(B * scale).to(dtype) for B, scale in zip(Bs, ctx.scales, strict=True)]
+            grad_inner = torch.cat([grad @ B for grad, B in zip(grads, scaled, strict=True)], dim=1)  # (N, all R)
             if ctx.needs_input_grad[0]:
-                grad_x = torch.addmm(grad @ weight.to(dtype), grad_inner, A.to(dtype)).view_as(x).to(x.dtype)
-            grad_A = (grad_inner.T @ rows).to(A.dtype)
-            grad_B = (grad.T @ inner).to(B.dtype)
-        return grad_x, None, grad_A, grad_B, None, None
+                grad_x = grad_inner @ torch.cat(As).to(dtype)
+                for grad, weight in zip(grads, weights, strict=True):
+                    grad_x.addmm_(grad, weight.to(dtype))
+                grad_x = grad_x.view_as(x).to(x.dtype)
+            grad_As = (grad_inner.T @ rows).to(As[0].dtype).split([len(A) for A in As])
+            grad_Bs = [  # (R, O), and then transposed, in half the time of (O, R)
+                (part.T @ grad).T.to(B.dtype) * scale
+                for part, grad, B, scale in zip(_split(inner, As), grads, Bs, ctx.scales, strict=True)
+            ]
+        each = ((None, grad_A, grad_B) for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True))
+        return grad_x, None, None, *chain.from_iterable(each)
+
+
+def _split(inner: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(N, all R) -> (N, R) of each layer."""
+    return inner.split([len(A) for A in As], dim=1)
 
 
 class _LoRA:
@@ -194,11 +213,9 @@ class LoRALinear(_LoRA, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.weight)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if not (self.dropout and self.training):
-            y = _LinearWithDelta.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, dtype)
-            return self._stretch(y)
+        if not self._drops:
+            return self._side_by_side(x, [self])[0]
+        dtype = self._dtype(x)
         dropped = F.dropout(x, self.dropout).to(dtype)
         inner = F.linear(dropped, self.lora_A.to(dtype)) * self.scale
         update = F.linear(inner, self.lora_B.to(dtype))
@@ -206,6 +223,33 @@ class LoRALinear(_LoRA, nn.Linear):
             c = self._gain()
             update = (c * update + (c - 1) * F.linear(dropped, self.weight)).to(dtype)
         return F.linear(x, self.weight) + update
+
+    @property
+    def _drops(self) -> bool:
+        return self.dropout > 0 and self.training
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Of the products."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+    @staticmethod
+    def _side_by_side(x: Tensor, layers: "Sequence[LoRALinear]") -> list[Tensor]:
+        matrices = chain.from_iterable((layer.weight, layer.lora_A, layer.lora_B) for layer in layers)
+        scales = [layer.scale for layer in layers]
+        outputs = _LinearsWithDeltas.apply(x, layers[0]._dtype(x), scales, *matrices)
+        return [layer._stretch(y) for layer, y in zip(layers, outputs, strict=True)]
+
+    @staticmethod
+    def fan_out(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+        """What each of several layers makes of x. Those with an update share the work, unless somebody listens."""
+        sharing = [layer for layer in layers if isinstance(layer, LoRALinear) and layer._shares]
+        outputs = iter(LoRALinear._side_by_side(x, sharing) if sharing else ())
+        return [next(outputs) if layer in sharing else layer(x) for layer in layers]
+
+    @property
+    def _shares(self) -> bool:
+        return not (self.merged or self._drops or self._forward_hooks or self._forward_pre_hooks)
 
 
 class LoRAEmbedding(_LoRA, nn.Embedding):

@@ -17,7 +17,7 @@ from torch import nn
 from .lora import KINDS, LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .packing import Packing
-from .training import DTYPES, LOGITS_AT_ONCE
+from .training import DTYPES, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
@@ -219,15 +219,18 @@ class Step:
     def logits(self) -> int:
         """The most that the output head holds beside the activations, if every token is supervised.
 
-        Of each chunk the logits, in fp32 their copy and the gradient, or the gradient before and after
-        scaling, and the gradient in the products' dtype, under DoRA that before m / norm as well; hidden states
-        and their gradient; the gradient of the head.
+        Of each chunk the logits and their gradient, computed of a block in fp32, under DoRA that before m / norm as
+        well; hidden states and their gradient; the gradient of the head.
         """
         config = self.model.config
-        chunk = max(1, min(self.tokens, LOGITS_AT_ONCE // config.vocab_size)) * config.vocab_size
+        chunk, block = (
+            max(1, min(self.tokens, most // config.vocab_size)) * config.vocab_size
+            for most in (LOGITS_AT_ONCE, SOFTMAX_AT_ONCE[1])
+        )
         dora = getattr(self.model.lm_head, "dora", False)
-        most = max({4: 12 if dora else 8, 2: 12 if self.precision == "fp16" else 10}[self.width] * chunk,
-                   (8 + dora * self.width) * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        most = max(0 if self.width == 4 else 4 * block,
+                   dora * self.width * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        most += 2 * self.width * chunk
         return most + 2 * self.width * config.hidden_size * self.tokens + (self._converted if self.recompute else 0)
 
     @property
@@ -271,7 +274,7 @@ class Step:
         """Bytes that autograd keeps of the backbone's forward pass, parameters excepted."""
         config, tokens = self.model.config, self.tokens
         found: Saved = {("model", "ids and places"): 16 * tokens}
-        found["model", "cosines and sines"] = 4 * config.head_dim * tokens
+        found["model", "cosines and sines"] = 8 * config.head_dim * tokens
         embedding = lora_layers(self.model).get("model.embed_tokens")
         if embedding is not None:
             found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attend, attend_packed
 from .packing import KVCache, Packing
 
 
@@ -213,15 +214,25 @@ def _inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each (B, T, 1, E/2) in fp32, for positions (B, T)."""
+    """Cosine and signed sine of the rotary angles, each (B, T, 1, E) in fp32, for positions (B, T)."""
     angles = (positions[..., None].float() * _inverse_frequencies(config, positions.device))[:, :, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class _Rotate(torch.autograd.Function):
     """Rotary embedding of x (B, T, heads, E), rotate-half convention; computed in fp32 like the angles."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        wide = x.float()
+        return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
 
 
 class _Normalize(torch.autograd.Function):
@@ -265,6 +276,14 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
+def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each layer makes of x. Layers of a kind that can share the work say so by a `fan_out` of their own."""
+    for layer in layers:
+        if hasattr(layer, "fan_out"):
+            return layer.fan_out(x, layers)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -275,54 +294,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles, packing: Packing | None, cache: KVCache | None) -> Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (B, T, H, E)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (B, T, K, E)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, angles, packing: Packing, cache: KVCache | None) -> Tensor:
+        projected = fan_out(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (1, N, H, E), and K for H
+        q, k = _Rotate.apply(q, *angles), _Rotate.apply(k, *angles)
         if cache is not None:
             cache.write(self.layer, k, v, packing)
-        if packing is None:
-            y = attend(q, k, v)
-        elif packing.continues:
+        if packing.continues:
             (rectangle,) = packing.rectangles
             y = attend(rectangle.unpack(q[0]), *cache.read(self.layer, packing), packing.mask)
             y = rectangle.pack(y)[None]
         else:
-            sizes = [rectangle.tokens for rectangle in packing.rectangles]
-            parts = zip(packing.rectangles, *(x[0].split(sizes) for x in (q, k, v)), strict=True)
-            y = torch.cat([one.pack(attend(*map(one.unpack, qkv))) for one, *qkv in parts])[None]
+            y = attend_packed(q[0], k[0], v[0], packing)[None]
         return self.o_proj(y.flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
-
-    Causal with T = S, or where `mask` (B, 1, T, S) is true.
-    """
-    groups = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if mask is None and (q.device.type != "cpu" or q.dtype == torch.float32):
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    # The queries of a group stand behind each other, so that keys and values are not copied for each head.
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, E)
-    if mask is None:
-        mask = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    mask = mask.repeat(*[1] * (mask.dim() - 2), groups, 1)
-    if q.device.type != "cpu" or q.dtype == torch.float32:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    else:
-        # PyTorch's flash kernel for the CPU takes up to three times as long as plain products in half precision.
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        y = torch.matmul(scores.masked_fill_(~mask, -torch.inf).softmax(-1), v)
-    return y.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
-
-
-def attention_kernel(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that PyTorch chooses for training's attention on a GPU: FLASH_ATTENTION, EFFICIENT_ATTENTION, ..."""
-    q = torch.empty(1, config.num_attention_heads, 128, config.head_dim, dtype=dtype, device=device)
-    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
 
 
 class MLP(nn.Module):
@@ -333,7 +317,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(_SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -365,20 +349,21 @@ class Backbone(nn.Module):
         """Hidden states (B, T, D) of ids (B, T).
 
         Args:
-            packing: ids is one row (1, N) of several sequences.
+            packing: ids is one row (1, N) of several sequences; without one, every row is a sequence.
             cache: is written, and read where the packing continues; needs a packing.
             recompute: activation checkpointing: of every k-th block keep only the input for the backward pass;
                 1 is every block, 0 none.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device)[None] if packing is None else packing.positions
-        context = (rope(self.config, positions), packing, cache)
-        x = self.embed_tokens(ids)
+        rows, length = ids.shape
+        packing = packing or Packing([length] * rows, ids.device)
+        context = (rope(self.config, packing.positions), packing, cache)
+        x = self.embed_tokens(ids.view(1, -1))
         for number, block in enumerate(self.layers):
             if recompute and number % recompute == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
-        return self.norm(x)
+        return self.norm(x).view(rows, length, -1)
 
 
 class Llama(nn.Module):

@@ -16,7 +16,8 @@ from .lora import LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .sharding import placed, within
 
-LOGITS_AT_ONCE = 2**25  # logits held at a time: 128 MiB in fp32
+LOGITS_AT_ONCE = 2**25  # logits held at a time: 64 MiB in half precision
+SOFTMAX_AT_ONCE = (2**20, 2**24)  # of these, by a CPU and by a GPU, in fp32
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -81,6 +82,7 @@ def backward(
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
         loss = torch.zeros((), device=batch.ids.device)
+        factor = scaler.scale(torch.ones_like(loss)) / supervised
         with autocast(precision, batch.ids.device):
             hidden = model.model(batch.ids, packing=batch.packing, recompute=recompute)
             # even if the head alone learns: it is the backbone's backward pass that ends a step of a sharded model
@@ -89,9 +91,9 @@ def backward(
             chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
             for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
                 logits = model.lm_head(states)  # (chunk, V)
-                losses, gradient = _cross_entropy(logits, targets)
-                logits.backward(scaler.scale(gradient.div_(supervised)).to(logits.dtype))
-                loss += losses.sum() / supervised
+                added, gradient = _cross_entropy(logits, targets, factor)
+                logits.backward(gradient)
+                loss += added / supervised
                 del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
         return hidden, leaf.grad, loss
 
@@ -101,16 +103,22 @@ def backward(
 
 
 @torch.no_grad()
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each row of logits (M, V), in fp32, and its gradient (M, V): softmax minus one-hot.
+def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross entropies of logits (M, V), and `factor` times its gradient (M, V): softmax less one-hot.
 
-    Both at once take two passes over the logits and one fp32 copy of them; autograd takes twice that.
+    Computed in fp32, of so few rows at a time that a CPU's cache holds them, or that a GPU is busy with.
     """
-    wide = logits.float()
-    log_sum = wide.logsumexp(-1, keepdim=True)  # (M, 1)
-    losses = (log_sum - wide.gather(1, targets[:, None]))[:, 0]
-    gradient = (wide - log_sum).exp_()
-    return losses, gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    rows = max(1, SOFTMAX_AT_ONCE[logits.device.type == "cuda"] // logits.shape[-1])
+    gradient, loss = torch.empty_like(logits), factor.new_zeros(())
+    for part, target, result in zip(*(x.split(rows) for x in (logits, targets[:, None], gradient)), strict=True):
+        wide = result if result.dtype == torch.float32 else torch.empty(part.shape, device=part.device)
+        torch.sub(part, part.amax(-1, keepdim=True).float(), out=wide)
+        chosen = wide.gather(1, target)
+        total = wide.exp_().sum(-1, keepdim=True)
+        loss += (total.log() - chosen).sum()
+        wide.mul_(factor / total).scatter_add_(1, target, -factor.expand_as(target))
+        result.copy_(wide)
+    return loss, gradient
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_an_example_as_long_as_the_context_fits():
     """The end token is predicted, never read, so it takes no place."""
     example = Example((5, 6, 7, 2), 2)
     assert len(example) == 3 and example.supervised == 2
-    assert MicroBatch.of([example], torch.device("cpu")).ids.shape == (1, 3)
+    assert MicroBatch.of([example], torch.device("cpu")).ids[0, :4].tolist() == [5, 6, 7, 0]
 
 
 # ---- steps ----
@@ -147,13 +147,14 @@ def test_no_more_micro_batches_than_needed():
     assert deal([0], [10], 3, 5)[0] == [[0]]
 
 
-def test_a_micro_batch_is_its_examples_without_padding():
+def test_a_micro_batch_is_its_examples_in_a_row_filled_up_at_its_end():
     examples = [Example(tuple(random_ids(length, seed=length).tolist()), prompt) for length, prompt in
                 ((9, 4), (2, 1), (23, 20), (6, 5))]  # fmt: skip
     batch = MicroBatch.of(examples, torch.device("cpu"))
-    assert batch.ids[0].tolist() == [token for example in examples for token in example.ids[:-1]]
-    assert batch.ids.shape == (1, sum(map(len, examples)))
-    assert batch.packing.positions[0].tolist() == [place for example in examples for place in range(len(example))]
+    assert batch.ids[0].tolist() == [token for example in examples for token in example.ids[:-1]] + [0] * 12
+    assert batch.ids.shape == (1, 48) and sum(map(len, examples)) == 36
+    places = [place for example in examples for place in range(len(example))]
+    assert batch.packing.positions[0].tolist() == places + [*range(5, 17)]  # of the last example, which ends sooner
     assert len(batch.predictors) == len(batch.targets) == sum(example.supervised for example in examples)
     expected = []
     for number, example in enumerate(examples):

@@ -32,7 +32,7 @@ from llamalora.training import MovementCheck, Optimizer, autocast, backward
 ROOT = Path(__file__).parents[1]
 STEPS = 20
 LARGE = LlamaConfig(
-    vocab_size=2000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,
+    vocab_size=2000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8,
     num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
 LENGTHS = (12, 7, 30, 9, 22, 15, 40, 5, 33, 18, 26, 11)
@@ -121,7 +121,7 @@ def go_on(case: str, folder: Path, world: World, parallel: str, of: str) -> dict
 
 
 def write_large(folder: Path) -> None:
-    """A checkpoint of 155 MiB in fp16, in which embedding and head are as small a part as in Llama-2-7B."""
+    """A checkpoint of 300 MiB in fp16, in which embedding and head are as small a part as in Llama-2-7B."""
     model = skeleton(LARGE).half()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LARGE.to_dict()))

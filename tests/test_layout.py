@@ -12,7 +12,8 @@ PACKAGE = ROOT / "llamalora"
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
     {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora", "files"},
-    {"ner", "score", "model", "lora"},
+    {"ner", "score", "attention", "lora"},
+    {"model"},
     {"checkpoint", "batch", "decode", "draft", "constrain"},
     {"peft_format", "runstate", "sharding"},
     {"training", "evaluate"},

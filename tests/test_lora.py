@@ -25,7 +25,7 @@ from llamalora.lora import (
     KINDS,
     LoRAEmbedding,
     LoRALinear,
-    _LinearWithDelta,
+    _LinearsWithDeltas,
     adapt,
     count_parameters,
     inject_lora,
@@ -37,7 +37,7 @@ from llamalora.lora import (
     train_weights,
     trainable_parameters,
 )
-from llamalora.model import Llama, LlamaConfig
+from llamalora.model import Llama, LlamaConfig, fan_out
 
 IDS = random_ids(2, 24)
 TABLES = Path(__file__).parents[1] / "../shared/paper/tables.json"
@@ -278,37 +278,53 @@ def test_merging_adds_no_parameter():
 # ---- the hand-written backward pass ----
 
 
-def tensors(dtype=torch.float64, x_grad=True, tokens=5, features=6, out=7, rank=3):
-    """x, W0, A, B; W0 has the dtype of x, A and B at least that of fp32."""
+SCALES = (0.7, 2.0, 1.0)
+
+
+def tensors(dtype=torch.float64, x_grad=True, tokens=5, features=6, outs=(7,), ranks=(3,)):
+    """x, then W0, A, B of each layer; W0 has the dtype of x, A and B at least that of fp32."""
     generator = torch.Generator().manual_seed(3)
-    shapes = (2, tokens, features), (out, features), (rank, features), (out, rank)
-    x, weight, A, B = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     wide = torch.promote_types(dtype, torch.float32)
-    return x.to(dtype).requires_grad_(x_grad), weight.to(dtype), *(t.to(wide).requires_grad_() for t in (A, B))
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    matrices = []
+    for out, rank in zip(outs, ranks, strict=True):
+        matrices.append(draw(out, features).to(dtype))
+        matrices += [t.to(wide).requires_grad_() for t in (draw(rank, features), draw(out, rank))]
+    return draw(2, tokens, features).to(dtype).requires_grad_(x_grad), *matrices
 
 
+LAYERS = [{"outs": (7,), "ranks": (3,)}, {"outs": (7, 2, 6), "ranks": (3, 1, 2)}]  # alone; beside others
+
+
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("x_grad", [True, False])
-def test_gradients_are_the_numerical_ones(x_grad):
+def test_gradients_are_the_numerical_ones(x_grad, layers):
+    scales = SCALES[: len(layers["outs"])]
     assert torch.autograd.gradcheck(
-        lambda *given: _LinearWithDelta.apply(*given, 0.7, torch.float64), tensors(x_grad=x_grad)
+        lambda x, *given: _LinearsWithDeltas.apply(x, torch.float64, scales, *given), tensors(x_grad=x_grad, **layers)
     )
 
 
-def both_forms(x, weight, A, B, dtype):
-    """Output and gradients of the plain composition of torch's functions, and of ours."""
+def both_forms(x, *matrices, dtype):
+    """Outputs and gradients of the plain composition of torch's functions, and of ours."""
+    each = list(zip(matrices[::3], matrices[1::3], matrices[2::3], SCALES, strict=False))
     for forward in (
-        lambda: F.linear(x, weight) + 0.7 * F.linear(F.linear(x, A), B),
-        lambda: _LinearWithDelta.apply(x, weight, A, B, 0.7, dtype),
+        lambda: [F.linear(x, W0) + scale * F.linear(F.linear(x, A), B) for W0, A, B, scale in each],
+        lambda: _LinearsWithDeltas.apply(x, dtype, SCALES[: len(each)], *matrices),
     ):
         with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            y = forward()
-        weights = torch.linspace(-1, 1, y.numel()).sin().view_as(y).to(y.dtype)
-        yield y, *torch.autograd.grad(y, [t for t in (x, A, B) if t.requires_grad], weights)
+            ys = forward()
+        weights = [torch.linspace(-1, 1, y.numel()).sin().view_as(y).to(y.dtype) for y in ys]
+        yield *ys, *torch.autograd.grad(ys, [t for t in (x, *matrices) if t.requires_grad], weights)
 
 
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("x_grad", [True, False])
-def test_it_is_the_plain_form(x_grad):
-    plain, ours = both_forms(*tensors(x_grad=x_grad), torch.float64)
+def test_it_is_the_plain_form(x_grad, layers):
+    plain, ours = both_forms(*tensors(x_grad=x_grad, **layers), dtype=torch.float64)
     for expected, actual in zip(plain, ours, strict=True):
         close(actual, expected, 1e-12)
 
@@ -316,9 +332,9 @@ def test_it_is_the_plain_form(x_grad):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_grad", [True, False])
 def test_it_is_the_plain_form_under_autocast(x_grad, dtype):
-    sizes = {"tokens": 60, "features": 64, "out": 48, "rank": 8}
-    plain, ours = both_forms(*tensors(torch.float32, x_grad, **sizes), dtype)
-    exact, _ = both_forms(*tensors(torch.float64, x_grad, **sizes), torch.float64)
+    sizes = {"tokens": 60, "features": 64, "outs": (48, 32), "ranks": (8, 4)}
+    plain, ours = both_forms(*tensors(torch.float32, x_grad, **sizes), dtype=dtype)
+    exact, _ = both_forms(*tensors(torch.float64, x_grad, **sizes), dtype=torch.float64)
     for truth, expected, actual in zip(exact, plain, ours, strict=True):
         assert actual.dtype == expected.dtype
         error = (actual.double() - truth).norm() / truth.norm()
@@ -334,6 +350,50 @@ def test_a_half_precision_base_outside_autocast():
     assert (out.float() - logits(reference, IDS)).norm() / logits(reference, IDS).norm() < 0.05
     out.float().logsumexp(-1).sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in trainable_parameters(model).values())
+
+
+# ---- layers with one input ----
+
+
+def adapted_block(targets: str, **options) -> tuple[Llama, torch.Tensor]:
+    """A model in training with updates that are not zero, and an input of its first block's attention."""
+    model = adapted(targets, **options).train()
+    return model, torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(6)).requires_grad_()
+
+
+@pytest.mark.parametrize("targets", ["all", "q,v", "k", "o"])
+@pytest.mark.parametrize("state", ["plain", "merged", "listened to", "dora"])
+def test_layers_side_by_side_are_the_layers_alone(targets, state):
+    model, x = adapted_block(targets, **({"dora": True} if state == "dora" else {}))
+    attention = model.model.layers[0].self_attn
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    if state == "merged":
+        merge(model)
+    alone = [layer(x) for layer in layers]
+    heard = []
+    if state == "listened to":
+        layers[1].register_forward_hook(lambda layer, given, y: heard.append(y))
+    together = fan_out(x, *layers)
+    assert len(heard) == (state == "listened to")
+    learning = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    for theirs, ours in zip(alone, together, strict=True):
+        close(ours, theirs, 1e-6)
+    gradients = [torch.autograd.grad(sum(y.sin().sum() for y in ys), learning, allow_unused=True)
+                 for ys in (alone, together)]  # fmt: skip
+    for theirs, ours in zip(*gradients, strict=True):
+        assert (theirs is None) == (ours is None)
+        if ours is not None:
+            close(ours, theirs, 1e-5)
+
+
+def test_dropped_inputs_are_drawn_for_each_layer():
+    model, x = adapted_block("q,k", dropout=0.5)
+    attention = model.model.layers[0].self_attn
+    torch.manual_seed(8)
+    alone = [attention.q_proj(x), attention.k_proj(x)]
+    torch.manual_seed(8)
+    for theirs, ours in zip(alone, fan_out(x, attention.q_proj, attention.k_proj), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---- dropout ----

@@ -6,10 +6,9 @@ from collections import defaultdict
 import pytest
 import torch
 from helpers import tiny_config
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamalora import memory, model, training
+from llamalora import attention, memory, training
 from llamalora.batch import Example, MicroBatch
 from llamalora.checkpoint import skeleton
 from llamalora.lora import LoRALinear, inject_lora, train_weights
@@ -24,7 +23,7 @@ SHAPES = {
     "grouped": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96},
     "tied": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
 }
-EVEN, UNEVEN = (48,) * 6, (70, 61, 40, 33, 30, 9)
+EVEN, UNEVEN = (48,) * 6, (70, 61, 40, 33, 30, 6)
 
 
 def trainee(precision: str, targets: str, rank: int = 4, dropout: float = 0.0, **shape) -> Llama:
@@ -48,15 +47,7 @@ def batch_of(lengths) -> MicroBatch:
 @pytest.fixture
 def gpu_attention(monkeypatch):
     """The kernel that a GPU uses, on the CPU in half precision too, where the model prefers plain products."""
-
-    def attend(q, k, v, mask=None):
-        groups = q.shape[2] // k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    monkeypatch.setattr(model, "attend", attend)
+    monkeypatch.setattr(attention, "_prefers_products", lambda q: False)
 
 
 def measure_saved(trained: Llama, batch: MicroBatch, precision: str, recompute: bool) -> dict[str, int]:
@@ -75,7 +66,7 @@ def measure_saved(trained: Llama, batch: MicroBatch, precision: str, recompute: 
         if storage._cdata not in known:
             known.add(storage._cdata)
             kept.append(storage)  # alive, so that no other storage gets its address
-            index = not tensor.is_floating_point() or tensor.shape[-1] == trained.config.head_dim // 2
+            index = not tensor.is_floating_point() or (tensor.dim() == 4 and tensor.shape[2] == 1)
             copied = tensor.dtype != torch.float32 and tuple(tensor.shape) in shapes
             found["converted" if copied else "model" if index else running[-1]] += storage.nbytes()
         return tensor
@@ -142,7 +133,8 @@ def test_recomputation_keeps_the_input_of_each_block(gpu_attention):
         measured = measure_saved(trained, batch, precision, True)
         measured.pop("converted", 0)
         listed = memory.Step(trained, precision, batch.packing, recompute=True).saved()
-        assert close(sum(listed.values()), sum(measured.values()), 0.1)  # angles are kept, but not by autograd
+        angles = listed["model", "cosines and sines"]  # are kept, but not by autograd
+        assert close(sum(listed.values()) - angles, sum(measured.values()), 0.1)
         assert sum(listed.values()) < 0.2 * sum(memory.Step(trained, precision, batch.packing).saved().values())
 
 
@@ -218,6 +210,7 @@ def test_the_peak_of_a_step_is_the_sum_of_the_items(precision, targets, lengths,
 def test_the_head_holds_a_chunk_of_logits_at_a_time(gpu_attention, monkeypatch):
     for module in (training, memory):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 40 * 8000)
+        monkeypatch.setattr(module, "SOFTMAX_AT_ONCE", (40 * 8000,) * 2)
     trained = trainee("bf16", "all", vocab_size=8000)
     batch = MicroBatch.of([Example(tuple(range(3, 4 + length)), 1) for length in EVEN], CPU)
     step = memory.Step(trained, "bf16", batch.packing)

@@ -13,7 +13,8 @@ from llamalora.audit import parse_capacity
 from llamalora.checkpoint import skeleton
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World
-from llamalora.model import LlamaConfig, attention_kernel
+from llamalora.attention import attention_kernel
+from llamalora.model import LlamaConfig
 
 SEVEN = LlamaConfig.named("llama-2-7b")
 
@@ -141,7 +142,7 @@ def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path):
 
 
 def test_the_kernel_of_attention_has_a_name():
-    assert attention_kernel(SEVEN, torch.float32, torch.device("cpu")).endswith(("ATTENTION", "MATH"))
+    assert attention_kernel(32, 128, torch.float32, torch.device("cpu")).endswith(("ATTENTION", "MATH"))
 
 
 # ---- what is measured on a GPU ----

@@ -381,7 +381,7 @@ def test_every_parameter_moves(method, tied):
 def test_a_parameter_that_cannot_move_is_named():
     model = trainee(filled=False)
     layer = model.model.layers[1].self_attn.q_proj
-    layer.forward = torch.nn.Linear(32, 32, bias=False).forward  # its update is out of the computation
+    layer.register_forward_hook(lambda layer, given, _: F.linear(*given, layer.weight))  # the update counts for nothing
     optimizer = Optimizer(model, "fp32", CPU, 0.0, 1.0)
     check = MovementCheck(optimizer.parameters)
     for _ in range(MovementCheck.UPDATES):
@@ -469,3 +469,22 @@ def test_cross_entropy_is_in_nats():
     loss, _ = gradients(model)
     assert loss == pytest.approx(math.log(97), rel=1e-5)
     assert loss == pytest.approx(F.cross_entropy(torch.zeros(1, 97), torch.tensor([0])).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_cross_entropy_in_blocks_is_torchs(dtype, tolerance, rows, monkeypatch):
+    """Also where the model is as wrong as can be, and the target's probability is below what fp32 can hold."""
+    monkeypatch.setattr(training, "SOFTMAX_AT_ONCE", (rows * 50,) * 2)
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2)).mul(8).to(dtype)
+    targets = torch.tensor([3, 0, 49, 7, 7, 20, 1])
+    logits[2, 49], logits[3, 7] = -300, 300
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="sum")
+    expected.backward()
+    before = logits.clone()
+    loss, gradient = training._cross_entropy(logits, targets, torch.tensor(0.25))
+    assert expected > 300 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gradient.dtype == dtype
+    assert (gradient - 0.25 * exact.grad).abs().max() < tolerance
+    assert torch.equal(logits, before)

@@ -1,0 +1,141 @@
+"""Attention: causal over sequences that are packed into one row, masked over a cache.
+
+Dimensions: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K, E head size; N tokens of a packed
+row, L longest sequence of a rectangle (see packing.py).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .packing import Packing
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
+
+    Causal with T = S, or where `mask` (B, 1, T, S) is true.
+    """
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is None:
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    # The queries of a group stand behind each other, so that keys and values are not copied for each head.
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, G * T, E)
+    mask = mask.repeat(1, 1, groups, 1)
+    if _prefers_products(q):
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        y = torch.matmul(scores.masked_fill_(~mask, -torch.inf).softmax(-1), v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Causal attention of every sequence of a packed row over itself: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
+    if _prefers_products(q):
+        return _CausalProducts.apply(q, k, v, _layout(packing, q.shape[1], k.shape[1], q.dtype))
+    sizes = [rectangle.tokens for rectangle in packing.rectangles]
+    parts = zip(packing.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
+    return torch.cat([one.pack(attend(*map(one.unpack, qkv))) for one, *qkv in parts])
+
+
+def attention_kernel(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that PyTorch chooses for training's attention on a GPU: FLASH_ATTENTION, EFFICIENT_ATTENTION, ..."""
+    q = torch.empty(1, heads, 128, head_dim, dtype=dtype, device=device)
+    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+
+
+def _prefers_products(q: Tensor) -> bool:
+    """In half precision PyTorch's fused kernel for the CPU takes several times as long as matrix products."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+class _Layout:
+    """How the heads' vectors (E,) of a packed row are laid out for batched products: rectangle after rectangle,
+    queries as (batch * K, G * L, E), so that a group's stand behind each other, keys and values as (batch * K, L, E).
+
+    Attributes:
+        queries, keys: the vector of the row that stands at each place; at padding, which no token sees, any.
+        packed_queries, packed_keys: the place at which each vector of the row stands.
+        padding: places of queries at which no token is.
+        rectangles: of each (batch * K, G * L, L), and the mask (G * L, L) that is added to its scores.
+    """
+
+    def __init__(self, packing: Packing, heads: int, kv_heads: int, dtype: torch.dtype):
+        groups = heads // kv_heads
+        queries, keys, real_queries, real_keys, self.rectangles = [], [], [], [], []
+        first = 0
+        for one in packing.rectangles:
+            batch, longest = one.shape
+            slots = torch.arange(one.tokens) if one.slots is None else one.slots
+            token, real = torch.full((batch * longest,), first), torch.zeros(batch * longest, dtype=torch.bool)
+            token[slots], real[slots] = torch.arange(first, first + one.tokens), True
+            token, real = (x.view(batch, 1, 1, longest) for x in (token, real))
+            queries.append((token * heads + torch.arange(heads).view(kv_heads, groups, 1)).flatten())
+            keys.append((token * kv_heads + torch.arange(kv_heads)[:, None, None]).flatten())
+            real_queries.append(real.expand(-1, kv_heads, groups, -1).flatten())
+            real_keys.append(real.expand(-1, kv_heads, 1, -1).flatten())
+            mask = torch.full((longest, longest), -torch.inf, dtype=dtype).triu(1).repeat(groups, 1)
+            self.rectangles.append(((batch * kv_heads, groups * longest, longest), mask))
+            first += one.tokens
+        self.queries, self.keys = torch.cat(queries), torch.cat(keys)
+        self.packed_queries = self._places(self.queries, torch.cat(real_queries))
+        self.packed_keys = self._places(self.keys, torch.cat(real_keys))
+        self.padding = torch.cat(real_queries).logical_not().nonzero()[:, 0]
+
+    @staticmethod
+    def _places(vectors: Tensor, real: Tensor) -> Tensor:
+        places = real.nonzero()[:, 0]
+        return torch.empty_like(places).index_copy_(0, vectors[places], places)
+
+    def split(self, queries: list[Tensor], keys: list[Tensor]):
+        """Rectangle by rectangle: views of the queries' and keys' tensors (places, E), and the mask."""
+        at_query = at_key = 0
+        for (products, rows, columns), mask in self.rectangles:
+            next_query, next_key = at_query + products * rows, at_key + products * columns
+            yield (
+                [x[at_query:next_query].view(products, rows, -1) for x in queries],
+                [x[at_key:next_key].view(products, columns, -1) for x in keys],
+                mask,
+            )
+            at_query, at_key = next_query, next_key
+
+
+_layout = lru_cache(maxsize=2)(_Layout)  # all layers have the same
+
+
+class _CausalProducts(torch.autograd.Function):
+    """softmax(q k^T / sqrt(E)) v by batched products. Saves its operands as they are laid out, and the softmax."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        queries = q.flatten(0, 1).index_select(0, layout.queries)
+        keys, values = (x.flatten(0, 1).index_select(0, layout.keys) for x in (k, v))
+        y, weights = torch.empty_like(queries), []
+        for (one_y, one_q), (one_k, one_v), mask in layout.split([y, queries], [keys, values]):
+            weights.append(torch.baddbmm(mask, one_q, one_k.mT, alpha=scale).softmax(-1))
+            torch.bmm(weights[-1], one_v, out=one_y)
+        ctx.save_for_backward(queries, keys, values, *weights)
+        ctx.layout, ctx.scale, ctx.key_shape = layout, scale, k.shape
+        return y.index_select(0, layout.packed_queries).view_as(q)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        queries, keys, values, *weights = ctx.saved_tensors
+        layout, shape = ctx.layout, grad.shape
+        grad = grad.flatten(0, 1).index_select(0, layout.queries).index_fill_(0, layout.padding, 0.0)
+        grad_q, grad_k, grad_v = map(torch.empty_like, (queries, keys, values))
+        parts = layout.split([grad, queries, grad_q], [keys, values, grad_k, grad_v])
+        for ((g, q, to_q), (k, v, to_k, to_v), _), w in zip(parts, weights, strict=True):
+            scores = torch._softmax_backward_data(torch.bmm(g, v.mT), w, -1, w.dtype).mul_(ctx.scale)
+            torch.bmm(scores, k, out=to_q)
+            torch.bmm(scores.mT, q, out=to_k)
+            torch.bmm(w.mT, g, out=to_v)
+        grad_k, grad_v = (x.index_select(0, layout.packed_keys).view(ctx.key_shape) for x in (grad_k, grad_v))
+        return grad_q.index_select(0, layout.packed_queries).view(shape), grad_k, grad_v, None
