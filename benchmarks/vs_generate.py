@@ -69,7 +69,7 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
             print(f"{name}: {seconds[name][-1]:.1f} s, {cpu[name][-1]:.1f} of all cores", flush=True)
     rivals = [name for name in contestants if name.startswith("generate")]
     best = min(rivals, key=lambda name: statistics.median(seconds[name]))
-    _, speed = evaluate.answer(system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True)
+    _, speed = decode(system, asked, world, arguments.batch)
     return {
         "sentences": len(asked),
         "precision": arguments.precision,
@@ -98,10 +98,15 @@ def load(arguments: argparse.Namespace, world: World) -> System:
 
 
 def ours(system: System, asked, world: World, batch: int, constrain: bool = False) -> list[str]:
-    answers, _ = evaluate.answer(
-        system.model, system.tokenizer, system.task, asked, world, batch, quiet=True, constrain=constrain
-    )
+    answers, _ = decode(system, asked, world, batch, constrain)
     return [item.output for item in answers]
+
+
+def decode(system: System, asked, world: World, batch: int, constrain: bool = False):
+    return evaluate.answer(
+        system.model, system.tokenizer, system.task, asked, world, batch, quiet=True, constrain=constrain,
+        known=system.known,
+    )  # fmt: skip
 
 
 class Peer:

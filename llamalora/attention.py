@@ -1,7 +1,7 @@
-"""Attention: causal over sequences that are packed into one row, masked over a cache.
+"""Attention of sequences that are packed into one row: each over itself, or over what a cache holds of it.
 
-Dimensions: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K, E head size; N tokens of a packed
-row, L longest sequence of a rectangle (see packing.py).
+Dimensions: N tokens of a packed row, L longest sequence of a rectangle (see packing.py), S slots of a cache, H query
+heads, K key/value heads, G = H / K, E head size; B batch, T tokens.
 """
 
 from functools import lru_cache
@@ -10,29 +10,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packing import Packing
+from .packing import KVCache, Packing, Reach
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
-
-    Causal with T = S, or where `mask` (B, 1, T, S) is true.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q (B, T, H, E) over k, v (B, T, K, E) -> (B, T, H, E)."""
     groups = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if mask is None:
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    # The queries of a group stand behind each other, so that keys and values are not copied for each head.
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, G * T, E)
-    mask = mask.repeat(1, 1, groups, 1)
-    if _prefers_products(q):
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        y = torch.matmul(scores.masked_fill_(~mask, -torch.inf).softmax(-1), v)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
+    """Attention of sequences that go on, (N, H, E) packed into one row, over what the cache holds of each of them."""
+    outputs = torch.empty_like(q)
+    for reach in packing.reaches:
+        k, v = cache.read(layer, reach)
+        groups, rectangle = q.shape[1] // k.shape[1], reach.rectangle
+        # the queries of a group stand behind each other, so that keys and values are not copied for each head
+        x = rectangle.unpack(q if reach.tokens is None else q[reach.tokens]).unflatten(2, (-1, groups))
+        x = x.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (batch, K, G * L, E)
+        mask = _mask(reach, groups, q.dtype if _prefers_products(q) else torch.bool)
+        if _prefers_products(q):
+            scores = torch.matmul(x * x.shape[-1] ** -0.5, k.mT).add_(mask)
+            y = torch.matmul(scores.softmax(-1), v)
+        else:
+            y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+        y = rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
+        outputs[slice(None) if reach.tokens is None else reach.tokens] = y
+    return outputs
+
+
+@lru_cache(maxsize=16)  # all layers have the same
+def _mask(reach: Reach, groups: int, dtype: torch.dtype) -> Tensor:
+    """(batch, 1, G * L, S): true where a query sees a key, or 0 there and minus infinity elsewhere."""
+    mask = reach.mask.repeat(1, 1, groups, 1)
+    return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

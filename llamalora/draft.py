@@ -8,11 +8,12 @@ Everything is compared by characters, never by tokens, since a tag changes how t
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from . import ner
+from .corpus import Sentence
 from .tokenizer import TextStream, Tokenizer
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -44,15 +45,26 @@ class SourceDrafter:
         texts: the source of each prompt.
         risk: a draft ends before the probability that all of it holds falls below this, as far as can be told.
         length: tokens proposed at most.
+        known: sentences whose mentions are known, such as those that the model was trained on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: ner.Task, texts: Sequence[str], risk: float, length: int = 40):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        task: ner.Task,
+        texts: Sequence[str],
+        risk: float,
+        length: int = 40,
+        known: Iterable[Sentence] = (),
+    ):
         assert task.format == "tagging"
         self.tokenizer, self.risk, self.length = tokenizer, risk, length
         self.tags = {label: task.tags(label) for label in task.labels}
         self.meaning = {tag: (label, tag == pair[0]) for label, pair in self.tags.items() for tag in pair}
         self.any_tag = re.compile("|".join(map(re.escape, self.meaning)))
         self.habits = _Habits(task.labels)
+        for sentence in known:
+            self.habits.learn(sentence)
         self.copies = [_Copy(" " + text, TextStream(tokenizer)) for text in texts]  # an answer begins with a space
 
     def __call__(self, index: int, output: list[int]) -> Sequence[int]:
@@ -165,6 +177,15 @@ class _Habits:
         self.strings: dict[str, Counter] = {}  # how often a string was tagged as which label, or not (None)
         self.starting: dict[str, set[str]] = defaultdict(set)  # those of them that start with a word
         self.words: dict[str, Counter] = defaultdict(Counter)  # the same for first words, and for their endings
+
+    def learn(self, sentence: Sentence) -> None:
+        at = 0
+        for span in sentence.spans:
+            if span.label in self.prior:
+                self.passed(sentence.text, at, span.start)
+                self.tagged(sentence.text, span.start, span.end, span.label)
+                at = span.end
+        self.passed(sentence.text, at, len(sentence.text))
 
     def tagged(self, source: str, start: int, end: int, label: str) -> None:
         if word := _WORD.match(source, start, end):

@@ -71,6 +71,7 @@ def answer(
     draft_tokens: int = DRAFT_TOKENS,
     quiet: bool = False,
     constrain: bool = False,
+    known: Sequence[Sentence] = (),
     stop: Callable[[], object] = lambda: False,
 ) -> tuple[list[Answer], Speed]:
     """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
@@ -80,6 +81,7 @@ def answer(
         batch_size: sentences decoded side by side.
         draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
         constrain: only answers that are the sentence with legal tags (tagging only).
+        known: sentences whose mentions are known, from which drafts learn what is mostly tagged.
         stop: as in `generate`; the answers are then worth nothing.
     """
     started = time.perf_counter()
@@ -91,7 +93,8 @@ def answer(
     limits = [new_tokens(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
     drafter = None
     if task.format == "tagging" and draft_tokens:
-        drafter = SourceDrafter(tokenizer, task, texts, risk(min(batch_size, len(fits)), world), draft_tokens)
+        rows = min(batch_size, len(fits))
+        drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
     grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:

@@ -100,7 +100,7 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     ):
         while True:
             if progress.evaluated < progress.cursor and is_evaluated(progress.cursor):
-                scored = evaluate_now(model, tokenizer, task, splits["dev"], settings, world, interrupt)
+                scored = evaluate_now(model, tokenizer, task, splits["dev"], sentences, settings, world, interrupt)
                 if scored is None:
                     leave()
                 result, answers = scored
@@ -191,7 +191,7 @@ def announce(world, resolved, settings, placement, task, model, splits, examples
 
 
 def evaluate_now(
-    model, tokenizer, task, documents, settings, world, interrupt
+    model, tokenizer, task, documents, known, settings, world, interrupt
 ) -> tuple[dict, list[evaluate.Answer]] | None:
     """Scores and answers on the development split with the updates merged; afterwards the model is bitwise as
     before. None if a signal to one of the processes cut it short."""
@@ -199,7 +199,7 @@ def evaluate_now(
     model.eval()
     with merged(model), autocast(settings.precision, world.device):
         answers, speed = evaluate.answer(
-            model, tokenizer, task, asked, world, settings.eval_batch, stop=lambda: interrupt.signal
+            model, tokenizer, task, asked, world, settings.eval_batch, known=known, stop=lambda: interrupt.signal
         )
     model.train()
     if any(world.sum([interrupt.signal])):

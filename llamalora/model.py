@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, attend_packed
+from .attention import attend_cached, attend_packed
 from .packing import KVCache, Packing
 
 
@@ -301,12 +301,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(self.layer, k, v, packing)
         if packing.continues:
-            (rectangle,) = packing.rectangles
-            y = attend(rectangle.unpack(q[0]), *cache.read(self.layer, packing), packing.mask)
-            y = rectangle.pack(y)[None]
+            y = attend_cached(q[0], cache, self.layer, packing)
         else:
-            y = attend_packed(q[0], k[0], v[0], packing)[None]
-        return self.o_proj(y.flatten(2))
+            y = attend_packed(q[0], k[0], v[0], packing)
+        return self.o_proj(y.flatten(1)[None])
 
 
 class MLP(nn.Module):

@@ -4,6 +4,8 @@ Dimensions: N tokens of the row, T tokens of a sequence, L longest sequence of a
 K key/value heads, E head size.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -59,14 +61,33 @@ class Packing:
         self.continues = starts is not None
         self.positions = (first[row] + offset)[None].to(device)  # (1, N)
         self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
-        self.extent = int((first + torch.tensor(lengths)).max())
-        self.mask = None
         if self.continues:
-            self.rectangles = [Rectangle(lengths, device)]
-            reach = first[:, None] + torch.arange(max(lengths))  # (batch, L)
-            self.mask = (torch.arange(self.extent) <= reach[..., None])[:, None].to(device)  # (batch, 1, L, S)
+            self.reaches = [Reach(lengths, starts, members, device) for members in _alike(lengths, device)]
         else:
             self.rectangles = [Rectangle(group, device) for group in _similar(lengths, device)]
+
+
+class Reach:
+    """Sequences that go on in a cache, as a rectangle, and what their queries see of the cache.
+
+    Attributes:
+        tokens: (tokens,) their places in the packed row; None: all.
+        rows: (batch,) of the cache; None: all.
+        extent: S, the cache's slots that matter.
+        mask: (batch, 1, L, S), true where a query sees a slot.
+    """
+
+    def __init__(self, lengths: list[int], starts: list[int], members: list[int] | None, device: torch.device):
+        self.tokens = self.rows = None
+        if members is not None:
+            firsts = [0, *accumulate(lengths)]
+            places = [torch.arange(firsts[member], firsts[member + 1]) for member in members]
+            self.tokens, self.rows = torch.cat(places).to(device), torch.tensor(members, device=device)
+            lengths, starts = ([of_all[member] for member in members] for of_all in (lengths, starts))
+        self.rectangle = Rectangle(lengths, device)
+        self.extent = max(map(sum, zip(starts, lengths, strict=True)))
+        last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))  # (batch, L)
+        self.mask = (torch.arange(self.extent) <= last[..., None])[:, None].to(device)
 
 
 def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -89,6 +110,19 @@ def _similar(lengths: list[int], device: torch.device) -> list[list[int]]:
     return groups
 
 
+def _alike(lengths: list[int], device: torch.device) -> list[list[int] | None]:
+    """Sequences grouped by their lengths, up to twice as long as the shortest, on a CPU; on a GPU all (None)."""
+    if device.type != "cpu":
+        return [None]
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
+    groups = [order[:1]]
+    for member in order[1:]:
+        if lengths[member] > 2 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(member)
+    return groups
+
+
 class KVCache:
     """Keys and values of every layer; slot s of a row holds the token at position s of that row.
 
@@ -106,7 +140,7 @@ class KVCache:
         place = (layer, packing.rows, slice(None), packing.positions[0])
         self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
 
-    def read(self, layer: int, packing: Packing) -> tuple[Tensor, Tensor]:
-        """The keys and values (batch, S, K, E) up to the packing's furthest position."""
-        keys, values = self.keys[layer, :, :, : packing.extent], self.values[layer, :, :, : packing.extent]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+    def read(self, layer: int, reach: Reach) -> tuple[Tensor, Tensor]:
+        """The keys and values (batch, K, S, E) that some sequences may see."""
+        rows = slice(None) if reach.rows is None else reach.rows
+        return self.keys[layer][rows, :, : reach.extent], self.values[layer][rows, :, : reach.extent]

@@ -12,7 +12,7 @@ from . import corpus, evaluate, run
 from .cli import Interrupt, UsageError
 from .corpus import CorpusError, Document
 from .distributed import join_world
-from .lora import merge
+from .systems import load_run
 from .training import DTYPES, choose_precision
 
 DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
@@ -35,17 +35,16 @@ def main(argv: list[str]) -> None:
         raise CorpusError(f"{arguments.file}: no such file")
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
-        model, tokenizer = run.load_trained(Path(arguments.run), arguments.which, precision, world.device)
-        merge(model)
-        task = run.read_task(Path(arguments.run))
+        system = load_run(Path(arguments.run), arguments.which, precision, world)
         if arguments.constrain:
-            run.check_constraint(task)
+            run.check_constraint(system.task)
         documents = read_stream(arguments.file)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = evaluate.select(chunk, None)
             answers, _ = evaluate.answer(
-                model, tokenizer, task, asked, world, arguments.batch, quiet=True, constrain=arguments.constrain
-            )
+                system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
+                constrain=arguments.constrain, known=system.known,
+            )  # fmt: skip
             with Interrupt() as interrupt:  # a reader of the stream never meets half a line
                 if world.is_main:
                     annotated = evaluate.predicted_documents(chunk, answers)

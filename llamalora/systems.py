@@ -22,12 +22,13 @@ class System:
     model: Llama
     tokenizer: Tokenizer
     task: ner.Task
+    known: Sequence[corpus.Sentence] = ()  # with their mentions: drafts learn from them
 
 
 def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     model, tokenizer = run.load_trained(folder, which, precision, world.device)
-    return System(merge(model), tokenizer, run.read_task(folder))
+    return System(merge(model), tokenizer, run.read_task(folder), known_sentences(run.read_settings(folder).data))
 
 
 def load_system(settings: run.Settings, adapter: str | None, precision: str, world: World) -> System:
@@ -40,7 +41,16 @@ def load_system(settings: run.Settings, adapter: str | None, precision: str, wor
     model = load_model(settings.model, DTYPES[precision], world.device)
     if adapter:
         merge(load_adapter(model, adapter))
-    return System(model, tokenizer, task)
+    return System(model, tokenizer, task, known_sentences(settings.data))
+
+
+def known_sentences(data: str) -> list[corpus.Sentence]:
+    """The training sentences of a corpus folder; none if it is not there any more."""
+    try:
+        documents = corpus.read(corpus.find_splits(data)["train"])
+    except (corpus.CorpusError, KeyError, OSError):
+        return []
+    return [sentence for document in documents for sentence in corpus.sentences(document)]
 
 
 def joint_labels(tasks: Sequence[ner.Task]) -> tuple[str, ...]:
@@ -88,8 +98,9 @@ def score_split(
         if constrain:
             run.check_constraint(system.task)
         answers, speed = evaluate.answer(
-            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain
-        )
+            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain,
+            system.known,
+        )  # fmt: skip
         by_label["+".join(system.task.labels)] = answers
         tasks.append(system.task)
         speeds.append(speed)

@@ -77,7 +77,7 @@ def test_one_sentence_of_100_000_characters_is_passed_over(model):
 
 STREAM = """
 import resource, sys
-from llamalora import evaluate, ner, predict, run
+from llamalora import evaluate, ner, predict, systems
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -89,7 +89,7 @@ def answer(model, tokenizer, task, asked, *_, **__):
 
 seen, peaks = [0], []
 nothing = ner.parse(ner.Task("tagging", ("Disease",), per_label=True), "", "")
-run.load_trained, run.read_task, predict.merge, evaluate.answer = lambda *_: (None, None), str, str, answer
+predict.load_run, evaluate.answer = lambda *_: systems.System(None, None, None), answer
 predict.main(["--run", ".", "-"])
 early = next(peak for count, peak in zip(seen[1:], peaks) if count > 5000)
 sys.stderr.write(f"{seen[-1]} {peaks[-1] - early}")

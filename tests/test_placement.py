@@ -9,11 +9,11 @@ import torch
 
 import train
 from llamalora import hardware, loop, memory, placement, run
+from llamalora.attention import attention_kernel
 from llamalora.audit import parse_capacity
 from llamalora.checkpoint import skeleton
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World
-from llamalora.attention import attention_kernel
 from llamalora.model import LlamaConfig
 
 SEVEN = LlamaConfig.named("llama-2-7b")
