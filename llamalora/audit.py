@@ -81,7 +81,8 @@ def plan_memory(arguments: argparse.Namespace, model: Llama) -> dict:
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
     for parallel in ("ddp", "fsdp"):
         plan = memory.plan(model, parallel, gpus, capacity, precision, arguments.micro_tokens, recompute)
-        result[parallel] = asdict(plan) | {"total": plan.total, "spare": plan.spare, "fits": plan.fits}
+        sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
+        result[parallel] = asdict(plan) | sums
     return result
 
 
@@ -181,7 +182,8 @@ def show_memory(result: dict) -> str:
     for name in plans["ddp"]["items"]:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
     rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
-    rows.append(["reported by the GPU", *(f"{result['capacity'] / GIB:.2f}" for _ in plans)])
+    usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
+    rows.append([f"{memory.USABLE:.0%} of what it reports", *usable])
     verdicts = []
     for parallel, plan in plans.items():
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB

@@ -53,9 +53,13 @@ class Plan:
         return sum(self.items.values())
 
     @property
+    def usable(self) -> int:
+        return int(USABLE * self.capacity)
+
+    @property
     def spare(self) -> int:
-        """Bytes left over; negative where the step does not fit."""
-        return self.capacity - self.total
+        """Usable bytes left over; negative where the step does not fit."""
+        return self.usable - self.total
 
     @property
     def fits(self) -> bool:
@@ -63,7 +67,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A line for each item, in GiB."""
-        lines = {**self.items, "total": self.total, "reported by the GPU": self.capacity}
+        lines = {**self.items, "total": self.total, f"{USABLE:.0%} of what the GPU reports": self.usable}
         width = max(map(len, lines))
         return "\n".join(f"{name:{width}}  {size / GIB:6.2f}" for name, size in lines.items())
 

@@ -1,7 +1,7 @@
 """How a run fits the memory it finds: ddp or fsdp, the micro-batch, what is recomputed. The memory plan decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -9,7 +9,7 @@ from . import run
 from .checkpoint import skeleton
 from .cli import UsageError
 from .distributed import World
-from .memory import GIB, USABLE, Plan, plan, typical
+from .memory import GIB, Plan, plan, typical
 from .model import Llama, LlamaConfig
 
 CPU_MICRO_TOKENS = 2048
@@ -83,7 +83,7 @@ def fit(model: Llama, settings: run.Settings, lengths: Sequence[int], gpus: int,
         lengths: of the training examples.
         capacity: bytes that each GPU reports.
     """
-    usable, lengths = int(USABLE * capacity), typical(lengths)
+    lengths = typical(lengths)
     longest = max(lengths)
     recomputed = SPARINGLY if settings.activation_checkpointing == "auto" else (settings.activation_checkpointing,)
     step = settings.batch_tokens
@@ -93,13 +93,13 @@ def fit(model: Llama, settings: run.Settings, lengths: Sequence[int], gpus: int,
     least = longest if settings.micro_tokens == "auto" else settings.micro_tokens
 
     def planned(parallel: str, micro_tokens: int, recompute: int) -> Plan:
-        return plan(model, parallel, gpus, usable, settings.precision, micro_tokens, recompute, lengths)
+        return plan(model, parallel, gpus, capacity, settings.precision, micro_tokens, recompute, lengths)
 
     parallel, why = settings.parallel, "requested"
     if parallel == "auto":
         leanest = planned("ddp", least, recomputed[-1])
         parallel = "ddp" if leanest.fits or gpus == 1 else "fsdp"
-        why = f"ddp needs at least {leanest.total / GIB:.1f} of {usable / GIB:.1f} usable GiB"
+        why = f"ddp needs at least {leanest.total / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
     for recompute in recomputed:
         chosen = planned(parallel, tokens, recompute)
         if chosen.fits:
@@ -108,4 +108,4 @@ def fit(model: Llama, settings: run.Settings, lengths: Sequence[int], gpus: int,
         chosen = planned(parallel, chosen.largest_micro_tokens, recompute)
     if not chosen.fits:
         why += f"; NOT ENOUGH MEMORY by {-chosen.spare / GIB:.1f} GiB as planned, trying"
-    return Placement(parallel, chosen.micro_tokens, recompute, replace(chosen, capacity=capacity), why)
+    return Placement(parallel, chosen.micro_tokens, recompute, chosen, why)

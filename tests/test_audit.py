@@ -228,7 +228,7 @@ def test_the_memory_plan_is_printed_and_given_as_json(capsys):
     for parallel in ("ddp", "fsdp"):
         plan = result[parallel]
         assert plan["total"] == sum(plan["items"].values())
-        assert plan["fits"] == (plan["total"] <= result["capacity"]) == (parallel == "fsdp")
+        assert plan["fits"] == (plan["total"] <= 0.95 * result["capacity"]) == (parallel == "fsdp")
     text = printed(capsys, *flags)
     assert "ddp   does not fit" in text and "fsdp  fits" in text and "15.77" in text
     larger = audit(capsys, *flags, "--gpu-memory", "80GB", "--gpus", 1)

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from llamalora import ner
+from llamalora.corpus import Sentence, Span
 from llamalora.draft import SourceDrafter
 from llamalora.tokenizer import load_tokenizer
 
@@ -43,6 +44,18 @@ def test_it_starts_with_the_source(tokenizer):
     drafter = SourceDrafter(tokenizer, TASK, [TEXT], risk=0.01)
     text = drafted(drafter, tokenizer, "")
     assert len(text) > 20 and TEXT.startswith(text)
+
+
+def test_known_sentences_tell_what_is_tagged(tokenizer):
+    """Whatever their order, and a label of another task tells that its strings are not tagged."""
+    spans = [Span(TEXT.index(word), TEXT.index(word) + len(word), label)
+             for word, label in (("fever", "Disease"), ("rash", "Gene"), ("pindolol", "Chemical"))]  # fmt: skip
+    known = [Sentence("d", 0, TEXT, tuple(sorted(spans, key=lambda span: span.start)))] * 4
+    ids = tokenizer.encode_continuation(" " + ANSWER)
+    drafters = [SourceDrafter(tokenizer, TASK, [TEXT], 0.05, 99, sentences) for sentences in ((), known)]
+    unaware, aware = (replay(drafter, ids) for drafter in drafters)
+    assert aware < unaware
+    assert drafted(SourceDrafter(tokenizer, TASK, [TEXT], 0.05, 99, known), tokenizer, "").startswith(ANSWER[:60])
 
 
 def test_a_risk_of_one_proposes_nothing_and_less_risk_is_more_careful(tokenizer):

@@ -244,7 +244,7 @@ def test_the_figures_of_llama_2_7b(seven_billion):
     assert ddp.items["buckets or gathered layers"] == 0
     assert not ddp.fits and ddp.largest_micro_tokens == 0 and fsdp.fits
     for found in (ddp, fsdp):
-        assert found.total == sum(found.items.values()) and found.spare == V100 - found.total
+        assert found.total == sum(found.items.values()) and found.spare == int(0.95 * V100) - found.total
 
 
 def test_recomputation_trades_memory(seven_billion):

@@ -8,6 +8,7 @@ import torch
 from helpers import close, logits, random_ids, tiny_config, tiny_model, transformers_config, transformers_twin
 from torch.nn import functional as F
 
+from llamalora import attention
 from llamalora.checkpoint import load_model
 from llamalora.lora import inject_lora
 from llamalora.model import ConfigError, Llama, LlamaConfig, RopeScaling, rope
@@ -244,9 +245,11 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
 
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
                          ids=["gqa", "mha", "mqa"])  # fmt: skip
-@pytest.mark.parametrize("chunks", [1, 3], ids=["token by token", "three at a time"])
-def test_cached_is_uncached(shape, chunks):
+@pytest.mark.parametrize("paces", [(1, 1, 1), (3, 3, 3), (1, 7, 2)], ids=str)
+@pytest.mark.parametrize("products", [False, True], ids=["kernel", "products"])
+def test_cached_is_uncached(shape, paces, products, monkeypatch):
     """Three ragged sequences go on side by side; whatever stood in the cache before is not seen."""
+    monkeypatch.setattr(attention, "_prefers_products", lambda q: products)
     model, cpu = tiny_model(**shape), torch.device("cpu")
     first, total = [5, 1, 11], 17
     rows = random_ids(3, total)
@@ -260,7 +263,7 @@ def test_cached_is_uncached(shape, chunks):
             close(part, expected[row, : first[row]], 1e-5)
         at = list(first)
         while any(place < total for place in at):
-            lengths = [min(chunks, total - place) for place in at]  # 0 for a row that is through
+            lengths = [min(pace, total - place) for pace, place in zip(paces, at, strict=True)]  # 0: it is through
             parts = [row[place : place + n] for row, place, n in zip(rows, at, lengths, strict=True)]
             got = model(torch.cat(parts)[None], Packing(lengths, cpu, starts=at), cache)
             for row, part in enumerate(got[0].split(lengths)):
