@@ -355,7 +355,7 @@ class Backbone(nn.Module):
         rows, length = ids.shape
         packing = packing or Packing([length] * rows, ids.device)
         context = (rope(self.config, packing.positions), packing, cache)
-        x = self.embed_tokens(ids.view(1, -1))
+        x = self.embed_tokens(ids.reshape(1, -1))
         for number, block in enumerate(self.layers):
             if recompute and number % recompute == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)

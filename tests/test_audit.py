@@ -230,7 +230,7 @@ def test_the_memory_plan_is_printed_and_given_as_json(capsys):
         assert plan["total"] == sum(plan["items"].values())
         assert plan["fits"] == (plan["total"] <= 0.95 * result["capacity"]) == (parallel == "fsdp")
     text = printed(capsys, *flags)
-    assert "ddp   does not fit" in text and "fsdp  fits" in text and "15.77" in text
+    assert "ddp   does not fit" in text and "fsdp  fits" in text and "14.98" in text
     larger = audit(capsys, *flags, "--gpu-memory", "80GB", "--gpus", 1)
     assert larger["ddp"]["fits"] and larger["ddp"]["largest_micro_tokens"] > 10_000
     assert audit(capsys, *flags, "--gpu-memory", "12.5GiB")["capacity"] == 12.5 * 2**30

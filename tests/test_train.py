@@ -122,7 +122,7 @@ def test_four_processes_learn_what_one_learns(tmp_path):
     assert metrics(one)[-1]["loss"] == pytest.approx(metrics(four)[-1]["loss"], rel=1e-4)
     for key in a:
         # not entry by entry: where a gradient is nearly zero, Adam makes a full step of its rounding error
-        assert (a[key] - b[key]).norm() < 1e-3 * a[key].norm(), key
+        assert (a[key] - b[key]).norm() < 5e-3 * a[key].norm(), key
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
