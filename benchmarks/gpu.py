@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 
 import torch
-from work import flops_per_token, padded
+from work import flops_per_token, need_peer, padded
 
 from llamalora.batch import Example, MicroBatch
 from llamalora.checkpoint import skeleton
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave transformers + peft out")
     parser.add_argument("--tiny", action="store_true", help="two small layers: tries the script, measures nothing")
     arguments = parser.parse_args()
+    need_peer(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.tiny:
         parser.error("needs a GPU; --tiny tries the script without one")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from work import need_peer
 
 from llamalora import corpus, evaluate, ner, run
 from llamalora.distributed import World, join_world
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--lookup", type=int, default=10, help="the peer's prompt_lookup_num_tokens (default: 10)")
     parser.add_argument("--out", help="write the JSON there as well")
     arguments = parser.parse_args()
+    need_peer(parser)
     if bool(arguments.run) == bool(arguments.model):
         parser.error("give either --run, or --model with or without --adapter")
     torch.set_num_threads(arguments.threads)

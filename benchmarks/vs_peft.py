@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from work import flops_per_token, padded
+from work import flops_per_token, need_peer, padded
 
 from llamalora import corpus, run
 from llamalora.adapter import save_adapter
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)  # a peer's process
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    need_peer(parser)
     if arguments.sentences < 64:
         parser.error("--sentences: at least 64, or too few steps are left to count")
     if arguments.side:

@@ -1,6 +1,8 @@
 """What the benchmarks share: the arithmetic that a training token takes, and batches as the peer pads them."""
 
+import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -9,6 +11,12 @@ from llamalora.batch import Example
 from llamalora.checkpoint import skeleton
 from llamalora.lora import count_parameters
 from llamalora.model import LlamaConfig
+
+
+def need_peer(parser: argparse.ArgumentParser) -> None:
+    """Ends with what to install, if the peer is not."""
+    if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
+        parser.error(f"compares with {' and '.join(missing)}, not installed here: pip install -e '.[test]'")
 
 
 def flops_per_token(config: LlamaConfig, lora: int, examples: Sequence[Example]) -> float:
