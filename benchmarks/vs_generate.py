@@ -53,8 +53,17 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
     documents = corpus.read(corpus.find_splits(arguments.data)["dev"])
     _, asked = evaluate.select(documents, arguments.sentences)
     peer = Peer(system, asked)
-    contestants = {"llamalora": lambda: ours(system, asked, world, arguments.batch)}
-    contestants["llamalora, --constrain"] = lambda: ours(system, asked, world, arguments.batch, constrain=True)
+    speeds: list[evaluate.Speed] = []
+
+    def ours(constrain: bool = False) -> list[str]:
+        answers, speed = evaluate.answer(
+            system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
+            constrain=constrain, known=system.known,
+        )  # fmt: skip
+        speeds.append(speed)
+        return [item.output for item in answers]
+
+    contestants = {"llamalora": ours, "llamalora, --constrain": lambda: ours(constrain=True)}
     for batch in map(int, arguments.peer_batches.split(",")):
         contestants[f"generate, batch {batch}"] = lambda batch=batch: peer.generate(batch)
     contestants["prompt lookup, batch 1"] = lambda: peer.generate(1, prompt_lookup_num_tokens=arguments.lookup)
@@ -71,7 +80,7 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
             print(f"{name}: {seconds[name][-1]:.1f} s, {cpu[name][-1]:.1f} of all cores", flush=True)
     rivals = [name for name in contestants if name.startswith("generate")]
     best = min(rivals, key=lambda name: statistics.median(seconds[name]))
-    _, speed = decode(system, asked, world, arguments.batch)
+    speed = speeds[0].to_dict()
     return {
         "sentences": len(asked),
         "precision": arguments.precision,
@@ -87,8 +96,8 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
             for name, theirs in outputs.items()
             if name.startswith(("generate", "prompt"))
         },
-        "tokens_per_row_pass": speed.to_dict()["tokens_per_row_pass"],
-        "tokens_per_pass": speed.to_dict()["tokens_per_pass"],
+        "tokens_per_row_pass": speed["tokens_per_row_pass"],
+        "tokens_per_pass": speed["tokens_per_pass"],
     }
 
 
@@ -97,18 +106,6 @@ def load(arguments: argparse.Namespace, world: World) -> System:
         return load_run(Path(arguments.run), "best", arguments.precision, world)
     settings = run.Settings(model=arguments.model, data=arguments.data)
     return load_system(settings, arguments.adapter, arguments.precision, world)
-
-
-def ours(system: System, asked, world: World, batch: int, constrain: bool = False) -> list[str]:
-    answers, _ = decode(system, asked, world, batch, constrain)
-    return [item.output for item in answers]
-
-
-def decode(system: System, asked, world: World, batch: int, constrain: bool = False):
-    return evaluate.answer(
-        system.model, system.tokenizer, system.task, asked, world, batch, quiet=True, constrain=constrain,
-        known=system.known,
-    )  # fmt: skip
 
 
 class Peer:

@@ -4,6 +4,7 @@ Dimensions: N tokens of the row, T tokens of a sequence, L longest sequence of a
 K key/value heads, E head size.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -62,9 +63,12 @@ class Packing:
         self.positions = (first[row] + offset)[None].to(device)  # (1, N)
         self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
         if self.continues:
-            self.reaches = [Reach(lengths, starts, members, device) for members in _alike(lengths, device)]
+            order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
+            groups = _alike(order, lengths, 2) if device.type == "cpu" else [None]
+            self.reaches = [Reach(lengths, starts, members, device) for members in groups]
         else:
-            self.rectangles = [Rectangle(group, device) for group in _similar(lengths, device)]
+            groups = _alike(range(len(lengths)), lengths, 1.25) if device.type == "cpu" else [range(len(lengths))]
+            self.rectangles = [Rectangle([lengths[member] for member in members], device) for members in groups]
 
 
 class Reach:
@@ -97,27 +101,13 @@ def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
 
 
-def _similar(lengths: list[int], device: torch.device) -> list[list[int]]:
-    """Neighbours of similar length. A CPU pays for every padded query; on a GPU one launch is cheaper."""
-    if device.type != "cpu":
-        return [lengths]
-    groups = [[lengths[0]]]
-    for length in lengths[1:]:
-        longest, shortest = max(length, *groups[-1]), min(length, *groups[-1])
-        if shortest < 0.8 * longest:
-            groups.append([])
-        groups[-1].append(length)
-    return groups
-
-
-def _alike(lengths: list[int], device: torch.device) -> list[list[int] | None]:
-    """Sequences grouped by their lengths, up to twice as long as the shortest, on a CPU; on a GPU all (None)."""
-    if device.type != "cpu":
-        return [None]
-    order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
-    groups = [order[:1]]
-    for member in order[1:]:
-        if lengths[member] > 2 * lengths[groups[-1][0]]:
+def _alike(order: Iterable[int], lengths: list[int], most: float) -> list[list[int]]:
+    """Neighbours in that order, grouped so that none is more than `most` times as long as another. A CPU pays for every
+    padded query; on a GPU one launch is cheaper."""
+    groups: list[list[int]] = []
+    for member in order:
+        together = [lengths[other] for other in (*groups[-1], member)] if groups else ()
+        if not together or max(together) > most * min(together):
             groups.append([])
         groups[-1].append(member)
     return groups

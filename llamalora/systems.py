@@ -28,7 +28,9 @@ class System:
 def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     model, tokenizer = run.load_trained(folder, which, precision, world.device)
-    return System(merge(model), tokenizer, run.read_task(folder), known_sentences(run.read_settings(folder).data))
+    task = run.read_task(folder)
+    known = _training_sentences(run.read_settings(folder).data) if task.format == "tagging" else ()
+    return System(merge(model), tokenizer, task, known)
 
 
 def load_system(settings: run.Settings, adapter: str | None, precision: str, world: World) -> System:
@@ -41,11 +43,12 @@ def load_system(settings: run.Settings, adapter: str | None, precision: str, wor
     model = load_model(settings.model, DTYPES[precision], world.device)
     if adapter:
         merge(load_adapter(model, adapter))
-    return System(model, tokenizer, task, known_sentences(settings.data))
+    known = [sentence for document in splits.get("train", ()) for sentence in corpus.sentences(document)]
+    return System(model, tokenizer, task, known)
 
 
-def known_sentences(data: str) -> list[corpus.Sentence]:
-    """The training sentences of a corpus folder; none if it is not there any more."""
+def _training_sentences(data: str) -> list[corpus.Sentence]:
+    """Of a corpus folder; none if it is not there any more."""
     try:
         documents = corpus.read(corpus.find_splits(data)["train"])
     except (corpus.CorpusError, KeyError, OSError):

@@ -121,8 +121,10 @@ def test_four_processes_learn_what_one_learns(tmp_path):
     a, b = (load_file(run / "last" / "adapter_model.safetensors") for run in (one, four))
     assert metrics(one)[-1]["loss"] == pytest.approx(metrics(four)[-1]["loss"], rel=1e-4)
     for key in a:
-        # not entry by entry: where a gradient is nearly zero, Adam makes a full step of its rounding error
-        assert (a[key] - b[key]).norm() < 5e-3 * a[key].norm(), key
+        # Where an entry's gradient is nearly zero, Adam makes a full step of its rounding error: 1 in 5,000 may be so.
+        off = (a[key] - b[key]).abs().flatten().sort().values
+        assert off.norm() < 5e-3 * a[key].norm(), key
+        assert off[: -1 - len(off) // 5000].norm() < 1e-4 * a[key].norm(), key
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
