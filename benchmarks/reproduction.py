@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes docs/reproduction.md from docs/results/tables.json, which `python -m llamalora tables` wrote.
 
-    python -m llamalora tables recipe 1 2 3 4 --out runs/tables ...
-    cp runs/tables/tables.json docs/results/ && python benchmarks/reproduction.py
+python -m llamalora tables recipe 1 2 3 4 --out runs/tables ...
+cp runs/tables/tables.json docs/results/ && python benchmarks/reproduction.py
 """
 
 import json

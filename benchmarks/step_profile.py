@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the time goes: torch.profiler's operations by their own time, in training and, with an adapter, in decoding.
 
-    python benchmarks/step_profile.py --model weights/smollm2-135m --data data/bc5cdr --threads 2 --adapter RUN/best
+python benchmarks/step_profile.py --model weights/smollm2-135m --data data/bc5cdr --threads 2 --adapter RUN/best
 """
 
 import argparse

@@ -38,8 +38,8 @@ def edit_alignment(
     while not open_end and tail < shorter - head and source[-1 - tail] == output[-1 - tail]:
         tail += 1
         origin[-tail] = len(source) - tail
-    source, output = source[head:len(source) - tail], output[head:len(output) - tail]
-    output = output[:_CELLS // (len(source) + _ROW)]
+    source, output = source[head : len(source) - tail], output[head : len(output) - tail]
+    output = output[: _CELLS // (len(source) + _ROW)]
     if not source or not output:
         return origin
 
@@ -78,7 +78,7 @@ def origins(source: str, output: str, truncated: bool = False) -> list[int]:
         return list(range(len(source)))
     origin = [-1] * len(output)
     here, there = _visible(source, 0, len(source)), _visible(output, 0, len(output))
-    if [source[i] for i in here[:len(there)]] == [output[k] for k in there]:
+    if [source[i] for i in here[: len(there)]] == [output[k] for k in there]:
         for i, k in zip(here, there, strict=False):
             origin[k] = i
         return origin
@@ -87,13 +87,16 @@ def origins(source: str, output: str, truncated: bool = False) -> list[int]:
     copied = edit_alignment([m.group() for m in words], [m.group() for m in written], open_end=truncated)
     pairs = [(words[i], match) for i, match in zip(copied, written, strict=True) if i >= 0]
     for word, match in pairs:
-        origin[match.start():match.end()] = range(word.start(), word.end())
+        origin[match.start() : match.end()] = range(word.start(), word.end())
     ends = [(0, 0), *((word.end(), match.end()) for word, match in pairs)]
     starts = [*((word.start(), match.start()) for word, match in pairs), (len(source), len(output))]
     for (source_start, output_start), (source_end, output_end) in zip(ends, starts, strict=True):
         here, there = _visible(source, source_start, source_end), _visible(output, output_start, output_end)
-        inner = edit_alignment([source[i].lower() for i in here], [output[k].lower() for k in there],
-                               open_end=truncated and output_end == len(output))
+        inner = edit_alignment(
+            [source[i].lower() for i in here],
+            [output[k].lower() for k in there],
+            open_end=truncated and output_end == len(output),
+        )
         for k, i in zip(there, inner, strict=True):
             if i >= 0:
                 origin[k] = here[i]

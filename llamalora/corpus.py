@@ -107,8 +107,9 @@ def statistics(documents: Sequence[Document]) -> dict:
     lengths = [end - start for document in documents for start, end in document.sentences] or [0]
     inside = kept = 0
     for document in documents:
-        inside += sum(any(start <= span.start and span.end <= end for start, end in document.sentences)
-                      for span in document.spans)
+        inside += sum(
+            any(start <= span.start and span.end <= end for start, end in document.sentences) for span in document.spans
+        )
         kept += sum(len(sentence.spans) for sentence in sentences(document))
     return {
         "documents": len(documents),
@@ -142,8 +143,10 @@ def read(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]
         return read_pubtator(path, reference)
     if _CONLL_NAME.search(path.name):
         return read_conll(path, reference)
-    raise CorpusError(f"{path}:1: neither PubTator (`id|t|title`) nor, by its name, CoNLL; "
-                      "give a CoNLL file one of the endings .tsv .conll .iob .bio .txt (.gz)")
+    raise CorpusError(
+        f"{path}:1: neither PubTator (`id|t|title`) nor, by its name, CoNLL; "
+        "give a CoNLL file one of the endings .tsv .conll .iob .bio .txt (.gz)"
+    )
 
 
 def read_pubtator(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
@@ -178,8 +181,10 @@ def read_pubtator(path: str | Path, reference: Sequence[Document] = ()) -> list[
             continue
         fields = line.split("\t")
         if len(fields) < 5:
-            raise CorpusError(f"{where}: neither `id|t|title`, `id|a|abstract` nor a mention "
-                              "`id start end text label` with tabs between its columns")
+            raise CorpusError(
+                f"{where}: neither `id|t|title`, `id|a|abstract` nor a mention "
+                "`id start end text label` with tabs between its columns"
+            )
         id = fields[0]
         if id not in texts:
             if id not in known:
@@ -199,12 +204,16 @@ def _mention(where: str, fields: list[str], text: str) -> Span:
     if not span.label:
         raise CorpusError(f"{where}: the mention {written!r} has no label in its fifth column")
     if not span.start < span.end <= len(text):
-        raise CorpusError(f"{where}: offsets {start} to {end} lie outside the text of {fields[0]} "
-                          f"({len(text)} characters) or are empty; count characters, not bytes")
-    stands = text[span.start:span.end]
+        raise CorpusError(
+            f"{where}: offsets {start} to {end} lie outside the text of {fields[0]} "
+            f"({len(text)} characters) or are empty; count characters, not bytes"
+        )
+    stands = text[span.start : span.end]
     if stands != written:
-        raise CorpusError(f"{where}: at {start} to {end} stands {stands!r}, not {written!r}; "
-                          "count characters, not bytes, of title + one space + abstract")
+        raise CorpusError(
+            f"{where}: at {start} to {end} stands {stands!r}, not {written!r}; "
+            "count characters, not bytes, of title + one space + abstract"
+        )
     return span
 
 
@@ -236,8 +245,10 @@ def read_conll(path: str | Path, reference: Sequence[Document] = ()) -> list[Doc
     if not groups:
         raise CorpusError(f"{path}: no sentence in it; a line holds a token and its tag")
     if reference and len(groups) > len(reference):
-        raise CorpusError(f"{path}: {len(groups)} documents for {len(reference)} in the gold; "
-                          "predictions must keep the documents of the gold in their order")
+        raise CorpusError(
+            f"{path}: {len(groups)} documents for {len(reference)} in the gold; "
+            "predictions must keep the documents of the gold in their order"
+        )
     stem = _CONLL_NAME.sub("", path.name)
     ids = [document.id for document in reference] or [f"{stem}-{index + 1}" for index in range(len(groups))]
     return [_from_tokens(id, group) for id, group in zip(ids, groups, strict=False)]
@@ -285,8 +296,9 @@ def _lines(path: Path) -> list[str]:
         text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise CorpusError(f"{path}:{line}: byte {error.start} ({data[error.start]:#04x}) is not UTF-8; "
-                          "convert the file to UTF-8") from error
+        raise CorpusError(
+            f"{path}:{line}: byte {error.start} ({data[error.start]:#04x}) is not UTF-8; convert the file to UTF-8"
+        ) from error
     if not text.strip():
         raise CorpusError(f"{path}: empty; expected PubTator or CoNLL")
     # Not str.splitlines: it would also cut at characters that may stand inside a text, such as U+2028.
@@ -307,18 +319,21 @@ def write_pubtator(documents: Iterable[Document], file: TextIO) -> None:
         text = re.sub(r"[\t\r\n]", " ", document.text)
         cut = document.sentences[0][1] if document.sentences else len(text)
         # The reader puts one space between title and abstract: cut only where the text has just that.
-        title, abstract = (text[:cut], text[cut + 1:]) if text[cut:cut + 1] == " " else (text, "")
+        title, abstract = (text[:cut], text[cut + 1 :]) if text[cut : cut + 1] == " " else (text, "")
         if not abstract:
             title = text
         file.write(f"{document.id}|t|{title}\n{document.id}|a|{abstract}\n")
         for span in document.spans:
-            mention = (document.id, span.start, span.end, text[span.start:span.end], span.label, -1)
+            mention = (document.id, span.start, span.end, text[span.start : span.end], span.label, -1)
             file.write("\t".join(map(str, mention)) + "\n")
         file.write("\n")
 
 
-_SPLITS = {"train": ("training", "train"), "dev": ("development", "dev|devel|valid|validation"),
-           "test": ("test", "test")}
+_SPLITS = {
+    "train": ("training", "train"),
+    "dev": ("development", "dev|devel|valid|validation"),
+    "test": ("test", "test"),
+}
 
 
 def find_splits(folder: str | Path) -> dict[str, Path]:
@@ -341,8 +356,10 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
                 raise CorpusError(f"{folder}: two files for {split}, {both}; keep one")
             found[split] = path
     if not found:
-        raise CorpusError(f"{folder}: no corpus file in it; looked for CDR_TrainingSet.PubTator.txt, "
-                          "CDR_DevelopmentSet.PubTator.txt, CDR_TestSet.PubTator.txt, or train, dev (devel, "
-                          "valid, validation), test with the ending .tsv .conll .iob .bio .txt .PubTator "
-                          ".PubTator.txt, each also .gz")
+        raise CorpusError(
+            f"{folder}: no corpus file in it; looked for CDR_TrainingSet.PubTator.txt, "
+            "CDR_DevelopmentSet.PubTator.txt, CDR_TestSet.PubTator.txt, or train, dev (devel, "
+            "valid, validation), test with the ending .tsv .conll .iob .bio .txt .PubTator "
+            ".PubTator.txt, each also .gz"
+        )
     return {split: found[split] for split in _SPLITS if split in found}

@@ -71,15 +71,19 @@ def _instruction(task: Task) -> str:
     names = _listed(task.labels)
     start = f"The task is to identify {names} entities in the input. Please "
     if task.format == "tagging" and task.per_label:
-        return start + ("rewrite the input text and surround the start and end of "
-                        f"{names} entities with @@ and ##, respectively.")
+        return start + (
+            f"rewrite the input text and surround the start and end of {names} entities with @@ and ##, respectively."
+        )
     if task.format == "tagging":
         marks = _listed([f"{label} entities with {' and '.join(task.tags(label))}" for label in task.labels])
         return start + f"rewrite the input text and surround the start and end of {marks}, respectively."
     if task.per_label:
         return start + f"list the {names} entities of the input text, separated by commas."
-    return start + ("list the entities of the input text by type, in the form "
-                    + "; ".join(f"{label}: entity, entity" for label in task.labels) + ".")
+    return start + (
+        "list the entities of the input text by type, in the form "
+        + "; ".join(f"{label}: entity, entity" for label in task.labels)
+        + "."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -98,20 +102,18 @@ def render(task: Task, text: str, spans: Iterable[Span]) -> str:
         for span in spans:
             assert position <= span.start, f"overlapping spans, the second {span}"
             opener, closer = task.tags(span.label)
-            pieces += [text[position:span.start], opener, text[span.start:span.end], closer]
+            pieces += [text[position : span.start], opener, text[span.start : span.end], closer]
             position = span.end
         return "".join(pieces) + text[position:]
     lists = []
     for label in task.labels:
-        strings = dict.fromkeys(text[span.start:span.end] for span in spans if span.label == label)
+        strings = dict.fromkeys(text[span.start : span.end] for span in spans if span.label == label)
         if strings:
             lists.append(("" if task.per_label else f"{label}: ") + ", ".join(strings))
     return "; ".join(lists)
 
 
-def draw_demonstrations(
-    task: Task, sentences: Sequence[Sentence], k: int, seed: int
-) -> tuple[tuple[str, str], ...]:
+def draw_demonstrations(task: Task, sentences: Sequence[Sentence], k: int, seed: int) -> tuple[tuple[str, str], ...]:
     """`k` (sentence, answer) pairs from training sentences, those with a mention before the others."""
     if k > len(sentences):
         raise ValueError(f"{k} demonstrations from {len(sentences)} sentences")
@@ -171,7 +173,7 @@ def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parse
     source = " ".join(text.split())
     entities, placed, places, missing = [], [], [], []
     for stretch, (first, last) in stretches:
-        inner = plain[stretch.start:stretch.end]
+        inner = plain[stretch.start : stretch.end]
         entity = inner.strip()
         if not entity:
             continue
@@ -183,8 +185,17 @@ def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parse
             places.append((margin + first, margin + last))
         elif " ".join(entity.split()) not in source:
             missing.append((stretch.label, entity))
-    return Parsed(tuple(placed), tuple(places), tuple(entities), tuple(missing), plain.strip() == text.strip(),
-                  unbalanced, truncated, len(entities) - len(placed), tuple(placed))
+    return Parsed(
+        tuple(placed),
+        tuple(places),
+        tuple(entities),
+        tuple(missing),
+        plain.strip() == text.strip(),
+        unbalanced,
+        truncated,
+        len(entities) - len(placed),
+        tuple(placed),
+    )
 
 
 # position in the output without tags, outer edge in the output, label, whether it closes
@@ -213,8 +224,11 @@ def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[st
     if re.search(legal, text):
         # The sentence itself holds what looks like a tag. The cheapest alignment, in which tags may be
         # inserted for nothing, tells its copy from a tag. Whitespace counts: "@@ @@fever##" of "@@ fever".
-        tokens = [(place, token) for place, piece in enumerate(pieces)
-                  for token in ([piece] if place % 2 else re.findall(r"\w+|\W", piece))]
+        tokens = [
+            (place, token)
+            for place, piece in enumerate(pieces)
+            for token in ([piece] if place % 2 else re.findall(r"\w+|\W", piece))
+        ]
         free = {index for index, (place, _) in enumerate(tokens) if place % 2}
         source = re.findall(rf"{legal}|\w+|\W", text)
         copied = edit_alignment(source, [token for _, token in tokens], free, open_end=truncated)
@@ -259,7 +273,7 @@ def _pair(tags: Iterable[_Tag]) -> tuple[list[tuple[Span, tuple[int, int]]], boo
 def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Parsed:
     if truncated:
         separators = list(re.finditer(r"[,;]\s", output))
-        output = output[:separators[-1].start()] if separators else ""
+        output = output[: separators[-1].start()] if separators else ""
     if task.per_label:
         outside, lists = "", [(task.labels[0], output)]
     else:
@@ -277,9 +291,10 @@ def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Pa
         start = output.index(string, position)
         position = start + len(string)
         places.setdefault((label, " ".join(string.split())), (start, position))
-    where = tuple(places[span.label, " ".join(text[span.start:span.end].split())] for span in spans)
-    return Parsed(spans, where, entities, missing, not missing, unbalanced, truncated, 0,
-                  locate(text, entities, first_only=True))
+    where = tuple(places[span.label, " ".join(text[span.start : span.end].split())] for span in spans)
+    return Parsed(
+        spans, where, entities, missing, not missing, unbalanced, truncated, 0, locate(text, entities, first_only=True)
+    )
 
 
 def _items(text: str, items: str) -> list[str]:
@@ -335,9 +350,12 @@ def locate(text: str, entities: Iterable[tuple[str, str]], first_only: bool = Fa
     """
     placed: list[Span] = []
     for label, string in sorted(entities, key=lambda entity: -len(entity[1])):
-        free = [span for start, end in _occurrences(text, string)
-                if not any(start < other.end and other.start < end for other in placed)
-                for span in [Span(start, end, label)]]
+        free = [
+            span
+            for start, end in _occurrences(text, string)
+            if not any(start < other.end and other.start < end for other in placed)
+            for span in [Span(start, end, label)]
+        ]
         placed += free[:1] if first_only else free
     return tuple(sorted(placed))
 
@@ -349,6 +367,9 @@ def join(spans_by_label: Mapping[str, Iterable[Span]], order: Sequence[str]) -> 
     """
     kept: list[Span] = []
     for label in order:
-        kept += [span for span in spans_by_label.get(label, ())
-                 if all(span.end <= other.start or other.end <= span.start for other in kept)]
+        kept += [
+            span
+            for span in spans_by_label.get(label, ())
+            if all(span.end <= other.start or other.end <= span.start for other in kept)
+        ]
     return tuple(sorted(kept))

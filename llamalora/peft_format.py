@@ -191,9 +191,7 @@ def read_layout(
     if not found:
         raise CheckpointError(f"{path}: holds no tensor of an update")
     names = [name for name in modules if name in found] if modules else sorted(found, key=_place)
-    layers = {
-        name: _factors(path, name, shapes, modules and tuple(modules[name].weight.shape), dora) for name in names
-    }
+    layers = {name: _factors(path, name, shapes, modules and tuple(modules[name].weight.shape), dora) for name in names}
     return layers, base
 
 

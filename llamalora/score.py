@@ -41,7 +41,9 @@ def score(gold: Keys, predicted: Keys, labels: Iterable[str] = ()) -> dict:
 
 def _fractions(tp: int, fp: int, fn: int) -> dict:
     return {
-        "tp": tp, "fp": fp, "fn": fn,
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
         "precision": tp / (tp + fp) if tp + fp else 0.0,
         "recall": tp / (tp + fn) if tp + fn else 0.0,
         "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0,
@@ -60,9 +62,7 @@ def bootstrap(counts: np.ndarray, samples: int = 1000, seed: int = 0, level: flo
     return {"f1": float(_f1(counts.sum(0))), "low": low, "high": high}
 
 
-def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict:
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict:
     """Micro F1 of A less that of B with its interval, `{difference, low, high}`; both see the same resamples.
 
     Arguments as of `bootstrap`, of A and B about the same documents.
@@ -122,8 +122,10 @@ def score_files(gold_path: str | Path, predicted_path: str | Path) -> dict:
         raise CorpusError(f"{predicted_path}: documents that are not in {gold_path}: {_some(strangers)}")
     for document in predicted:
         if document.text != texts[document.id]:
-            raise CorpusError(f"{predicted_path}: the text of document {document.id} differs from that in "
-                              f"{gold_path}; offsets mean nothing across different texts")
+            raise CorpusError(
+                f"{predicted_path}: the text of document {document.id} differs from that in "
+                f"{gold_path}; offsets mean nothing across different texts"
+            )
     result = score(span_keys(gold), span_keys(predicted), labels(gold))
     return {**result, "documents": len(gold), "missing": len(gold) - len(predicted)}
 

@@ -42,12 +42,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles are built from confi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # own text, to train tiny tokenizers on
-TEXT = """Input: A mild fever followed the second dose of pindolol, but no rash.
+TEXT = (
+    """Input: A mild fever followed the second dose of pindolol, but no rash.
 Answer: A mild [Disease]fever[/Disease] followed the second dose of [Chemical]pindolol[/Chemical], but no [Disease]rash
 Input: Naloxone (0.4 mg/kg) reversed the drowsiness of 12 of 15 patients; headache persisted in three.
 Answer: Disease: drowsiness, headache; Chemical: naloxone, caffeine
 The task is to identify @@Disease## entities in the input. Please rewrite the text, naïve café-style, 漢字 too.
-""" * 4
+"""
+    * 4
+)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def write(path, text: str | bytes):
 
 
 def strings(document: Document) -> list[tuple[str, str]]:
-    return [(document.text[span.start:span.end], span.label) for span in document.spans]
+    return [(document.text[span.start : span.end], span.label) for span in document.spans]
 
 
 # ---- PubTator ----
@@ -51,42 +51,54 @@ def strings(document: Document) -> list[tuple[str, str]]:
 def test_pubtator(tmp_path):
     first, second = corpus.read(write(tmp_path / "x.PubTator.txt", "\n".join(LINES)))
     assert first.text == TEXT and first.id == "7"
-    assert strings(first) == [("Zorbamycin", "Chemical"), ("fever", "Disease"), ("α-zorbamycin", "Chemical"),
-                              ("nausea", "Disease"), ("e\u0301mesis", "Disease")]
+    assert strings(first) == [
+        ("Zorbamycin", "Chemical"),
+        ("fever", "Disease"),
+        ("α-zorbamycin", "Chemical"),
+        ("nausea", "Disease"),
+        ("e\u0301mesis", "Disease"),
+    ]
     assert second == Document("8", "A title alone", (), ((0, 13),))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "b.gz", "c.pubtator", "d.tsv", "nameless"])
-@pytest.mark.parametrize("change", [
-    lambda text: text + "\n\n\n",
-    lambda text: text.replace("\n", "\r\n"),
-    lambda text: "\ufeff" + text,
-    lambda text: "\n\n" + text.replace("\n", "\n\n"),
-    lambda text: gzip.compress(text.encode()),
-], ids=["blank lines at the end", "CRLF", "BOM", "blank lines", "gzip"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n\n\n",
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: "\n\n" + text.replace("\n", "\n\n"),
+        lambda text: gzip.compress(text.encode()),
+    ],
+    ids=["blank lines at the end", "CRLF", "BOM", "blank lines", "gzip"],
+)
 def test_pubtator_variants(tmp_path, name, change):
     plain = corpus.read(write(tmp_path / "plain.txt", "\n".join(LINES)))
     assert corpus.read(write(tmp_path / name, change("\n".join(LINES)))) == plain
 
 
-@pytest.mark.parametrize("line, lines, message", [
-    (3, [*LINES[:2], "7\t0\t9\tZorbamycin\tChemical"], r"at 0 to 9 stands 'Zorbamyci', not 'Zorbamycin'"),
-    (3, [*LINES[:2], "7\t900\t909\tfever\tDisease"], "outside the text"),
-    (3, [*LINES[:2], "7\t5\t5\t\tDisease"], "empty"),
-    (3, [*LINES[:2], "7\t9\t5\tfever\tDisease"], "outside"),
-    (3, [*LINES[:2], "7\t-3\t5\tfever\tDisease"], "'-3' is not a whole number"),
-    (3, [*LINES[:2], "7\tx\t5\tfever\tDisease"], "'x' is not a whole number"),
-    (3, [*LINES[:2], "7\t1.0\t5\tfever\tDisease\t-1"], "'1.0' is not a whole number"),
-    (3, [*LINES[:2], f"7\t0\t{'9' * 5000}\tfever\tDisease\t-1"], "is not a whole number"),
-    (3, [*LINES[:2], "7\t0\t10\tZorbamycin\t"], "no label"),
-    (3, [*LINES[:2], "7\t0\t10\tZorbamycin"], "neither"),
-    (3, [*LINES[:2], "a second line of the abstract"], "neither"),
-    (1, LINES[2:], "no title line"),
-    (3, [*LINES[:2], "9" + LINES[2]], "document 97, which has no title line"),
-    (1, LINES[1:], "must follow its title"),
-    (4, [*LINES[:3], LINES[1]], "must follow its title"),
-    (4, [*LINES[:2], "", LINES[0]], "a second document 7"),
-])
+@pytest.mark.parametrize(
+    "line, lines, message",
+    [
+        (3, [*LINES[:2], "7\t0\t9\tZorbamycin\tChemical"], r"at 0 to 9 stands 'Zorbamyci', not 'Zorbamycin'"),
+        (3, [*LINES[:2], "7\t900\t909\tfever\tDisease"], "outside the text"),
+        (3, [*LINES[:2], "7\t5\t5\t\tDisease"], "empty"),
+        (3, [*LINES[:2], "7\t9\t5\tfever\tDisease"], "outside"),
+        (3, [*LINES[:2], "7\t-3\t5\tfever\tDisease"], "'-3' is not a whole number"),
+        (3, [*LINES[:2], "7\tx\t5\tfever\tDisease"], "'x' is not a whole number"),
+        (3, [*LINES[:2], "7\t1.0\t5\tfever\tDisease\t-1"], "'1.0' is not a whole number"),
+        (3, [*LINES[:2], f"7\t0\t{'9' * 5000}\tfever\tDisease\t-1"], "is not a whole number"),
+        (3, [*LINES[:2], "7\t0\t10\tZorbamycin\t"], "no label"),
+        (3, [*LINES[:2], "7\t0\t10\tZorbamycin"], "neither"),
+        (3, [*LINES[:2], "a second line of the abstract"], "neither"),
+        (1, LINES[2:], "no title line"),
+        (3, [*LINES[:2], "9" + LINES[2]], "document 97, which has no title line"),
+        (1, LINES[1:], "must follow its title"),
+        (4, [*LINES[:3], LINES[1]], "must follow its title"),
+        (4, [*LINES[:2], "", LINES[0]], "a second document 7"),
+    ],
+)
 def test_pubtator_errors(tmp_path, line, lines, message):
     path = write(tmp_path / "bad.txt", "\n".join(lines))
     with pytest.raises(CorpusError, match=message) as caught:
@@ -154,13 +166,16 @@ def test_conll_documents(tmp_path):
     assert first.spans == second.spans and first.text == second.text
 
 
-@pytest.mark.parametrize("line, text, message", [
-    (2, "fever O\nnausea\n", "only one column, 'nausea'"),
-    (2, "fever O\n\tO\n", "only one column"),
-    (1, "fever Disease\n", "'Disease' is no tag"),
-    (3, "fever O\n\nnausea B-\n", "'B-' is no tag"),
-    (1, "fever B\n", "'B' is no tag"),
-])
+@pytest.mark.parametrize(
+    "line, text, message",
+    [
+        (2, "fever O\nnausea\n", "only one column, 'nausea'"),
+        (2, "fever O\n\tO\n", "only one column"),
+        (1, "fever Disease\n", "'Disease' is no tag"),
+        (3, "fever O\n\nnausea B-\n", "'B-' is no tag"),
+        (1, "fever B\n", "'B' is no tag"),
+    ],
+)
 def test_conll_errors(tmp_path, line, text, message):
     path = write(tmp_path / "bad.tsv", text)
     with pytest.raises(CorpusError, match=message) as caught:
@@ -223,19 +238,23 @@ def test_no_such_format(tmp_path):
 def test_sentences_cover_the_text():
     text = f"  {TEXT}  (See 3.5 mg)! Done?  "
     parts = [text[start:end] for start, end in corpus.sentence_bounds(text)]
-    assert parts == [TITLE, "It slept (12 h).", "No α-zorbamycin was left.",
-                     CLINIC, "(See 3.5 mg)!", "Done?"]
+    assert parts == [TITLE, "It slept (12 h).", "No α-zorbamycin was left.", CLINIC, "(See 3.5 mg)!", "Done?"]
     assert corpus.sentence_bounds(" \n") == ()
 
 
 def test_sentence_spans_are_relative_and_outermost():
     text = "Acute renal failure came. Then nausea. Vomiting too."
-    spans = [Span(0, 19, "Disease"), Span(6, 11, "Organ"), Span(6, 19, "Disease"), Span(31, 37, "Disease"),
-             Span(31, 47, "Disease")]
+    spans = [
+        Span(0, 19, "Disease"),
+        Span(6, 11, "Organ"),
+        Span(6, 19, "Disease"),
+        Span(31, 37, "Disease"),
+        Span(31, 47, "Disease"),
+    ]
     document = Document("1", text, tuple(sorted(spans)), corpus.sentence_bounds(text))
     first, second, third = corpus.sentences(document)
     assert first.spans == (Span(0, 19, "Disease"),) and third.spans == ()
-    assert [text[second.start:][span.start:span.end] for span in second.spans] == ["nausea"]
+    assert [text[second.start :][span.start : span.end] for span in second.spans] == ["nausea"]
     counts = corpus.statistics([document])
     assert (counts["overlapping"], counts["cut_by_sentence_end"]) == (2, 1)
     assert counts["mentions"] == {"Disease": 4, "Organ": 1}
@@ -249,11 +268,22 @@ def test_labels_in_the_papers_order():
 # ---- writing ----
 
 
-@pytest.mark.parametrize("text", [
-    TEXT, "One sentence", "", "Two.  Spaces between.", "A tab.\tThen. \n New lines.\r\nEnd.",
-    " Leads. And trails. ", "Odd\u2028line. Ends\x0b here.\x85 Ok.", "Nbsp.\u00a0Here. Then.", "Trails. ",
-    "\n\n", "\U0001f922. 高血压。 Ok.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "One sentence",
+        "",
+        "Two.  Spaces between.",
+        "A tab.\tThen. \n New lines.\r\nEnd.",
+        " Leads. And trails. ",
+        "Odd\u2028line. Ends\x0b here.\x85 Ok.",
+        "Nbsp.\u00a0Here. Then.",
+        "Trails. ",
+        "\n\n",
+        "\U0001f922. 高血压。 Ok.",
+    ],
+)
 def test_pubtator_round_trip(tmp_path, text):
     spans = tuple(sorted({Span(k, k + 2, "Disease") for k in range(0, len(text) - 1, 3)}))
     other = Document("8", "Other.", (), ((0, 6),))
@@ -316,12 +346,12 @@ def test_bc5cdr_sentences(bc5cdr):
         plain_rule = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9(\[])")
         cuts = [(document, cut) for document in documents for cut in plain_rule.finditer(document.text)]
         assert len(cuts) + len(documents) == {"train": 4580, "dev": 4592, "test": 4821}[split]
-        guarded = sum(document.text[:cut.start()].endswith("St.") for document, cut in cuts)
+        guarded = sum(document.text[: cut.start()].endswith("St.") for document, cut in cuts)
         assert corpus.statistics(documents)["sentences"] == len(cuts) + len(documents) - guarded
         for document in documents:
             for sentence in corpus.sentences(document):
                 end = sentence.start + len(sentence.text)
-                assert document.text[sentence.start:end] == sentence.text == sentence.text.strip()
+                assert document.text[sentence.start : end] == sentence.text == sentence.text.strip()
 
 
 def test_bc5cdr_round_trip(bc5cdr, tmp_path):

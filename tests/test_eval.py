@@ -210,9 +210,7 @@ def test_assess_counts_as_sets_of_document_offsets():
     answers = list(gold_answers(documents, task, only_first_tag))
     result = evaluate.assess(documents, answers, task.labels)
     gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans}
-    found = {
-        (d.id, s.start, s.end, s.label) for d in evaluate.predicted_documents(documents, answers) for s in d.spans
-    }
+    found = {(d.id, s.start, s.end, s.label) for d in evaluate.predicted_documents(documents, answers) for s in d.spans}
     assert result["micro"]["tp"] == len(gold & found)
     assert result["micro"]["fn"] == len(gold - found) == result["types"]["Chemical"]["fn"]
 

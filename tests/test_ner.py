@@ -31,22 +31,25 @@ def spans_of(text: str, *found: tuple[str, str]) -> tuple[Span, ...]:
 
 
 def found(parsed: ner.Parsed, text: str) -> list[tuple[str, str]]:
-    return [(text[span.start:span.end], span.label) for span in parsed.spans]
+    return [(text[span.start : span.end], span.label) for span in parsed.spans]
 
 
 # ---- the task ----
 
 
-@pytest.mark.parametrize("format, labels, per_label, message", [
-    ("tags", BOTH, False, "'tagging' or 'extraction'"),
-    ("tagging", BOTH, True, "exactly one label"),
-    ("tagging", (), False, "one or more"),
-    ("tagging", "Disease", False, "tuple"),
-    ("tagging", ("Disease", "Disease"), False, "different"),
-    ("tagging", ("[x]",), False, "begin and end"),
-    ("tagging", ("a; b",), False, "begin and end"),
-    ("tagging", ("",), False, "begin and end"),
-])
+@pytest.mark.parametrize(
+    "format, labels, per_label, message",
+    [
+        ("tags", BOTH, False, "'tagging' or 'extraction'"),
+        ("tagging", BOTH, True, "exactly one label"),
+        ("tagging", (), False, "one or more"),
+        ("tagging", "Disease", False, "tuple"),
+        ("tagging", ("Disease", "Disease"), False, "different"),
+        ("tagging", ("[x]",), False, "begin and end"),
+        ("tagging", ("a; b",), False, "begin and end"),
+        ("tagging", ("",), False, "begin and end"),
+    ],
+)
 def test_a_wrong_task_is_refused(format, labels, per_label, message):
     with pytest.raises(ValueError, match=message):
         Task(format, labels, per_label)
@@ -73,7 +76,8 @@ def test_figure_2():
     assert prompt(Task("tagging", ("Chemical",), True, True, shown), "x y") == (
         "The task is to identify Chemical entities in the input. Please rewrite the input text and surround "
         "the start and end of Chemical entities with @@ and ##, respectively.\n"
-        "Input: Mesna helps\nAnswer: @@Mesna## helps\nInput: It helps\nAnswer: It helps\nInput: x y\nAnswer:")
+        "Input: Mesna helps\nAnswer: @@Mesna## helps\nInput: It helps\nAnswer: It helps\nInput: x y\nAnswer:"
+    )
 
 
 def test_instruction_and_demonstrations_are_independent():
@@ -115,7 +119,7 @@ def test_table_6():
             "Disease": "Mesna significantly reduces IFO 's @@genotoxicity##",
             "Chemical": "@@Mesna## significantly reduces @@IFO## 's genotoxicity",
             "all": "[Chemical]Mesna[/Chemical] significantly reduces [Chemical]IFO[/Chemical] 's "
-                   "[Disease]genotoxicity[/Disease]",
+            "[Disease]genotoxicity[/Disease]",
         },
         "extraction": {
             "Disease": "genotoxicity",
@@ -141,14 +145,17 @@ def test_render_lists_a_string_once_and_omits_empty_labels():
     assert render(ALL, text, [Span(0, 5, "Gene")]) == text
 
 
-@pytest.mark.parametrize("text, strings", [
-    ("\U0001f922 após naüsea \U0001f468\u200d\u2695\ufe0f", ["naüsea", "\U0001f468\u200d\u2695\ufe0f"]),
-    ("e\u0301mesis e\u0301", ["e\u0301mesis"]),
-    ("高血压患者使用阿司匹林。", ["高血压", "阿司匹林"]),
-    ("[3H]-x [Disease-like] @ # @ [ ] ]]", ["[3H]-x", "[ ]"]),
-    ("x", ["x"]),
-    ("I\u0307stanbul ISTANBUL ß", ["I\u0307stanbul", "ß"]),
-])
+@pytest.mark.parametrize(
+    "text, strings",
+    [
+        ("\U0001f922 após naüsea \U0001f468\u200d\u2695\ufe0f", ["naüsea", "\U0001f468\u200d\u2695\ufe0f"]),
+        ("e\u0301mesis e\u0301", ["e\u0301mesis"]),
+        ("高血压患者使用阿司匹林。", ["高血压", "阿司匹林"]),
+        ("[3H]-x [Disease-like] @ # @ [ ] ]]", ["[3H]-x", "[ ]"]),
+        ("x", ["x"]),
+        ("I\u0307stanbul ISTANBUL ß", ["I\u0307stanbul", "ß"]),
+    ],
+)
 def test_offsets_are_code_points(text, strings):
     spans = spans_of(text, *((string, "Disease") for string in strings))
     for task in (ONE, ALL):
@@ -161,50 +168,63 @@ def test_offsets_are_code_points(text, strings):
 # ---- parse: tagging, the policy ----
 
 
-@pytest.mark.parametrize("task, output, expected, flags", [
-    # unclosed at the end: dropped, flagged; a closed one stays
-    (ALL, "patients with [Disease]capillary leak syndrome died", [], {"unbalanced", "exact_copy"}),
-    (ALL, "[Chemical]patients[/Chemical] with [Disease]capillary leak syndrome died",
-     [("patients", "Chemical")], {"unbalanced", "exact_copy"}),
-    (ONE, "patients with @@capillary @@leak## syndrome died",
-     [("leak", "Disease")], {"unbalanced", "exact_copy"}),
-    # a stray closer is ignored
-    (ALL, "patients with capillary[/Disease] leak syndrome died", [], {"unbalanced", "exact_copy"}),
-    (ONE, "patients with @@capillary## leak## syndrome died",
-     [("capillary", "Disease")], {"unbalanced", "exact_copy"}),
-    # nested: the outer stays
-    (ALL, "[Disease]patients with [Chemical]capillary[/Chemical] leak[/Disease] syndrome died",
-     [("patients with capillary leak", "Disease")], {"exact_copy"}),
-    (ONE, "patients with @@capillary @@leak## syndrome## died", LEAK, {"exact_copy"}),
-    (ALL, "[Disease]patients with [Chemical]capillary leak[/Disease] syndrome died",
-     [("patients with capillary leak", "Disease")], {"unbalanced", "exact_copy"}),
-    # a closer of another type: the opener's
-    (ALL, "patients with [Disease]capillary leak syndrome[/Chemical] died", LEAK,
-     {"unbalanced", "exact_copy"}),
-    # empty marks mean nothing
-    (ALL, "patients [Disease][/Disease]with [Disease] [/Disease]capillary leak syndrome died", [], set()),
-    # only the exact tags of the task are tags
-    (ALL, "patients with [disease]capillary leak syndrome[/disease] died", [], set()),
-    (ALL, "patients with @@capillary leak syndrome## died", [], set()),
-    (ONE, "patients with [Disease]capillary leak syndrome[/Disease] died", [], set()),
-    # whitespace around and inside
-    (ALL, " \n patients with [Disease]capillary leak syndrome[/Disease] died\n", LEAK,
-     {"exact_copy"}),
-    (ALL, "patients  with[Disease] capillaryleak\tsyndrome [/Disease] died", LEAK,
-     set()),
-    # words changed inside, before and after; words left out; words added
-    (ALL, "patients with [Disease]cavity leak syndrome[/Disease] died", LEAK, set()),
-    (ALL, "patient had [Disease]capillary leak syndrome[/Disease] dead", LEAK, set()),
-    (ALL, "[Disease]Capillary leak syndromes[/Disease] died", LEAK, set()),
-    (ALL, "[Disease]leak syndrome[/Disease]", [("leak syndrome", "Disease")], set()),
-    (ALL, "patients with a [Disease]capillary leak syndrome[/Disease] died of it", LEAK,
-     set()),
-    (ALL, "patients with [Disease]capilary leak[/Disease] syndrome died", [("capillary leak", "Disease")],
-     set()),
-    (ALL, "patients with [Disease]apillary[/Disease] leak syndrome died", [("capillary", "Disease")], set()),
-    (ALL, "patients with [Disease]capillarx[/Disease]", [("capillary", "Disease")], set()),
-    (ALL, "", [], set()),
-])
+@pytest.mark.parametrize(
+    "task, output, expected, flags",
+    [
+        # unclosed at the end: dropped, flagged; a closed one stays
+        (ALL, "patients with [Disease]capillary leak syndrome died", [], {"unbalanced", "exact_copy"}),
+        (
+            ALL,
+            "[Chemical]patients[/Chemical] with [Disease]capillary leak syndrome died",
+            [("patients", "Chemical")],
+            {"unbalanced", "exact_copy"},
+        ),
+        (ONE, "patients with @@capillary @@leak## syndrome died", [("leak", "Disease")], {"unbalanced", "exact_copy"}),
+        # a stray closer is ignored
+        (ALL, "patients with capillary[/Disease] leak syndrome died", [], {"unbalanced", "exact_copy"}),
+        (
+            ONE,
+            "patients with @@capillary## leak## syndrome died",
+            [("capillary", "Disease")],
+            {"unbalanced", "exact_copy"},
+        ),
+        # nested: the outer stays
+        (
+            ALL,
+            "[Disease]patients with [Chemical]capillary[/Chemical] leak[/Disease] syndrome died",
+            [("patients with capillary leak", "Disease")],
+            {"exact_copy"},
+        ),
+        (ONE, "patients with @@capillary @@leak## syndrome## died", LEAK, {"exact_copy"}),
+        (
+            ALL,
+            "[Disease]patients with [Chemical]capillary leak[/Disease] syndrome died",
+            [("patients with capillary leak", "Disease")],
+            {"unbalanced", "exact_copy"},
+        ),
+        # a closer of another type: the opener's
+        (ALL, "patients with [Disease]capillary leak syndrome[/Chemical] died", LEAK, {"unbalanced", "exact_copy"}),
+        # empty marks mean nothing
+        (ALL, "patients [Disease][/Disease]with [Disease] [/Disease]capillary leak syndrome died", [], set()),
+        # only the exact tags of the task are tags
+        (ALL, "patients with [disease]capillary leak syndrome[/disease] died", [], set()),
+        (ALL, "patients with @@capillary leak syndrome## died", [], set()),
+        (ONE, "patients with [Disease]capillary leak syndrome[/Disease] died", [], set()),
+        # whitespace around and inside
+        (ALL, " \n patients with [Disease]capillary leak syndrome[/Disease] died\n", LEAK, {"exact_copy"}),
+        (ALL, "patients  with[Disease] capillaryleak\tsyndrome [/Disease] died", LEAK, set()),
+        # words changed inside, before and after; words left out; words added
+        (ALL, "patients with [Disease]cavity leak syndrome[/Disease] died", LEAK, set()),
+        (ALL, "patient had [Disease]capillary leak syndrome[/Disease] dead", LEAK, set()),
+        (ALL, "[Disease]Capillary leak syndromes[/Disease] died", LEAK, set()),
+        (ALL, "[Disease]leak syndrome[/Disease]", [("leak syndrome", "Disease")], set()),
+        (ALL, "patients with a [Disease]capillary leak syndrome[/Disease] died of it", LEAK, set()),
+        (ALL, "patients with [Disease]capilary leak[/Disease] syndrome died", [("capillary leak", "Disease")], set()),
+        (ALL, "patients with [Disease]apillary[/Disease] leak syndrome died", [("capillary", "Disease")], set()),
+        (ALL, "patients with [Disease]capillarx[/Disease]", [("capillary", "Disease")], set()),
+        (ALL, "", [], set()),
+    ],
+)
 def test_tagging_policy(task, output, expected, flags):
     parsed = parse(task, SOURCE, output)
     assert found(parsed, SOURCE) == expected
@@ -239,16 +259,19 @@ def test_a_truncated_copy_aligns_with_the_beginning():
     assert parse(ALL, text, output, truncated=True).spans == (Span(2, 6, "Disease"),)
 
 
-@pytest.mark.parametrize("task, text, output, expected", [
-    (ALL, "the [Disease] tag and a fever", "the [Disease] tag and a [Disease]fever[/Disease]", "fever"),
-    (ALL, "the [Disease] tag and a fever", "The [Disease] tg and [Disease]fever[/Disease]", "fever"),
-    (ONE, "n ## 5 @@ a fever", "n ## 5 @@ a @@fever##", "fever"),
-    (ONE, "n ## 5 fever @@", "n ## 5 @@fever## @@", "fever"),
-    (ONE, "n ## fever", "N ## @@fever##", "fever"),
-    (ONE, "n ## fever", "@@n ## fever##", "n ## fever"),
-    (ONE, "n @@ fever", "n @@ @@fever##", "fever"),
-    (ONE, "fever ## n", "@@fever## ## n", "fever"),
-])
+@pytest.mark.parametrize(
+    "task, text, output, expected",
+    [
+        (ALL, "the [Disease] tag and a fever", "the [Disease] tag and a [Disease]fever[/Disease]", "fever"),
+        (ALL, "the [Disease] tag and a fever", "The [Disease] tg and [Disease]fever[/Disease]", "fever"),
+        (ONE, "n ## 5 @@ a fever", "n ## 5 @@ a @@fever##", "fever"),
+        (ONE, "n ## 5 fever @@", "n ## 5 @@fever## @@", "fever"),
+        (ONE, "n ## fever", "N ## @@fever##", "fever"),
+        (ONE, "n ## fever", "@@n ## fever##", "n ## fever"),
+        (ONE, "n @@ fever", "n @@ @@fever##", "fever"),
+        (ONE, "fever ## n", "@@fever## ## n", "fever"),
+    ],
+)
 def test_tags_that_the_source_holds_are_text(task, text, output, expected):
     assert found(parse(task, text, output), text) == [(expected, "Disease")]
     assert not parse(task, text, output).unbalanced
@@ -257,29 +280,42 @@ def test_tags_that_the_source_holds_are_text(task, text, output, expected):
 # ---- parse: extraction ----
 
 
-@pytest.mark.parametrize("task, text, output, expected, missing", [
-    (LIST, SOURCE, "Disease: leak; Chemical: died", [("leak", "Disease"), ("died", "Chemical")], ()),
-    (LIST, SOURCE, " Chemical: died;\n Disease: leak \n", [("leak", "Disease"), ("died", "Chemical")], ()),
-    (LIST, SOURCE, "Disease: leak; Disease: died", [("leak", "Disease"), ("died", "Disease")], ()),
-    (LIST, SOURCE, "Disease: leak, cancer, died", [("leak", "Disease"), ("died", "Disease")],
-     (("Disease", "cancer"),)),
-    (LIST, SOURCE, "Disease: Leak", [], (("Disease", "Leak"),)),
-    (LIST, SOURCE, "Disease: ; Chemical: ,", [], (("Chemical", ","),)),
-    (LIST, SOURCE, "Disease: leak; Gene: died", [("leak", "Disease")], (("Disease", "Gene: died"),)),
-    # every occurrence as a whole word, longest first, without overlaps
-    (LIST_ONE, "pain, chest pain, painful, pain", "pain, chest pain",
-     [("pain", "Disease"), ("chest pain", "Disease"), ("pain", "Disease")], ()),
-    (LIST_ONE, "pain, chest pain", "chest pain, chest", [("chest pain", "Disease")], ()),
-    (LIST_ONE, "painful, painless", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),  # inside words
-    (LIST_ONE, "(pain) -pain- pain2", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),
-    (LIST_ONE, "chest\n pain", "chest pain", [("chest\n pain", "Disease")], ()),
-    # commas: two mentions, unless a part cannot stand alone
-    (LIST_ONE, "no nausea, pain", "nausea, pain", [("nausea", "Disease"), ("pain", "Disease")], ()),
-    (LIST_ONE, "mild, and severe pain", "mild, and severe pain", [("mild, and severe pain", "Disease")], ()),
-    (LIST_ONE, "rash, mild, or bad", "rash, mild, or bad", [("rash, mild, or bad", "Disease")], ()),
-    (LIST_ONE, "the [1R, 3S] form", "[1R, 3S] form", [("[1R, 3S] form", "Disease")], ()),
-    (LIST_ONE, "x-1, 2; 3-y here", "x-1, 2; 3-y", [("x-1, 2; 3-y", "Disease")], ()),
-])
+@pytest.mark.parametrize(
+    "task, text, output, expected, missing",
+    [
+        (LIST, SOURCE, "Disease: leak; Chemical: died", [("leak", "Disease"), ("died", "Chemical")], ()),
+        (LIST, SOURCE, " Chemical: died;\n Disease: leak \n", [("leak", "Disease"), ("died", "Chemical")], ()),
+        (LIST, SOURCE, "Disease: leak; Disease: died", [("leak", "Disease"), ("died", "Disease")], ()),
+        (
+            LIST,
+            SOURCE,
+            "Disease: leak, cancer, died",
+            [("leak", "Disease"), ("died", "Disease")],
+            (("Disease", "cancer"),),
+        ),
+        (LIST, SOURCE, "Disease: Leak", [], (("Disease", "Leak"),)),
+        (LIST, SOURCE, "Disease: ; Chemical: ,", [], (("Chemical", ","),)),
+        (LIST, SOURCE, "Disease: leak; Gene: died", [("leak", "Disease")], (("Disease", "Gene: died"),)),
+        # every occurrence as a whole word, longest first, without overlaps
+        (
+            LIST_ONE,
+            "pain, chest pain, painful, pain",
+            "pain, chest pain",
+            [("pain", "Disease"), ("chest pain", "Disease"), ("pain", "Disease")],
+            (),
+        ),
+        (LIST_ONE, "pain, chest pain", "chest pain, chest", [("chest pain", "Disease")], ()),
+        (LIST_ONE, "painful, painless", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),  # inside words
+        (LIST_ONE, "(pain) -pain- pain2", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),
+        (LIST_ONE, "chest\n pain", "chest pain", [("chest\n pain", "Disease")], ()),
+        # commas: two mentions, unless a part cannot stand alone
+        (LIST_ONE, "no nausea, pain", "nausea, pain", [("nausea", "Disease"), ("pain", "Disease")], ()),
+        (LIST_ONE, "mild, and severe pain", "mild, and severe pain", [("mild, and severe pain", "Disease")], ()),
+        (LIST_ONE, "rash, mild, or bad", "rash, mild, or bad", [("rash, mild, or bad", "Disease")], ()),
+        (LIST_ONE, "the [1R, 3S] form", "[1R, 3S] form", [("[1R, 3S] form", "Disease")], ()),
+        (LIST_ONE, "x-1, 2; 3-y here", "x-1, 2; 3-y", [("x-1, 2; 3-y", "Disease")], ()),
+    ],
+)
 def test_extraction_policy(task, text, output, expected, missing):
     parsed = parse(task, text, output)
     assert found(parsed, text) == expected
@@ -294,8 +330,12 @@ def test_text_outside_the_lists_is_flagged():
 
 def test_truncated_extraction_drops_the_last_entity():
     whole = "Disease: leak, capillary leak; Chemical: syndrome, died"
-    complete = {0: [], whole.index(", ") + 2: ["leak"], whole.index("; ") + 2: ["leak", "capillary leak"],
-                whole.rindex(", ") + 2: ["leak", "capillary leak", "syndrome"]}
+    complete = {
+        0: [],
+        whole.index(", ") + 2: ["leak"],
+        whole.index("; ") + 2: ["leak", "capillary leak"],
+        whole.rindex(", ") + 2: ["leak", "capillary leak", "syndrome"],
+    }
     for end in range(len(whole)):
         parsed = parse(LIST, SOURCE, whole[:end], truncated=True)
         assert [string for _, string in parsed.entities] == complete[max(k for k in complete if k <= end)]
@@ -304,13 +344,21 @@ def test_truncated_extraction_drops_the_last_entity():
 
 def test_locate():
     text = "pain, chest pain, pain"
-    entities = [("Disease", "pain"), ("Chemical", "pain"), ("Disease", "chest pain"), ("Disease", "absent"),
-                ("Disease", "")]
+    entities = [
+        ("Disease", "pain"),
+        ("Chemical", "pain"),
+        ("Disease", "chest pain"),
+        ("Disease", "absent"),
+        ("Disease", ""),
+    ]
     every = ner.locate(text, entities)
     assert every == (Span(0, 4, "Disease"), Span(6, 16, "Disease"), Span(18, 22, "Disease"))
     # A first occurrence that is taken is passed over: here by the other label.
     assert ner.locate(text, entities, first_only=True) == (
-        Span(0, 4, "Disease"), Span(6, 16, "Disease"), Span(18, 22, "Chemical"))
+        Span(0, 4, "Disease"),
+        Span(6, 16, "Disease"),
+        Span(18, 22, "Chemical"),
+    )
 
 
 def test_join():
@@ -359,10 +407,40 @@ def test_the_alignment_is_of_least_cost():
 
 def test_parse_never_raises_and_never_invents():
     draw = random.Random(0)
-    words = ["fever", "Rash", "a", "leak\u00a0age", "[3H]-x", "@@", "##", "[Disease]", ",", "; Chemical:",
-             "é", "\U0001f922", "高血压", "(", ")", "\n", "  ", "e\u0301", "and"]
-    tags = ["[Disease]", "[/Disease]", "[Chemical]", "[/Chemical]", "@@", "##", ", ", "; ", "Disease: ",
-            "Chemical: ", "\x00"]
+    words = [
+        "fever",
+        "Rash",
+        "a",
+        "leak\u00a0age",
+        "[3H]-x",
+        "@@",
+        "##",
+        "[Disease]",
+        ",",
+        "; Chemical:",
+        "é",
+        "\U0001f922",
+        "高血压",
+        "(",
+        ")",
+        "\n",
+        "  ",
+        "e\u0301",
+        "and",
+    ]
+    tags = [
+        "[Disease]",
+        "[/Disease]",
+        "[Chemical]",
+        "[/Chemical]",
+        "@@",
+        "##",
+        ", ",
+        "; ",
+        "Disease: ",
+        "Chemical: ",
+        "\x00",
+    ]
     for _ in range(2000):
         text = " ".join(draw.choices(words, k=draw.randrange(1, 12))).strip() or "x"
         task = draw.choice(TASKS)
@@ -371,14 +449,20 @@ def test_parse_never_raises_and_never_invents():
         output = render(task, text, gold)
         for _ in range(draw.randrange(8)):
             a, b = sorted(draw.choices(range(len(output) + 1), k=2))
-            output = draw.choice([
-                output[:a] + draw.choice(tags + words) + output[a:], output[:a] + output[min(b, a + 6):],
-                output[:b], output[:a] + output[a:b].swapcase() + output[b:], output[:b] + output[a:]])
+            output = draw.choice(
+                [
+                    output[:a] + draw.choice(tags + words) + output[a:],
+                    output[:a] + output[min(b, a + 6) :],
+                    output[:b],
+                    output[:a] + output[a:b].swapcase() + output[b:],
+                    output[:b] + output[a:],
+                ]
+            )
         parsed = parse(task, text, output, truncated=draw.random() < 0.3)
         end = 0
         for span in parsed.spans:
             assert end <= span.start < span.end <= len(text) and span.label in task.labels
-            assert text[span.start:span.end] == text[span.start:span.end].strip()
+            assert text[span.start : span.end] == text[span.start : span.end].strip()
             end = span.end
         assert set(parsed.not_in_source) <= set(parsed.entities)
         for _, string in parsed.not_in_source:
@@ -388,8 +472,14 @@ def test_parse_never_raises_and_never_invents():
 
 
 def test_runaway_outputs_are_bounded():
-    outputs = ["x " * 100_000, "[Disease]" * 20_000, "[Disease]leak b[/Disease] " * 5_000, SOURCE * 2_000,
-               "patients, and " * 10_000, "x" * 200_000]
+    outputs = [
+        "x " * 100_000,
+        "[Disease]" * 20_000,
+        "[Disease]leak b[/Disease] " * 5_000,
+        SOURCE * 2_000,
+        "patients, and " * 10_000,
+        "x" * 200_000,
+    ]
     start = time.perf_counter()
     for output in outputs:
         for task in (ALL, LIST):

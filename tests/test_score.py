@@ -13,8 +13,10 @@ LABELS = ("Disease", "Chemical", "Gene")
 
 
 def random_keys(draw: random.Random, number: int, labels=LABELS) -> set[tuple]:
-    return {(str(draw.randrange(20)), start, start + draw.randrange(1, 3), draw.choice(labels))
-            for start in draw.choices(range(8), k=number)}
+    return {
+        (str(draw.randrange(20)), start, start + draw.randrange(1, 3), draw.choice(labels))
+        for start in draw.choices(range(8), k=number)
+    }
 
 
 def recount(gold: set, predicted: set, label: str | None = None) -> tuple[int, int, int]:
@@ -85,8 +87,10 @@ def test_bootstrap_is_the_score_of_resampled_documents():
     values = []
     for weights in np.random.default_rng(5).multinomial(20, np.full(20, 1 / 20), size=30):
         copies = [(id, copy) for id, weight in zip(documents, weights, strict=True) for copy in range(weight)]
-        sampled = [{((id, copy), *key[1:]) for id, copy in copies for key in keys if key[0] == id}
-                   for keys in (gold, predicted)]
+        sampled = [
+            {((id, copy), *key[1:]) for id, copy in copies for key in keys if key[0] == id}
+            for keys in (gold, predicted)
+        ]
         values.append(score.score(*sampled)["micro"]["f1"])
     result = score.bootstrap(score.document_counts(gold, predicted, documents), samples=30, seed=5, level=0.9)
     assert (result["low"], result["high"]) == pytest.approx(tuple(np.quantile(values, [0.05, 0.95])))
@@ -132,8 +136,12 @@ TEXTS = {"1": "A fever. Then nausea.", "2": "Nothing here.", "3": "Lead again: f
 
 
 def documents(**spans: tuple[tuple[int, int, str], ...]) -> list[Document]:
-    return [Document(id, TEXTS[id], tuple(Span(*span) for span in spans.get(f"d{id}", ())),
-                     corpus.sentence_bounds(TEXTS[id])) for id in TEXTS]
+    return [
+        Document(
+            id, TEXTS[id], tuple(Span(*span) for span in spans.get(f"d{id}", ())), corpus.sentence_bounds(TEXTS[id])
+        )
+        for id in TEXTS
+    ]
 
 
 GOLD = documents(d1=((2, 7, "Disease"), (14, 20, "Disease")), d3=((0, 4, "Chemical"), (12, 17, "Disease")))
