@@ -5,7 +5,6 @@ The loop itself is `llamalora/loop.py`.
 """
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from llamalora import run
 from llamalora.cli import UsageError, add_flags, from_flags, run_command
 from llamalora.distributed import join_world
 from llamalora.loop import train
-from llamalora.memory import OutOfMemory
-from llamalora.training import DivergedError
 
 
 def main(argv: list[str]) -> None:
@@ -34,10 +31,7 @@ def main(argv: list[str]) -> None:
         explicit = {name: given[name] for name in stored if given[name] is not None}
         settings = run.Settings(**stored | explicit | {"out": folder})
     with join_world(settings.timeout) as world:
-        try:
-            train(settings, world, resume)
-        except (DivergedError, OutOfMemory) as error:
-            sys.exit(f"error: {error}")
+        train(settings, world, resume)
 
 
 if __name__ == "__main__":

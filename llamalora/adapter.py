@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .checkpoint import save_tensors
+from .errors import InputError
 from .lora import KINDS, adapt, kind_of, lora_layers
 from .peft_format import CONFIG, WEIGHTS, Factors, factor_keys, read_adapter
 
@@ -19,11 +20,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
         base_model: recorded as `base_model_name_or_path`.
 
     Raises:
-        ValueError: the model has no LoRA layer.
+        InputError: the model has no LoRA layer.
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRA layer to save")
+        raise InputError("the model has no LoRA layer to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

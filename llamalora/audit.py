@@ -8,9 +8,10 @@ from pathlib import Path
 
 from . import counts, hardware, memory, paper
 from .checkpoint import read_config
-from .cli import UsageError, aligned
+from .cli import UsageError
 from .lora import KINDS, METHODS, parse_targets
 from .model import LLAMA_2, Llama, LlamaConfig
+from .text_table import aligned
 from .training import DTYPES
 
 GIB = 2**30

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ner
+from .errors import InputError
 from .packing import Packing
 from .tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class Example:
         return len(self.ids) - self.prompt
 
 
-class OverlongError(ValueError):
+class OverlongError(InputError):
     """An example longer than the model's context."""
 
 

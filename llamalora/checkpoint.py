@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .distributed import is_sharded, whole
+from .errors import InputError
 from .lora import PARTS, lora_layers
 from .model import ConfigError, Llama, LlamaConfig
 from .stream import write_tensors
@@ -18,7 +19,7 @@ from .stream import write_tensors
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A folder that cannot be loaded or written; the message names the file and what is wrong."""
 
 

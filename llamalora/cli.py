@@ -7,18 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 
-from .batch import OverlongError
-from .checkpoint import CheckpointError
-from .corpus import CorpusError
-from .distributed import LostError
-from .tokenizer import TokenizerError
+from .errors import InputError, RunError
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A flag whose value cannot be used; the message names the flag and what to do."""
-
-
-BAD_INPUT = (UsageError, CheckpointError, CorpusError, TokenizerError, OverlongError)
 
 
 def option(default, help: str, choices: tuple | None = None, bare=None):
@@ -59,14 +52,14 @@ def from_flags(cls: type, arguments: argparse.Namespace):
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command and ends it with one message, never a traceback, on what is not its fault.
 
-    Exit codes: 2 for bad input, 1 for a file that cannot be read or written and for a lost process, 130 after
-    Ctrl-C, 143 after SIGTERM.
+    Exit codes: 2 for bad input (`InputError`), 1 for work that could not be finished (`RunError`) and for a file that
+    cannot be read or written, 130 after Ctrl-C, 143 after SIGTERM.
     """
     # ends as an exception does, so that what has been written in part is removed
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except BAD_INPUT as error:
+    except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except BrokenPipeError:  # whoever read our output has had enough
@@ -75,7 +68,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except OSError as error:
         sys.stderr.write(f"error: {error.filename}: {error.strerror}\n" if error.filename else f"error: {error}\n")
         sys.exit(1)
-    except LostError as error:
+    except RunError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -83,14 +76,6 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         sys.exit(128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def aligned(rows: list[list[str]], sides: str = "l") -> str:
-    """A text table: `l` and `r` say to which side each column leans, those without a letter to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lean = [str.ljust if side == "l" else str.rjust for side in sides.ljust(len(widths), "r")]
-    lines = ("  ".join(to(cell, width) for to, cell, width in zip(lean, row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 class Interrupt:

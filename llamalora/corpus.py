@@ -7,12 +7,16 @@ that names the file and, where there is one, the line.
 
 import gzip
 import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
+
+from .errors import InputError
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +48,7 @@ class Sentence:
     spans: tuple[Span, ...]
 
 
-class CorpusError(ValueError):
+class CorpusError(InputError):
     """A file that is no corpus. The message starts with `file:line: ` (or the file or folder alone)."""
 
 
@@ -74,6 +78,11 @@ def sentences(document: Document) -> list[Sentence]:
         spans = [Span(span.start - start, span.end - start, span.label) for span in outermost(inside)]
         result.append(Sentence(document.id, start, document.text[start:end], tuple(spans)))
     return result
+
+
+def all_sentences(documents: Iterable[Document]) -> list[Sentence]:
+    """The sentences of documents, one document after the other."""
+    return [sentence for document in documents for sentence in sentences(document)]
 
 
 def outermost(spans: Iterable[Span]) -> list[Span]:
@@ -134,12 +143,18 @@ _CONLL_NAME = re.compile(r"\.(tsv|conll|iob|bio|txt)(\.gz)?$", re.IGNORECASE)
 def read(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
     """Reads PubTator (known by its first line, under any name) or CoNLL (.tsv .conll .iob .bio .txt, or .gz).
 
-    `reference`: for a file of predictions, the gold documents it is about. PubTator may then lack the text
-    lines, and CoNLL, which has no document ids, takes those of the reference in order. Raises CorpusError.
+    Args:
+        reference: for a file of predictions, the gold documents it is about. PubTator may then lack the text
+            lines, and CoNLL, which has no document ids, takes those of the reference in order.
+
+    Raises:
+        CorpusError: neither of them, or a file that is malformed or cannot be read.
     """
     path = Path(path)
-    first = next(line for line in _lines(path) if line.strip())
-    if _TEXT_LINE.fullmatch(first) or _MENTION_LINE.match(first):
+    first = next((line for _, line in _read_lines(path) if line.strip()), None)
+    if first is None:
+        raise CorpusError(f"{path}: empty; expected PubTator or CoNLL")
+    if is_pubtator(first):
         return read_pubtator(path, reference)
     if _CONLL_NAME.search(path.name):
         return read_conll(path, reference)
@@ -149,50 +164,119 @@ def read(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]
     )
 
 
-def read_pubtator(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
-    """Reads PubTator: `id|t|title`, `id|a|abstract`, then mentions `id start end text label`, tabbed.
+def stream(path: str) -> Iterator[Document]:
+    """The documents of a file or of standard input (`-`), without their mentions, as they come.
+
+    PubTator is known by its first line; in other text each line that is not blank is a document, its id the number
+    of the line.
+
+    Raises:
+        CorpusError: text that is not UTF-8, or malformed PubTator.
+    """
+    lines = decoded_lines(sys.stdin.buffer, "standard input") if path == "-" else _read_lines(Path(path))
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = chain([first], lines)
+    if is_pubtator(first[1]):
+        for record in pubtator_records(lines):
+            if record.text is None:
+                raise _without_title(record.where, record.id)
+            yield Document(record.id, record.text, (), sentence_bounds(record.text))
+        return
+    for number, (_, line) in enumerate(lines, start=1):
+        if line.strip():
+            yield Document(str(number), line, (), sentence_bounds(line))
+
+
+def is_pubtator(line: str) -> bool:
+    """Whether the first line of a file is one of PubTator's."""
+    return bool(_TEXT_LINE.fullmatch(line) or _MENTION_LINE.match(line))
+
+
+@dataclass
+class Record:
+    """Lines of a PubTator file that stand together and belong to one document.
+
+    Attributes:
+        where: `file:line` of the first.
+        text: title and abstract; None where mention lines stand without them.
+        mentions: the columns of each mention line, with its `file:line`.
+    """
+
+    where: str
+    id: str
+    text: str | None
+    mentions: list[tuple[str, list[str]]] = field(default_factory=list)
+
+
+def pubtator_records(lines: Iterable[tuple[str, str]]) -> Iterator[Record]:
+    """Parses PubTator as it comes: `id|t|title`, `id|a|abstract`, then mentions `id start end text label`, tabbed.
 
     The text is title + one space + abstract, as the standard counts its offsets. Relations are skipped.
-    See `read` for `reference`. Raises CorpusError.
+
+    Args:
+        lines: each with its `file:line`.
+
+    Raises:
+        CorpusError: a line that is none of these, an abstract without its title, a second document of one id.
     """
-    path = Path(path)
-    known = {document.id: document.text for document in reference}
-    texts: dict[str, str] = {}
-    spans: dict[str, set[Span]] = {}
-    title = None  # id of a document whose abstract may come next
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}:{number}"
+    seen: set[str] = set()
+    record = None
+    awaits_abstract = False
+    for where, line in lines:
         if not line.strip():
             continue
         if match := _TEXT_LINE.fullmatch(line):
             id, part, content = match.groups()
             if part == "t":
-                if id in texts:
+                if id in seen:
                     raise CorpusError(f"{where}: a second document {id}; ids must be unique in a file")
-                title, texts[id], spans[id] = id, content, set()
-            elif title == id:
-                title = None
-                texts[id] += f" {content}" if content else ""
+                if record:
+                    yield record
+                seen.add(id)
+                record, awaits_abstract = Record(where, id, content), True
+            elif record and awaits_abstract and record.id == id:
+                record.text, awaits_abstract = f"{record.text} {content}" if content else record.text, False
             else:
                 raise CorpusError(f"{where}: the abstract of {id} must follow its title line `{id}|t|...`")
             continue
-        title = None
+        awaits_abstract = False
         if _RELATION_LINE.fullmatch(line):
             continue
-        fields = line.split("\t")
-        if len(fields) < 5:
+        columns = line.split("\t")
+        if len(columns) < 5:
             raise CorpusError(
                 f"{where}: neither `id|t|title`, `id|a|abstract` nor a mention "
                 "`id start end text label` with tabs between its columns"
             )
-        id = fields[0]
-        if id not in texts:
-            if id not in known:
-                lacking = "is not among the gold documents" if known else "has no title line before this one"
-                raise CorpusError(f"{where}: a mention of document {id}, which {lacking}")
-            texts[id], spans[id] = known[id], set()
-        spans[id].add(_mention(where, fields, texts[id]))
+        if record is None or record.id != columns[0]:
+            if record:
+                yield record
+            record = Record(where, columns[0], None)
+        record.mentions.append((where, columns))
+    if record:
+        yield record
+
+
+def read_pubtator(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
+    """Reads a PubTator file, see `pubtator_records`; `reference` and errors as of `read`."""
+    known = {document.id: document.text for document in reference}
+    texts: dict[str, str] = {}
+    spans: dict[str, set[Span]] = {}
+    for record in pubtator_records(_read_lines(Path(path))):
+        text = record.text if record.text is not None else texts.get(record.id, known.get(record.id))
+        if text is None:
+            raise _without_title(record.where, record.id, known)
+        texts[record.id] = text
+        found = spans.setdefault(record.id, set())
+        found.update(_mention(where, columns, text) for where, columns in record.mentions)
     return [Document(id, text, tuple(sorted(spans[id])), sentence_bounds(text)) for id, text in texts.items()]
+
+
+def _without_title(where: str, id: str, known: Collection[str] = ()) -> CorpusError:
+    lacking = "is not among the gold documents" if known else "has no title line before this one"
+    return CorpusError(f"{where}: a mention of document {id}, which {lacking}")
 
 
 def _mention(where: str, fields: list[str], text: str) -> Span:
@@ -228,10 +312,10 @@ def read_conll(path: str | Path, reference: Sequence[Document] = ()) -> list[Doc
     groups: list[list[list[tuple[str, str]]]] = [[]]  # documents of sentences of (token, tag)
     sentence: list[tuple[str, str]] = []
     marked = False
-    for number, line in enumerate([*_lines(path), ""], 1):
+    for where, line in chain(_read_lines(path), [("", "")]):
         fields = re.split(r" *\t *" if "\t" in line else " +", line.strip("\t "))
         if line.strip() and fields[0] != "-DOCSTART-":
-            sentence.append(_token(f"{path}:{number}", fields))
+            sentence.append(_token(where, fields))
             continue
         if sentence:
             groups[-1].append(sentence)
@@ -282,27 +366,37 @@ def _from_tokens(id: str, group: list[list[tuple[str, str]]]) -> Document:
     return Document(id, text, tuple(spans), tuple(bounds))
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, gzipped or not, without their ends: LF or CRLF, with or without a BOM."""
+def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{path}: a truncated or damaged gzip file ({error}); fetch it again") from error
+        with path.open("rb") as file:
+            yield from decoded_lines(file, str(path))
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 text, gzipped or not, each with its `name:number`, without their ends: LF or CRLF, with or
+    without a BOM. They are not cut at other characters that may stand inside a text, such as U+2028.
+
+    Raises:
+        CorpusError: a damaged gzip file, or bytes that are not UTF-8.
+    """
+    start = 0  # of the line, in bytes
     try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CorpusError(
-            f"{path}:{line}: byte {error.start} ({data[error.start]:#04x}) is not UTF-8; convert the file to UTF-8"
-        ) from error
-    if not text.strip():
-        raise CorpusError(f"{path}: empty; expected PubTator or CoNLL")
-    # Not str.splitlines: it would also cut at characters that may stand inside a text, such as U+2028.
-    return [line.removesuffix("\r") for line in text.split("\n")]
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            file = gzip.open(file)  # noqa: SIM115  (its caller closes the file beneath)
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{name}:{number}: byte {start + error.start} ({line[error.start]:#04x}) is not UTF-8; "
+                    "convert the file to UTF-8"
+                ) from error
+            start += len(line)
+            yield f"{name}:{number}", text.removesuffix("\n").removesuffix("\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{name}: a truncated or damaged gzip file ({error}); fetch it again") from error
 
 
 # ---- writing, and finding the splits of a corpus ----

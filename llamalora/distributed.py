@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import RunError
 
-class LostError(RuntimeError):
+
+class LostError(RunError):
     """Another process has died, or has been silent for too long."""
 
 

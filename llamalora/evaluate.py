@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import ner
 from .constrain import Constraint
-from .corpus import Document, Sentence, Span, sentences
+from .corpus import Document, Sentence, Span, all_sentences
 from .decode import generate
 from .distributed import World
 from .draft import SourceDrafter
@@ -211,7 +211,7 @@ def confidence_by_mention(answers: Sequence[Answer]) -> dict[tuple[str, int, int
 
 def select(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
     """The first `limit` sentences of documents, and the documents with only the gold mentions in them."""
-    every = [sentence for document in documents for sentence in sentences(document)]
+    every = all_sentences(documents)
     if limit is None or limit >= len(every):
         return list(documents), every
     chosen = every[:limit]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from . import corpus, counts, evaluate, paper, run
 from .checkpoint import CheckpointError
-from .cli import BAD_INPUT
 from .distributed import World
+from .errors import InputError
 from .files import write_json
 from .loop import train
 from .lora import KINDS, count_parameters
@@ -243,7 +243,7 @@ class Cell:
                 free = {name: getattr(settings, name) for name in (*run.Settings.FREE, "model", "data")}
                 settings = replace(run.read_settings(self.folder), **free)
             result = train(settings, replace(world, quiet=True), resume)
-        except (RuntimeError, *BAD_INPUT) as error:
+        except (RuntimeError, InputError) as error:
             result = failure(error)
             if not on_every_process(error, world):
                 self.keep(result)
@@ -273,7 +273,7 @@ def failure(error: Exception) -> dict:
 
 def on_every_process(error: Exception, world: World) -> bool:
     """Whether all processes have met the same error: one that memory or a disk gave may be one process's own."""
-    alike = isinstance(error, (DivergedError, *BAD_INPUT)) and not isinstance(error, CheckpointError)
+    alike = isinstance(error, (DivergedError, InputError)) and not isinstance(error, CheckpointError)
     return alike or world.size == 1
 
 
@@ -362,7 +362,7 @@ class Runner:
             result, answers = score_split(
                 loaders, split, documents, asked, cells[0].settings.precision, self.world, self.base.eval_batch
             )
-        except (RuntimeError, *BAD_INPUT) as error:
+        except (RuntimeError, InputError) as error:
             if not on_every_process(error, self.world):
                 raise
             return failure(error)

@@ -40,7 +40,7 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
         raise UsageError(f"--data {settings.data}: has no training split")
     task = run.make_task(settings, splits)
     config, tokenizer = run.read_base(settings)
-    sentences = [sentence for document in splits["train"] for sentence in corpus.sentences(document)]
+    sentences = corpus.all_sentences(splits["train"])
     examples, skipped = encode_all(
         task, tokenizer, sentences[: settings.limit_train], config.max_position_embeddings, settings.overlong
     )

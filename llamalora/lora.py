@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dora import Stretch, initial_magnitude, normalise_, row_norms
+from .errors import InputError
 
 # the nine kinds of layer of the paper's section 3.4, in its order
 KINDS = {
@@ -41,13 +42,13 @@ def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
     """`all`, a comma list or a sequence of kinds -> kinds in the paper's order.
 
     Raises:
-        ValueError: an unknown or missing kind.
+        InputError: an unknown or missing kind.
     """
     given = targets.split(",") if isinstance(targets, str) else targets
     names = [name.strip() for name in given if name.strip()]
     unknown = [name for name in names if name not in (*KINDS, "all")]
     if unknown or not names:
-        raise ValueError(f"unknown target {', '.join(unknown) or targets!r}; choose all or any of {','.join(KINDS)}")
+        raise InputError(f"unknown target {', '.join(unknown) or targets!r}; choose all or any of {','.join(KINDS)}")
     return tuple(kind for kind in KINDS if kind in names or "all" in names)
 
 
@@ -315,7 +316,7 @@ def inject_lora(
             embedding D) more parameters a layer.
 
     Raises:
-        ValueError: an unknown target, a target that matches no layer, or what `adapt` refuses.
+        InputError: an unknown target, a target that matches no layer, or what `adapt` refuses.
     """
     names = _layers_of(model, targets)
     adapt(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), rslora, dropout, seed, dora)
@@ -328,7 +329,7 @@ def train_weights(model: nn.Module, targets: str | Sequence[str]) -> nn.Module:
     Where embedding and head are one matrix, either target trains it, in both of its places.
 
     Raises:
-        ValueError: an unknown target, or one that matches no layer.
+        InputError: an unknown target, or one that matches no layer.
     """
     names = _layers_of(model, targets)
     model.requires_grad_(False)
@@ -343,7 +344,7 @@ def _layers_of(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if kind_of(name) in kinds]
     absent = [kind for kind in kinds if kind not in map(kind_of, names)]
     if absent:
-        raise ValueError(f"no layer of the model is of kind {', '.join(absent)}")
+        raise InputError(f"no layer of the model is of kind {', '.join(absent)}")
     return names
 
 
@@ -358,15 +359,15 @@ def adapt(
     """`inject_lora` layer by layer: module name -> its rank and alpha.
 
     Raises:
-        ValueError: a rank below 1, a dropout outside [0, 1), or a model that carries LoRA already.
+        InputError: a rank below 1, a dropout outside [0, 1), or a model that carries LoRA already.
     """
     if lora_layers(model):
-        raise ValueError("the model carries LoRA layers already")
+        raise InputError("the model carries LoRA layers already")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+        raise InputError(f"dropout is {dropout}; it must be at least 0 and below 1")
     for rank, _ in layers.values():
         if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be at least 1")
+            raise InputError(f"rank is {rank}; it must be at least 1")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     too_wide = []

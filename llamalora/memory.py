@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from .errors import RunError
 from .lora import KINDS, LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .packing import Packing
@@ -358,7 +359,7 @@ class Step:
 # ---- when it was not enough ----
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(RunError):
     """A GPU's memory did not suffice; the message sets the plan beside what was measured."""
 
 

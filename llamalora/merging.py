@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from . import run
 from .checkpoint import CheckpointError, load_model, read_json, read_tensor, skeleton, tensor_files
-from .cli import UsageError, aligned
+from .cli import UsageError
 from .lora import KINDS, PARTS, adapt, kind_of
 from .model import Llama
 from .peft_format import Adapter, read_adapter
 from .stream import streamed, write_tensors
+from .text_table import aligned
 from .tokenizer import TokenizerError, check_fit, load_tokenizer
 
 PROBE = (

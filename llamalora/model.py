@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend_cached, attend_packed
+from .errors import InputError
 from .packing import KVCache, Packing
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A model configuration that this implementation cannot represent; the message names the field."""
 
 

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from .systems import load_run
 from .training import DTYPES, choose_precision
 
 DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
-_TITLE = re.compile(r"[^|\t]+\|t\|")
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +36,7 @@ def main(argv: list[str]) -> None:
         system = load_run(Path(arguments.run), arguments.which, precision, world)
         if arguments.constrain:
             run.check_constraint(system.task)
-        documents = read_stream(arguments.file)
+        documents = corpus.stream(arguments.file)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = evaluate.select(chunk, None)
             answers, _ = evaluate.answer(
@@ -67,52 +65,3 @@ def write(documents: Iterable[Document], confidence: Mapping[tuple[str, int, int
             ]
             print(json.dumps({"id": document.id, "text": document.text, "entities": entities}, ensure_ascii=False))
     sys.stdout.flush()
-
-
-def read_stream(path: str) -> Iterator[Document]:
-    """The documents of a file or of standard input (`-`), without their mentions, as they come.
-
-    PubTator is recognised by its first line (`ID|t|...`); in other text each line that is not blank is a
-    document, its id the number of the line.
-
-    Raises:
-        CorpusError: text that is not UTF-8, or malformed PubTator.
-    """
-    file = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115  (closed when the process ends)
-    name = "standard input" if path == "-" else path
-    lines = _decoded(file, name)
-    first = next(lines, None)
-    if first is None:
-        return
-    lines = (line for part in ([first], lines) for line in part)
-    if _TITLE.match(first[1]):
-        yield from _pubtator(lines, name)
-        return
-    for number, line in lines:
-        if line.strip():
-            yield Document(str(number), line, (), corpus.sentence_bounds(line))
-
-
-def _decoded(file, name: str) -> Iterator[tuple[int, str]]:
-    for number, raw in enumerate(file, start=1):
-        try:
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{name}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _pubtator(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Document]:
-    """Title and abstract of each document; mention lines are passed over."""
-    id, text = None, ""
-    for number, line in lines:
-        parts = line.split("|", 2)
-        if len(parts) == 3 and parts[1] == "t":
-            if id is not None:
-                yield Document(id, text, (), corpus.sentence_bounds(text))
-            id, text = parts[0], parts[2]
-        elif len(parts) == 3 and parts[1] == "a" and parts[0] == id:
-            text += " " + parts[2] if parts[2] else ""
-        elif line.strip() and "\t" not in line:
-            raise CorpusError(f"{name}:{number}: neither a title, an abstract nor a mention of document {id}")
-    if id is not None:
-        yield Document(id, text, (), corpus.sentence_bounds(text))

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .cli import aligned
+from .text_table import aligned
 
 PAGE = Path(__file__).with_name("inspect.html")
 PHI_GRID = 16  # the page shows phi(i, j) for at most this many i and j

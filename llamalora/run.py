@@ -181,7 +181,7 @@ def make_task(settings: Settings, splits: Mapping[str, list[corpus.Document]]) -
     except ValueError as error:
         raise UsageError(f"--labels: {error}") from None
     if settings.shots:
-        sentences = [sentence for document in splits["train"] for sentence in corpus.sentences(document)]
+        sentences = corpus.all_sentences(splits["train"])
         shown = ner.draw_demonstrations(task, sentences, settings.shots, settings.seed)
         task = replace(task, demonstrations=shown)
     return task

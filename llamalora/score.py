@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .corpus import CorpusError, Document, label_order, labels, read
+from .text_table import aligned
 
 Keys = set[tuple]  # of (document id, ..., label)
 
@@ -141,6 +142,4 @@ def format_table(scores: dict) -> str:
     for name, row in [*scores["types"].items(), ("micro", scores["micro"])]:
         rates = (f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1"))
         rows.append((name, *rates, *(str(row[key]) for key in ("tp", "fp", "fn"))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join(map("  ".join, aligned))
+    return aligned(rows)

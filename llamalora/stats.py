@@ -5,7 +5,8 @@ import json
 from collections.abc import Sequence
 
 from . import corpus, ner, paper
-from .cli import UsageError, aligned
+from .cli import UsageError
+from .text_table import aligned
 from .tokenizer import Tokenizer, load_tokenizer
 
 
@@ -41,7 +42,7 @@ def statistics(splits: dict[str, list[corpus.Document]], tokenizer: Tokenizer | 
 
 
 def _tokens(documents: Sequence[corpus.Document], labels: tuple[str, ...], tokenizer: Tokenizer) -> dict[str, dict]:
-    sentences = [sentence for document in documents for sentence in corpus.sentences(document)]
+    sentences = corpus.all_sentences(documents)
     texts = {"sentence": [sentence.text for sentence in sentences]}
     if labels:
         try:

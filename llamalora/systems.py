@@ -7,8 +7,8 @@ from pathlib import Path
 from . import corpus, evaluate, ner, run
 from .adapter import load_adapter
 from .checkpoint import load_model, read_config
-from .cli import UsageError
 from .distributed import World
+from .errors import InputError
 from .lora import merge
 from .model import Llama
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
@@ -43,7 +43,7 @@ def load_system(settings: run.Settings, adapter: str | None, precision: str, wor
     model = load_model(settings.model, DTYPES[precision], world.device)
     if adapter:
         merge(load_adapter(model, adapter))
-    known = [sentence for document in splits.get("train", ()) for sentence in corpus.sentences(document)]
+    known = corpus.all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
 
 
@@ -53,19 +53,19 @@ def _training_sentences(data: str) -> list[corpus.Sentence]:
         documents = corpus.read(corpus.find_splits(data)["train"])
     except (corpus.CorpusError, KeyError, OSError):
         return []
-    return [sentence for document in documents for sentence in corpus.sentences(document)]
+    return corpus.all_sentences(documents)
 
 
 def joint_labels(tasks: Sequence[ner.Task]) -> tuple[str, ...]:
     """The labels that several systems answer for together, in the corpus's order.
 
     Raises:
-        UsageError: two of them answer for one label.
+        InputError: two of them answer for one label.
     """
     named = [label for task in tasks for label in task.labels]
     labels = corpus.label_order(named)
     if len(labels) < len(named):
-        raise UsageError(f"--run: two runs answer for one label ({', '.join(named)}); only different ones are joined")
+        raise InputError(f"two systems answer for one label ({', '.join(named)}); only different labels can be joined")
     return labels
 
 

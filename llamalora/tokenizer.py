@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from .errors import InputError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(InputError):
     """A tokenizer that is missing, unreadable or does not fit the model; the message names the file."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .batch import MicroBatch
 from .distributed import World, is_sharded, whole
+from .errors import RunError
 from .lora import LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .sharding import placed, within
@@ -21,7 +22,7 @@ SOFTMAX_AT_ONCE = (2**20, 2**24)  # of these, by a CPU and by a GPU, in fp32
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """Training cannot go on: gradients that stay infinite, or parameters that never move."""
 
 

@@ -97,7 +97,7 @@ def test_predict_writes_json_lines_and_pubtator(runs, tmp_path, capsys):
         (["--run", "nowhere"], "no such"),
         (["--run", "RUN", "--limit", "0"], "--limit"),
         (["--model", "weights/tiny"], "--data"),
-        (["--run", "RUN", "--run", "RUN"], "two runs"),
+        (["--run", "RUN", "--run", "RUN"], "two systems answer"),
         (["--model", "weights/tiny", "--adapter", "weights", "--data", "data/sample"], "adapter_config.json"),
     ],
 )

@@ -11,14 +11,15 @@ PACKAGE = ROOT / "llamalora"
 
 # the way of the data: a module imports from lines above its own only
 LAYERS = [
+    {"errors", "text_table"},
     {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "stream", "dora", "files"},
+    {"cli"},
     {"ner", "score", "attention", "lora"},
     {"model"},
     {"checkpoint", "batch", "decode", "draft", "constrain"},
     {"peft_format", "runstate", "sharding"},
     {"training", "evaluate"},
     {"adapter", "analysis", "memory"},
-    {"cli"},
     {"run", "fetch", "report", "counts", "stats", "steplog"},
     {"placement", "hardware"},
     {"loop", "systems", "inspect_adapter", "audit", "merging", "verify"},

@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_model
 
 import train
-from llamalora import corpus, evaluate, ner, predict
+from llamalora import corpus, evaluate, ner
 from llamalora.checkpoint import load_model, save_model
 from llamalora.cli import run_command
 from llamalora.corpus import Document, Span
@@ -60,7 +60,7 @@ def test_a_document_of_100_000_characters(tmp_path):
     assert sum(len(one.spans) for one in inside) == len(spans)
     assert {one.text[s.start : s.end] for one in inside for s in one.spans} == {"fever"}
     (tmp_path / "line.txt").write_text(text + "\n")
-    (read,) = predict.read_stream(str(tmp_path / "line.txt"))
+    (read,) = corpus.stream(str(tmp_path / "line.txt"))
     assert read.text == text and len(read.sentences) == len(inside)
 
 

@@ -126,7 +126,7 @@ def test_out_of_memory_sets_the_plan_beside_what_was_measured(monkeypatch):
         no_memory()
 
 
-def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path):
+def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path, capsys):
     def placed(*_):
         plan = memory.Plan("ddp", 698, {"activations": 5 * memory.GIB}, 4 * memory.GIB)
         return placement.Placement("ddp", 698, 0, plan, "of this test")
@@ -138,7 +138,8 @@ def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path):
     flags = "--model weights/tiny --data data/sample --limit-train 4 --epochs 1 --precision fp32 --out"
     with pytest.raises(SystemExit) as stop:
         run_command(train.main, [*flags.split(), str(tmp_path / "run")])
-    assert "memory does not suffice" in stop.value.code and "activations" in stop.value.code  # so the exit status is 1
+    message = capsys.readouterr().err
+        assert stop.value.code == 1 and "memory does not suffice" in message and "activations" in message
 
 
 def test_the_kernel_of_attention_has_a_name():

@@ -133,7 +133,7 @@ def test_streams_to_predict(place, capsys):
         path = place / "stream.txt"
         path.write_bytes(data)
         try:
-            for document in predict.read_stream(str(path)):
+            for document in corpus.stream(str(path)):
                 assert all(0 <= start < end <= len(document.text) for start, end in document.sentences)
                 predict.write([document], {}, "jsonl")
                 predict.write([document], {}, "pubtator")
