@@ -11,8 +11,8 @@ from llamalora import corpus, evaluate, run
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World, join_world
 from llamalora.files import replace_file
+from llamalora.precision import DTYPES, choose_precision
 from llamalora.systems import joint_labels, load_run, load_system, score_split
-from llamalora.training import DTYPES, choose_precision
 
 
 def main(argv: list[str]) -> None:

@@ -24,7 +24,8 @@ from llamalora.distributed import World
 from llamalora.lora import count_parameters, inject_lora, merge, restore
 from llamalora.memory import LENGTHS, micro_batch
 from llamalora.model import LLAMA_2, Llama, LlamaConfig
-from llamalora.training import DTYPES, Optimizer, backward, choose_precision
+from llamalora.precision import DTYPES, choose_precision
+from llamalora.training import Optimizer, backward
 
 
 def main() -> None:

@@ -29,11 +29,13 @@ from llamalora.audit import parse_capacity, read_shape
 from llamalora.batch import Example, MicroBatch, deal
 from llamalora.checkpoint import skeleton
 from llamalora.cli import run_command
-from llamalora.distributed import World, is_sharded, join_world
-from llamalora.lora import count_parameters
+from llamalora.distributed import World, join_world
+from llamalora.lora import count_parameters, make_trainable
 from llamalora.model import LlamaConfig
+from llamalora.precision import DTYPES
 from llamalora.sharding import shard
-from llamalora.training import DTYPES, Optimizer, backward
+from llamalora.stream import is_sharded
+from llamalora.training import Optimizer, backward
 
 TINY = LlamaConfig(
     vocab_size=515, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
@@ -95,7 +97,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     config = TINY if arguments.model == "tiny" else read_shape(arguments.model)
     capacity = _capacity(arguments.share, world)
     chosen = placement.fit(
-        run.make_trainable(skeleton(config), settings), settings, memory.LENGTHS, world.size, capacity
+        make_trainable(skeleton(config), **settings.learning), settings, memory.LENGTHS, world.size, capacity
     )
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -135,7 +137,7 @@ def random_model(config: LlamaConfig, settings: run.Settings, world: World, para
     """As `run.build_model` makes it, but for the values: small and random, since there is no checkpoint."""
     products = DTYPES[settings.precision]
     model = skeleton(config).to(torch.float32 if settings.method == "full" else products)
-    run.make_trainable(model, settings)
+    make_trainable(model, **settings.learning)
     if parallel == "fsdp":
         shard(model, world, products)
     model.to_empty(device=world.device)

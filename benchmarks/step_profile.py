@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from llamalora import corpus, evaluate, run
 from llamalora.batch import MicroBatch, deal, encode_all, plan_epoch
 from llamalora.distributed import World
+from llamalora.precision import choose_precision
 from llamalora.systems import load_system
-from llamalora.training import Optimizer, backward, choose_precision
+from llamalora.training import Optimizer, backward
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from work import need_peer
 
 from llamalora import corpus, evaluate, ner, run
 from llamalora.distributed import World, join_world
+from llamalora.precision import DTYPES
 from llamalora.systems import System, load_run, load_system
-from llamalora.training import DTYPES
 
 
 def main() -> None:

@@ -27,10 +27,9 @@ from work import flops_per_token, need_peer, padded
 from llamalora import corpus, run
 from llamalora.adapter import save_adapter
 from llamalora.batch import Example, encode_all, plan_epoch
-from llamalora.checkpoint import read_config
-from llamalora.counts import build
+from llamalora.checkpoint import read_config, skeleton
 from llamalora.distributed import World
-from llamalora.lora import lora_layers
+from llamalora.lora import lora_layers, make_trainable
 
 HOME = Path(__file__).resolve().parents[1]
 KINDS = "q,k,v,o,up,down,gate"
@@ -172,7 +171,7 @@ def peer(arguments: argparse.Namespace) -> dict:
 
 def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples: list[Example]) -> dict:
     torch.set_num_threads(arguments.threads)
-    layers = lora_layers(build(read_config(arguments.model), KINDS, arguments.rank, "lora"))
+    layers = lora_layers(make_trainable(skeleton(read_config(arguments.model)), targets=KINDS, rank=arguments.rank))
     lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
     flops = flops_per_token(read_config(arguments.model), lora, examples)
     peak = matmul_rate([tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name])

@@ -6,15 +6,14 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from . import counts, hardware, memory, paper
-from .checkpoint import read_config
+from . import costs, counts, hardware, memory, paper
+from .checkpoint import read_config, skeleton
 from .cli import UsageError
-from .lora import KINDS, METHODS, parse_targets
+from .lora import KINDS, METHODS, make_trainable, parse_targets, what_learns
+from .memory import GIB
 from .model import LLAMA_2, Llama, LlamaConfig
+from .precision import DTYPES
 from .text_table import aligned
-from .training import DTYPES
-
-GIB = 2**30
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
-    parser.add_argument("--method", default="lora", choices=METHODS)
+    parser.add_argument("--method", default="lora", choices=tuple(METHODS))
     parser.add_argument("--dora", action="store_true", help="updates with magnitudes")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
@@ -40,22 +39,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
 
+    if arguments.rank < 1:
+        raise UsageError(f"--rank is {arguments.rank}; it must be at least 1")
     config = read_shape(arguments.model)
     if arguments.hardware:
         result, show = hardware.table(), hardware.show
     elif arguments.table7:
-        result, show = counts.table7(config), show_table7
+        result, show = costs.table7(config), show_table7
     elif arguments.table8:
-        result, show = counts.table8(config), show_table8
+        result, show = costs.table8(config), show_table8
     else:
         try:
             targets = ",".join(parse_targets(arguments.targets))
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
-        model = counts.build(config, targets, arguments.rank, arguments.method, arguments.dora)
+        model = make_trainable(skeleton(config), arguments.method, targets, arguments.rank, dora=arguments.dora)
+        method = METHODS[arguments.method]
         result = {"model": arguments.model, "tied": config.tie_word_embeddings, "method": arguments.method}
-        result |= {"targets": targets} if arguments.method != "full" else {}
-        result |= {"rank": arguments.rank, "dora": arguments.dora} if arguments.method == "lora" else {}
+        result |= {"trained": what_learns(arguments.method, targets, arguments.rank, arguments.dora)}
+        result |= {"targets": targets} if method.targeted else {}
+        result |= {"rank": arguments.rank, "dora": arguments.dora} if method.adapts else {}
         result |= plan_memory(arguments, model) if arguments.memory else asdict(counts.audit(model))
         show = show_memory if arguments.memory else show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
@@ -99,11 +102,7 @@ def parse_capacity(text: str) -> int:
 
 
 def _setup(result: dict) -> str:
-    if result["method"] == "full":
-        return f"{result['model']}, all parameters"
-    if result["method"] == "partial":
-        return f"{result['model']}, the weights of {result['targets']}"
-    return f"{result['model']}, {'DoRA' if result['dora'] else 'LoRA'} of rank {result['rank']} on {result['targets']}"
+    return f"{result['model']}, {result['trained']}"
 
 
 def _size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .distributed import is_sharded, whole
 from .errors import InputError
-from .lora import PARTS, lora_layers
 from .model import ConfigError, Llama, LlamaConfig
-from .stream import write_tensors
+from .stream import is_sharded, whole, write_tensors
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
@@ -138,7 +137,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, parameter.requires_grad))
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie()
     return model.eval()
 
 
@@ -181,25 +180,27 @@ def _check_tensors(folder: str | Path, model: Llama, files: dict[str, Path]) -> 
 def save_model(model: Llama, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `config.json` and safetensors that `load_model` and transformers read.
 
-    LoRA updates must be merged first. A tied matrix is stored once; one that a merge has untied twice,
-    with `tie_word_embeddings: false`.
+    Saved are the tensors that a model of this configuration has: the updates of adapted layers must be merged first. A
+    tied matrix is stored once; one that a merge has untied twice, with `tie_word_embeddings: false`.
 
     Raises:
-        ValueError: an unmerged LoRA layer.
-        CheckpointError: the folder holds a model already.
+        CheckpointError: a layer with an update that is not merged, or a folder that holds a model already.
     """
-    unmerged = [name for name, layer in lora_layers(model).items() if not layer.merged]
+    # a layer whose weight may lack something says so by `merged`
+    unmerged = [name for name, layer in model.named_modules() if not getattr(layer, "merged", True)]
     if unmerged:
-        raise ValueError(f"{unmerged[0]} and others carry an unmerged update; merge the model or save the adapter")
+        raise CheckpointError(
+            f"{unmerged[0]} carries an update that is not merged ({len(unmerged)} such layers); "
+            "merge the model, or save the adapter"
+        )
     folder = Path(folder)
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: holds a model already")
     folder.mkdir(parents=True, exist_ok=True)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    config = model.config.to_dict() | {"tie_word_embeddings": tied}
-    config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if not name.endswith(PARTS)}
+    config = replace(model.config, tie_word_embeddings=model.tied)
+    stored = config.to_dict() | {"torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    tensors = {name: model.get_parameter(name).detach() for name, _ in skeleton(config).named_parameters()}
     _save_shards(tensors, folder, shard_bytes)
 
 

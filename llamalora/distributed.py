@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import RunError
 
@@ -77,16 +77,6 @@ class World:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in pending:
             work.wait()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process keeps some rows of the tensor only (a DTensor, whose module takes a second to import)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor. Of a sharded one they are gathered, so every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @contextmanager

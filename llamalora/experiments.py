@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from . import corpus, counts, evaluate, paper, run
-from .checkpoint import CheckpointError
+from . import corpus, evaluate, paper, run
+from .checkpoint import CheckpointError, skeleton
 from .distributed import World
 from .errors import InputError
 from .files import write_json
 from .loop import train
-from .lora import KINDS, count_parameters
+from .lora import KINDS, count_parameters, make_trainable
 from .model import LlamaConfig
 from .systems import load_run, score_split
 from .training import DivergedError
@@ -166,7 +166,7 @@ def ablation(config: LlamaConfig, rank: int) -> Table:
 
 
 def _size(config: LlamaConfig, targets: str, rank: int) -> int:
-    return count_parameters(counts.build(config, targets, rank, "lora"))["trainable"]
+    return count_parameters(make_trainable(skeleton(config), "lora", targets, rank))["trainable"]
 
 
 def recipe(rates: Iterable[float], rates_full: Iterable[float]) -> Table:
@@ -200,24 +200,24 @@ class Cell:
         path: of the JSON file with its result, or with the error that it ended in.
     """
 
-    settings: run.Settings
+    settings: run.ResolvedSettings
     path: Path
 
     @staticmethod
     def of(base: run.Settings, changes: Changes, out: Path, world: World) -> "Cell":
         """The cell of a run whose settings are `base` with these changes. Its name holds a hash of all that
         decides its result: settings, model, tokenizer, data; not where they lie."""
-        settings = run.resolve(replace(base, **changes, out=""), world.device).settings
-        idle = {*run.Settings.FREE, "model", "data", *run.Settings.IDLE[settings.method]}
+        settings = run.resolve(replace(base, **changes, out=""), world.device)[0]
+        idle = {*run.Settings.FREE, "model", "data", *settings.idle}
         deciding = {name: value for name, value in asdict(settings).items() if name not in idle}
         content = json.dumps([deciding, run.fingerprints(settings)], sort_keys=True)
         what = [settings.format, settings.labels.replace(",", "+")]
         what += ["prompt"] if settings.instruction or settings.shots else []
         what += [variant for variant in ("rslora", "dora") if getattr(settings, variant)]
         what += ["loraplus"] if settings.loraplus != 1 else []
-        what += [settings.method] if settings.method != "lora" else []
-        what += [settings.targets.replace(",", "")] if settings.method != "full" else []
-        what += [f"r{settings.rank}"] if settings.method == "lora" else []
+        what += [settings.method] if not settings.adapts else []
+        what += [settings.targets.replace(",", "")] if "targets" not in settings.idle else []
+        what += [f"r{settings.rank}"] if settings.adapts else []
         name = "-".join([*what, f"s{settings.seed}", hashlib.sha256(content.encode()).hexdigest()[:10]])
         return Cell(replace(settings, out=str(out / "runs" / name)), out / "cells" / f"{name}.json")
 

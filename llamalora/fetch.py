@@ -12,18 +12,16 @@ import lzma
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import IO
 from urllib.request import urlopen
 
@@ -33,13 +31,13 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from . import corpus
+from . import corpus, paper
 from .checkpoint import load_model, save_model
 from .cli import UsageError
+from .files import HOME, is_occupied, new_folder
 from .model import Llama, LlamaConfig
 from .tokenizer import check_fit, load_tokenizer
 
-HOME = Path(__file__).resolve().parent.parent  # weights/ and data/ stand beside the package
 TIMEOUT = 60  # seconds without a byte after which a download is given up
 MIB = 2**20
 
@@ -53,9 +51,8 @@ CORPUS = "https://biocreative.bioinformatics.udel.edu/media/store/files/2016/CDR
 CORPUS_LIMIT = 512 * MIB
 SPLIT_LIMIT = 64 * MIB
 TABLE_5 = {
-    "CDR_TrainingSet.PubTator.txt": {"documents": 500, "Disease": 4182, "Chemical": 5203},
-    "CDR_DevelopmentSet.PubTator.txt": {"documents": 500, "Disease": 4244, "Chemical": 5347},
-    "CDR_TestSet.PubTator.txt": {"documents": 500, "Disease": 4424, "Chemical": 5385},
+    f"CDR_{name}Set.PubTator.txt": {"documents": 500} | {label: counts[split] for label, counts in paper.TABLE5.items()}
+    for split, name in enumerate(("Training", "Development", "Test"))
 }
 
 # What reading a damaged, encrypted or exotic archive raises.
@@ -91,43 +88,16 @@ def main(argv: list[str]) -> None:
         "bc5cdr": (fetch_bc5cdr, HOME / "data/bc5cdr"),
     }[arguments.what]
     target = (arguments.out or place).resolve()
+    if is_occupied(target):
+        raise UsageError(f"{target} is there already and is not replaced; remove it or give another place with --out")
     try:
-        with new_folder(target) as scratch:
-            report = fetch(source, scratch / "new", scratch)
+        with new_folder(target) as folder, TemporaryDirectory(dir=folder.parent) as scratch:
+            report = fetch(source, folder, Path(scratch))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{error}; nothing was written to {target}") from None
     shown = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
     flag = {"smollm2-135m": "--model", "bc5cdr": "--data"}[arguments.what]
     print(f"wrote {shown}\n{report}\nnext: python train.py {flag} {shlex.quote(str(shown))}")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder on the disk of `target`; at the end its subfolder `new` becomes `target`.
-
-    The scratch folder goes away however the block ends: at its end, with an exception, by Ctrl-C or SIGTERM.
-
-    Raises:
-        UsageError: `target` is there and is no empty folder.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} is there already and is not replaced; remove it or give another place with --out")
-    nearest = next(folder for folder in target.parents if folder.exists())
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=nearest) as scratch:
-            (Path(scratch) / "new").mkdir()
-            yield Path(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (Path(scratch) / "new").rename(target)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _stop(number, frame):
-    sys.stderr.write("\nstopped by a signal; nothing was written\n")
-    sys.exit(128 + number)
 
 
 def copy(stream: IO[bytes], path: Path, limit: int) -> str:

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
 
 
 @contextmanager
@@ -40,3 +43,54 @@ def write_json(value: dict, path: Path) -> Path:
     """`replace_file` with indented JSON, but each list of numbers, like the counts of a document, on one line."""
     text = re.sub(r"\[[-+.\de\s,]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(value, indent=2))
     return replace_file(path, text + "\n")
+
+
+@contextmanager
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends, or is gone if the block fails.
+
+    Args:
+        replace: a folder that is there gives way. Between two renames it is called `NAME.old`, and the new one until
+            then `NAME.tmp`, so that both are found again after a crash. Only one process may do this at a time.
+
+    Raises:
+        OSError: it cannot be written, or `target` is there; what was there is as it was.
+    """
+    target = target.absolute()
+    partial = target.with_name(f"{target.name}.tmp" if replace else f"{target.name}.tmp-{os.getpid()}")
+    replaced = target.with_name(f"{target.name}.old")
+    made = [folder for folder in target.parents if not folder.exists()]
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if replace:
+            shutil.rmtree(replaced, ignore_errors=True)
+            if target.exists():
+                target.rename(replaced)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replace and replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    sync(target.parent)
+    if replace:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether something is there that is not an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,6 +1,8 @@
 """Which cards train which Llama-2: the memory plan over models, methods and cards."""
 
-from . import counts, memory
+from . import memory
+from .checkpoint import skeleton
+from .lora import make_trainable
 from .model import LLAMA_2
 
 # card -> the GB in its name, and the half precision that it computes
@@ -23,7 +25,7 @@ def table() -> list[dict]:
     cells = []
     for name, config in LLAMA_2.items():
         for method, (kind, rank) in METHODS.items():
-            model = counts.build(config, "all", rank, kind)
+            model = make_trainable(skeleton(config), kind, "all", rank)
             needed = {precision: _needed(model, precision) for precision in ("fp16", "bf16")}
             for card, (size, precision) in CARDS.items():
                 capacity = int(size * memory.GIB * memory.REPORTED)

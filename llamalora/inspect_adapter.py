@@ -3,11 +3,11 @@
 import argparse
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from . import analysis, report, run
 from .checkpoint import read_config, skeleton
 from .cli import UsageError
+from .files import is_occupied, new_folder
 from .lora import kind_of
 from .peft_format import CONFIG, Adapter, block_of, read_adapter
 
@@ -55,7 +55,7 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     if arguments.out is None:
         return None
     out = Path(arguments.out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise UsageError(f"--out {arguments.out}: exists and is not an empty folder")
     try:
         import matplotlib  # noqa: F401
@@ -92,9 +92,11 @@ def adapter_folder(given: str) -> Path:
     folder = Path(given)
     if (folder / CONFIG).is_file() or not (folder / run.CONFIG).is_file():
         return folder
-    method = run.read_settings(folder).method
-    if method != "lora":
-        raise UsageError(f"{folder}: the run trained the model's own weights (--method {method}), so it has no adapter")
+    settings = run.read_settings(folder)
+    if not settings.adapts:
+        raise UsageError(
+            f"{folder}: the run trained the model's own weights (--method {settings.method}), so it has no adapter"
+        )
     return run.trained_folder(folder, "best")
 
 
@@ -126,14 +128,10 @@ def write(result: dict, out: Path) -> None:
         metrics.remove("norm")
     page = report.html_page(result)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            folder = Path(scratch) / "new"
-            folder.mkdir()
+        with new_folder(out) as folder:
             (folder / "inspect.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
             (folder / "inspect.html").write_text(page, encoding="utf-8")
             for metric in metrics:
                 report.save_heatmap(result, metric, folder / f"{metric}.png")
-            folder.rename(out)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None

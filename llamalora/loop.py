@@ -1,27 +1,27 @@
 """The training loop, from top to bottom: what `train.py` runs, and every cell of the paper's tables."""
 
 import math
+import random
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from . import corpus, evaluate, run, runstate
-from .attention import attention_kernel
-from .batch import MicroBatch, deal, encode_all, plan_epoch, show
-from .cli import Interrupt, UsageError
+from . import evaluate, run, runstate
+from .batch import MicroBatch, deal, show
+from .cli import Interrupt
 from .distributed import World
-from .lora import count_parameters
+from .job import Job, prepare
 from .memory import explained
-from .placement import place
+from .model import Llama
+from .precision import autocast
 from .sharding import is_spread, merged
-from .steplog import StepLog
-from .training import DTYPES, MovementCheck, Optimizer, autocast, backward, learning_rate
-
-FEWEST_STEPS = 400  # by default a small corpus is passed over more often than 3 times, up to this many steps
+from .steplog import StepLog, announce
+from .training import MovementCheck, Optimizer, backward, learning_rate
 
 
 def train(settings: run.Settings, world: World, resume: bool = False) -> dict | None:
@@ -30,59 +30,22 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     Returns:
         The scores on the development split of the best model; None without such a split.
     """
-    resolved = run.resolve(settings, world.device)
-    settings = replace(resolved.settings, out=world.from_main(resolved.settings.out))  # it may hold the time of day
-    folder = Path(settings.out)
-    if resume:
-        run.check_resumable(folder, settings)
-    splits = {name: corpus.read(path) for name, path in corpus.find_splits(settings.data).items()}
-    if "train" not in splits:
-        raise UsageError(f"--data {settings.data}: has no training split")
-    task = run.make_task(settings, splits)
-    config, tokenizer = run.read_base(settings)
-    sentences = corpus.all_sentences(splits["train"])
-    examples, skipped = encode_all(
-        task, tokenizer, sentences[: settings.limit_train], config.max_position_embeddings, settings.overlong
-    )
-    if not examples:
-        raise UsageError(f"--data {settings.data}: the training split holds no sentence that can be learnt from")
-    lengths = [len(example) for example in examples]
-    sizes, batch = lengths, settings.batch_tokens
-    if settings.batch_sentences:
-        sizes, batch = [1] * len(examples), settings.batch_sentences
-    if settings.epochs is None:
-        per_epoch = len(plan_epoch(sizes, batch, settings.seed, 0))
-        settings = replace(settings, epochs=max(3, math.ceil(FEWEST_STEPS / per_epoch)))
-    plan = [
-        (epoch, step) for epoch in range(settings.epochs) for step in plan_epoch(sizes, batch, settings.seed, epoch)
-    ]
-
-    placement = place(settings, config, lengths, world)
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)  # of an earlier run in this process
-    with explained(placement.plan, world.device):
-        model = run.build_model(settings, world, placement.parallel)
+    job = prepare(settings, world, resume)
+    settings, folder, examples, steps = job.settings, job.folder, job.examples, job.steps
+    with explained(job.placement.plan, world.device):
+        model = run.build_model(settings, world, job.placement.parallel)
     if not resume:
-        run.start_folder(folder, run.describe(settings, task, model), world)
+        run.start_folder(folder, run.describe(settings, job.task, model), world)
     lock = run.lock(folder, world)  # noqa: F841  (held until the end)
-    announce(world, resolved, settings, placement, task, model, splits, examples, skipped, len(plan))
-    world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], tokenizer)}\n")
+    announce(job, model, world)
+    world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], job.tokenizer)}\n")
 
     optimizer = Optimizer(
         model, settings.precision, world.device, settings.weight_decay, settings.clip, settings.loraplus
     )
-    progress = Progress()
-    if resume:
-        progress = load_progress(folder, optimizer, world)
+    progress = load_progress(folder, optimizer, world) if resume else Progress()
     moved = MovementCheck(optimizer.parameters) if progress.updates == 0 else None
-    warmup = round(settings.warmup * len(plan))
-
-    def is_last_of_epoch(cursor: int) -> bool:
-        return cursor == len(plan) or plan[cursor][0] != plan[cursor - 1][0]
-
-    def is_evaluated(cursor: int) -> bool:
-        regular = cursor % settings.eval_every == 0 if settings.eval_every else is_last_of_epoch(cursor)
-        return "dev" in splits and (regular or cursor == len(plan))
+    warmup = round(settings.warmup * len(steps))
 
     def leave() -> NoReturn:
         """Ends all processes after a signal to one of them, the latest step saved."""
@@ -94,13 +57,13 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
 
     model.train()
     with (
-        explained(placement.plan, world.device),
+        explained(job.placement.plan, world.device),
         Interrupt() as interrupt,
-        StepLog(folder, world, len(plan), progress.cursor) as log,
+        StepLog(folder, world, len(steps), progress.cursor) as log,
     ):
         while True:
-            if progress.evaluated < progress.cursor and is_evaluated(progress.cursor):
-                scored = evaluate_now(model, tokenizer, task, splits["dev"], sentences, settings, world, interrupt)
+            if progress.evaluated < progress.cursor and job.is_evaluated(progress.cursor):
+                scored = evaluate_now(job, model, world, stop=lambda: interrupt.signal)
                 if scored is None:
                     leave()
                 result, answers = scored
@@ -112,23 +75,23 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
                         evaluate.write(result, answers, folder)
                 progress.evaluated = progress.cursor
                 save_progress(folder, optimizer, progress, settings.keep, world)
-            if progress.cursor == len(plan):
+            if progress.cursor == len(steps):
                 break
 
-            epoch, step = plan[progress.cursor]
+            epoch, step = steps[progress.cursor]
             started = time.perf_counter()
-            torch.manual_seed(hash((settings.seed, progress.cursor, world.rank)))  # of dropout
+            torch.manual_seed(dropout_seed(settings.seed, progress.cursor, world.rank))
             supervised = sum(examples[index].supervised for index in step)
-            lr = learning_rate(settings.lr, progress.updates, len(plan), warmup, settings.schedule)
-            loss, computed = 0.0, 0
-            stand_in = [min(step, key=lengths.__getitem__)]  # without a share: under fsdp the others need its passes
-            for indices in deal(step, lengths, world.size, placement.micro_tokens)[world.rank]:
+            lr = learning_rate(settings.lr, progress.updates, len(steps), warmup, settings.schedule)
+            loss, computed = 0.0, 0.0
+            stand_in = min(step, key=job.lengths.__getitem__)  # without a share: under fsdp the others need its passes
+            for indices in deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]:
                 if not indices and not optimizer.sharded:
                     continue
-                batch = MicroBatch.of([examples[index] for index in indices or stand_in], world.device)
+                batch = MicroBatch.of([examples[index] for index in indices or [stand_in]], world.device)
                 counted = supervised if indices else math.inf
                 computed += batch.ids.numel()
-                loss += backward(model, batch, counted, optimizer.scaler, settings.precision, placement.recompute)
+                loss += backward(model, batch, counted, optimizer.scaler, settings.precision, job.placement.recompute)
             update = optimizer.step(lr, world)
             loss, computed, stop = world.sum([loss, computed, interrupt.signal])
 
@@ -143,11 +106,11 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
             regular = settings.save_every and progress.cursor % settings.save_every == 0
             if stop:
                 leave()
-            if regular or is_last_of_epoch(progress.cursor):
+            if regular or job.ends_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
                 save(model, settings, folder, "last", world)
 
-    if "dev" not in splits:
+    if "dev" not in job.splits:
         save(model, settings, folder, "best", world)
         world.say(f"no development split; the adapter is in {folder / 'best'}")
         return None
@@ -157,54 +120,27 @@ def train(settings: run.Settings, world: World, resume: bool = False) -> dict | 
     return result
 
 
-def announce(world, resolved, settings, placement, task, model, splits, examples, skipped, steps) -> None:
-    """The first lines of a run: which model, data and precision are in use, and why."""
-    counts = count_parameters(model)
-    share = 100 * counts["trainable"] / counts["base"]
-    on = f"{world.size} x {world.device.type}"
-    if world.device.type == "cuda":
-        heads = model.config.num_attention_heads, model.config.head_dim
-        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
-    trained = {
-        "lora": f"{'DoRA' if settings.dora else 'LoRA'} on {settings.targets}, rank {settings.rank}",
-        "partial": f"the weights of {settings.targets}",
-        "full": "every parameter",
-    }[settings.method]
-    if settings.method == "partial" and model.lm_head.weight is model.model.embed_tokens.weight:
-        trained += " (embed and head are one matrix)"
-    step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
-    world.say(
-        f"model      {settings.model} ({resolved.why['model']}), {counts['base']:,} parameters\n"
-        f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
-        f"data       {settings.data} ({resolved.why['data']}), "
-        + ", ".join(f"{len(documents)} {name} documents" for name, documents in splits.items())
-        + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
-        + (f", {skipped} skipped as longer than the context" if skipped else "")
-        + f"\ntask       {settings.format} of {', '.join(task.labels)}"
-        + (" (one-label format)" if task.per_label else "")
-        + f"\nprecision  {settings.precision} ({resolved.why['precision']}) on {on}\n"
-        f"parallel   {placement}\n"
-        f"schedule   {settings.epochs} epochs, {steps} steps of up to {step}, "
-        f"peak learning rate {settings.lr:g}\n"
-        f"output     {settings.out}\n"
-    )
+def dropout_seed(seed: int, cursor: int, rank: int) -> int:
+    """What the dropout of a step is drawn from: its own for each step and process, the same in every Python."""
+    return random.Random(f"{seed}/{cursor}/{rank}").getrandbits(63)
 
 
 def evaluate_now(
-    model, tokenizer, task, documents, known, settings, world, interrupt
+    job: Job, model: Llama, world: World, stop: Callable[[], int]
 ) -> tuple[dict, list[evaluate.Answer]] | None:
     """Scores and answers on the development split with the updates merged; afterwards the model is bitwise as
-    before. None if a signal to one of the processes cut it short."""
-    documents, asked = evaluate.select(documents, settings.eval_limit)
+    before. None if a signal to one of the processes (`stop`) cut it short."""
+    settings = job.settings
+    documents, asked = evaluate.select(job.splits["dev"], settings.eval_limit)
     model.eval()
     with merged(model), autocast(settings.precision, world.device):
         answers, speed = evaluate.answer(
-            model, tokenizer, task, asked, world, settings.eval_batch, known=known, stop=lambda: interrupt.signal
+            model, job.tokenizer, job.task, asked, world, settings.eval_batch, known=job.sentences, stop=stop
         )
     model.train()
-    if any(world.sum([interrupt.signal])):
+    if any(world.sum([stop()])):
         return None
-    scores = evaluate.assess(documents, answers, task.labels)
+    scores = evaluate.assess(documents, answers, job.task.labels)
     return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
 
 
@@ -241,7 +177,7 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     return progress
 
 
-def save(model, settings, folder: Path, name: str, world: World) -> None:
+def save(model: Llama, settings: run.ResolvedSettings, folder: Path, name: str, world: World) -> None:
     """Keeps the trained parameters as `best/` or `last/`."""
     if world.is_main or is_spread(model):
         runstate.write_atomically(

@@ -8,7 +8,8 @@ name and place, so that the keys of the base model do not move.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from .dora import Stretch, initial_magnitude, normalise_, row_norms
 from .errors import InputError
+from .stream import is_sharded, placed, whole
 
 # the nine kinds of layer of the paper's section 3.4, in its order
 KINDS = {
@@ -32,8 +34,21 @@ KINDS = {
 }
 _KIND_OF = {module: kind for kind, module in KINDS.items()}
 
-# what learns: updates of the target layers, these layers' own weights, or every parameter
-METHODS = ("lora", "partial", "full")
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        adapts: low-rank updates learn, so what comes of it is an adapter; else weights of the model itself learn.
+        targeted: they are those of the target layers; else every parameter learns.
+    """
+
+    adapts: bool
+    targeted: bool
+
+
+METHODS = {"lora": Method(True, True), "partial": Method(False, True), "full": Method(False, False)}
 
 PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
 
@@ -62,8 +77,18 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-class _LinearsWithDeltas(torch.autograd.Function):
-    """x W0^T + scale (x A^T) B^T for each of several layers, with W0 frozen.
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale * B A x, what an update adds to W0 x: from x (..., I) to (..., O), by way of (..., R)."""
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+
+
+def adapted_linear(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """h = W0 x + scale * B A x (the paper's equation 2): what every form below computes, and is tested against."""
+    return F.linear(x, W0) + low_rank(x, A, B, scale)
+
+
+class _FusedLinears(torch.autograd.Function):
+    """`adapted_linear` for several layers with one input and W0 frozen.
 
     Beside autograd's own form this reads x once for all A and sums the gradients of x, like the outputs, in the
     products' accumulators; and it keeps no half-precision copy of A, B or x between forward and backward.
@@ -122,7 +147,14 @@ class _LoRA:
     turn: Callable[[Tensor], Tensor]  # a matrix (O, I) to the shape of the weight, and back
 
     def _init_lora(
-        self, base: nn.Module, A: tuple[int, int], B: tuple[int, int], alpha: float, rslora: bool, dora: bool
+        self,
+        base: nn.Linear | nn.Embedding,
+        A: tuple[int, int],
+        B: tuple[int, int],
+        alpha: float,
+        rslora: bool,
+        dora: bool,
+        generator: torch.Generator | None,
     ):
         rank = A[0]
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
@@ -131,9 +163,30 @@ class _LoRA:
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(A, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
-        self.lora_magnitude = nn.Parameter(initial_magnitude(self.turn(base.weight))) if dora else None
-        self._original: nn.Parameter | None = None
+        magnitude = torch.empty(B[0], dtype=torch.float32, device=device)
+        self.lora_magnitude = nn.Parameter(magnitude) if dora else None
+        self._original: Tensor | None = None
         self.training = base.training
+        if not base.weight.is_meta:
+            self.start(base.weight, generator)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, generator: torch.Generator | None) -> None:
+        """Gives the update its initial values, which add up to zero; of a sharded one each process keeps its rows.
+
+        Args:
+            weight: W0, whole.
+            generator: draws on the CPU, so that every process and device starts alike.
+        """
+        A, B = self._draw(weight, generator)
+        self.lora_A.copy_(placed(A, self.lora_A))
+        self.lora_B.copy_(placed(B, self.lora_B))
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(placed(initial_magnitude(self.turn(weight)), self.lora_magnitude))
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Initial values of A and B, in fp32 on the CPU."""
+        raise NotImplementedError
 
     @property
     def merged(self) -> bool:
@@ -150,14 +203,14 @@ class _LoRA:
 
     def delta(self) -> Tensor:
         """scale * B A in fp32, in the shape of the weight."""
-        return self.turn(self.lora_B.float() @ self.lora_A.float()) * self.scale
+        return self.turn(whole(self.lora_B).float() @ whole(self.lora_A).float()) * self.scale
 
     @torch.no_grad()
     def applied(self, weight: Tensor) -> Tensor:
         """W0 with the update, in fp32."""
         updated = weight.float() + self.delta()
-        if self.dora:
-            normalise_(self.turn(updated), self.lora_magnitude)
+        if self.lora_magnitude is not None:
+            normalise_(self.turn(updated), whole(self.lora_magnitude))
         return updated
 
     def _stretch(self, y: Tensor) -> Tensor:
@@ -170,23 +223,36 @@ class _LoRA:
 
     @torch.no_grad()
     def merge(self, offload: bool = False) -> None:
-        """W0 with the update takes W0's place; W0 is kept, on the host if `offload`."""
+        """W0 with the update takes W0's place; W0 is kept, on the host if `offload`.
+
+        A sharded layer is computed whole by every process, so all must call this; each keeps its rows of the result,
+        and those of W0 on the host.
+        """
         if self.merged:
             return
-        original, device = self.weight, self.lora_A.device
-        merged = self.applied(original.to(device)).to(original.dtype)
+        merged = self.applied(whole(self.weight).to(self.lora_A.device)).to(self.weight.dtype)
+        if is_sharded(self.weight):
+            self._original = self.weight.to_local().to("cpu", copy=True)
+            self.weight.copy_(placed(merged, self.weight))
+            return
+        original = self.weight
         if offload:
             original.data = original.data.cpu()
         # past nn.Module, for which it would become a parameter of the model, counted and saved
         self.__dict__["_original"] = original
         self.weight = nn.Parameter(merged, requires_grad=False)
 
+    @torch.no_grad()
     def restore(self) -> None:
-        if not self.merged:
+        """W0 takes its place again, bitwise what it was."""
+        original, self._original = self._original, None
+        if original is None:
             return
-        original = self._original
-        original.data = original.data.to(self.lora_A.device)
-        self.weight, self._original = original, None
+        if is_sharded(self.weight):
+            self.weight.to_local().copy_(original)
+        else:
+            original.data = original.data.to(self.lora_A.device)
+            self.weight = original
 
 
 class LoRALinear(_LoRA, nn.Linear):
@@ -204,12 +270,13 @@ class LoRALinear(_LoRA, nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
-        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora, dora)
         self.dropout = dropout
-        if not self.lora_A.is_meta:
-            bound = 1 / math.sqrt(self.in_features)
-            with torch.no_grad():
-                self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora, dora, generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        bound = 1 / math.sqrt(self.in_features)
+        A = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        return A, torch.zeros(self.lora_B.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -218,8 +285,7 @@ class LoRALinear(_LoRA, nn.Linear):
             return self._side_by_side(x, [self])[0]
         dtype = self._dtype(x)
         dropped = F.dropout(x, self.dropout).to(dtype)
-        inner = F.linear(dropped, self.lora_A.to(dtype)) * self.scale
-        update = F.linear(inner, self.lora_B.to(dtype))
+        update = low_rank(dropped, self.lora_A, self.lora_B, self.scale)
         if self.dora:  # as in PEFT: what stretching adds to W0 x is computed from the dropped input, too
             c = self._gain()
             update = (c * update + (c - 1) * F.linear(dropped, self.weight)).to(dtype)
@@ -238,7 +304,7 @@ class LoRALinear(_LoRA, nn.Linear):
     def _side_by_side(x: Tensor, layers: "Sequence[LoRALinear]") -> list[Tensor]:
         matrices = chain.from_iterable((layer.weight, layer.lora_A, layer.lora_B) for layer in layers)
         scales = [layer.scale for layer in layers]
-        outputs = _LinearsWithDeltas.apply(x, layers[0]._dtype(x), scales, *matrices)
+        outputs = _FusedLinears.apply(x, layers[0]._dtype(x), scales, *matrices)
         return [layer._stretch(y) for layer, y in zip(layers, outputs, strict=True)]
 
     @staticmethod
@@ -279,11 +345,11 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False  # for nn.Embedding's repr
-        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora, dora)
-        if not self.lora_B.is_meta:
-            with torch.no_grad():
-                draw = torch.empty(self.lora_B.shape).normal_(generator=generator)
-                self.lora_B.copy_(draw * base.weight.float().std().item())
+        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora, dora, generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        B = torch.empty(self.lora_B.shape).normal_(generator=generator)
+        return torch.zeros(self.lora_A.shape), B * weight.float().std().item()
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight)
@@ -291,6 +357,39 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
             return rows
         inner = F.embedding(ids, self.lora_A.T) * self.scale  # (..., R)
         return self._stretch(rows + F.linear(inner, self.lora_B).to(rows.dtype))
+
+
+def make_trainable(
+    model: nn.Module,
+    method: str = "lora",
+    targets: str | Sequence[str] = "all",
+    rank: int = 8,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+    dora: bool = False,
+) -> nn.Module:
+    """Sets up, in place, what learns: by the method the updates that `inject_lora` puts in, the weights of the target
+    layers, or every parameter. The model may be on the meta device.
+
+    Raises:
+        InputError: as `inject_lora`.
+    """
+    if not METHODS[method].targeted:
+        return model.requires_grad_(True)
+    if not METHODS[method].adapts:
+        return train_weights(model, targets)
+    return inject_lora(model, targets, rank, alpha, rslora, dropout, seed, dora)
+
+
+def what_learns(method: str, targets: str, rank: int, dora: bool) -> str:
+    """In words."""
+    if not METHODS[method].targeted:
+        return "all parameters"
+    if not METHODS[method].adapts:
+        return f"the weights of {targets}"
+    return f"{'DoRA' if dora else 'LoRA'} of rank {rank} on {targets}"
 
 
 def inject_lora(
@@ -388,15 +487,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _LoRA)}
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = None) -> nn.Module:
     """Applies every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
 
     Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
     then have a matrix each.
+
+    Args:
+        layers: merge only these.
     """
     elsewhere = [module for module in model.modules() if not isinstance(module, _LoRA)]
     in_use = {id(parameter) for module in elsewhere for parameter in module.parameters(recurse=False)}
-    for layer in lora_layers(model).values():
+    for layer in lora_layers(model).values() if layers is None else layers:
         # a GPU may have no room for W0 beside the merged weight; what a tied layer goes on using stays
         layer.merge(offload=layer.weight.is_cuda and id(layer.weight) not in in_use)
     return model

@@ -18,7 +18,8 @@ from .errors import RunError
 from .lora import KINDS, LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
 from .packing import Packing
-from .training import DTYPES, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+from .precision import DTYPES
+from .training import LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors

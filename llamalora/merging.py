@@ -7,11 +7,9 @@ The arithmetic is `lora.merge`'s: fp32, rounded once to the dtype that the base 
 import argparse
 import ctypes
 import json
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from . import run
 from .checkpoint import CheckpointError, load_model, read_json, read_tensor, skeleton, tensor_files
 from .cli import UsageError
+from .files import is_occupied, new_folder
 from .lora import KINDS, PARTS, adapt, kind_of
 from .model import Llama
 from .peft_format import Adapter, read_adapter
@@ -68,7 +67,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
     settings = run.read_settings(folder)
-    if settings.method != "lora":
+    if not settings.adapts:
         raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
                          "model already")  # fmt: skip
     return run.trained_folder(folder, "best"), Path(arguments.model or settings.model)
@@ -91,7 +90,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE
         UsageError: `out` exists, or is the base model's.
         TokenizerError: a probe, but no tokenizer beside the base model.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise UsageError(f"--out {out}: exists and is not an empty folder")
     _return_freed_memory()
     model = load_model(base, device="meta")
@@ -103,10 +102,13 @@ def merge(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dora=adapter.dora)
     kinds = _Kinds()
-    with _written_beside(out) as folder:
-        _write_merged(model, adapter, files, folder, untied, kinds)
-        _copy_the_rest(base, folder, untied)
-        compared = None if ids is None else _compare(model, adapter, files, folder, ids)
+    try:
+        with new_folder(out) as folder:
+            _write_merged(model, adapter, files, folder, untied, kinds)
+            _copy_the_rest(base, folder, untied)
+            compared = None if ids is None else _compare(model, adapter, files, folder, ids)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error})") from None
     return {
         "model": str(base),
         "adapter": str(adapter_folder),
@@ -135,20 +137,6 @@ def _probe_ids(base: Path, probe: str, vocabulary: int) -> Tensor:
     if not probe.strip():
         raise UsageError("--probe is empty; --no-probe merges without one")
     return torch.tensor([tokenizer.encode(probe)])
-
-
-@contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name if all goes well, and is removed if anything does not."""
-    partial = out.absolute().with_name(f"{out.absolute().name}.tmp-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_merged(

@@ -374,7 +374,16 @@ class Llama(nn.Module):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.tie()
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix now: a merge may have parted those of a tied model."""
+        return self.lm_head.weight is self.model.embed_tokens.weight
+
+    def tie(self) -> None:
+        """Makes the embedding's matrix the head's."""
+        self.lm_head.weight = self.model.embed_tokens.weight
 
     def make_cache(self, rows: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `rows` sequences of up to `slots` tokens, beside the weights and in their dtype."""

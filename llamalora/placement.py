@@ -9,6 +9,7 @@ from . import run
 from .checkpoint import skeleton
 from .cli import UsageError
 from .distributed import World
+from .lora import make_trainable
 from .memory import GIB, Plan, plan, typical
 from .model import Llama, LlamaConfig
 
@@ -42,7 +43,7 @@ class Placement:
         return f"{words}; {self.plan.total / GIB:.1f} of {self.plan.capacity / GIB:.1f} GiB planned on each GPU"
 
 
-def place(settings: run.Settings, config: LlamaConfig, lengths: Sequence[int], world: World) -> Placement:
+def place(settings: run.ResolvedSettings, config: LlamaConfig, lengths: Sequence[int], world: World) -> Placement:
     """What `auto` stands for on this machine, the same on every process.
 
     Args:
@@ -55,7 +56,7 @@ def place(settings: run.Settings, config: LlamaConfig, lengths: Sequence[int], w
         raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
     if world.device.type == "cuda":
         capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
-        model = run.make_trainable(skeleton(config), settings)
+        model = make_trainable(skeleton(config), **settings.learning)
         return _checked(fit(model, settings, lengths, world.size, capacity), settings)
     chosen = {"parallel": "ddp", "micro_tokens": CPU_MICRO_TOKENS, "activation_checkpointing": 0}
     chosen |= {name: value for name in chosen if (value := getattr(settings, name)) != "auto"}

@@ -11,8 +11,8 @@ from . import corpus, evaluate, run
 from .cli import Interrupt, UsageError
 from .corpus import CorpusError, Document
 from .distributed import join_world
+from .precision import DTYPES, choose_precision
 from .systems import load_run
-from .training import DTYPES, choose_precision
 
 DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
 

@@ -19,20 +19,19 @@ from .adapter import load_adapter, save_adapter
 from .checkpoint import CheckpointError, load_model, model_files, read_config, read_json, save_model, skeleton
 from .cli import UsageError, option
 from .distributed import World
-from .files import replace_file
-from .lora import KINDS, METHODS, count_parameters, inject_lora, parse_targets, train_weights
+from .files import HOME, replace_file
+from .lora import KINDS, METHODS, count_parameters, make_trainable, parse_targets
 from .model import Llama, LlamaConfig
+from .precision import DTYPES, choose_precision
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
-from .training import DTYPES, choose_precision
 
-HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
 CONFIG, LOCK = "config.json", ".lock"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of train.py. `None` is resolved by `resolve`, and the result saved with the run."""
+    """The flags of train.py. `resolve` chooses what is left open (`None`)."""
 
     model: str | None = option(None, "Hugging Face folder (default: weights/llama-2-7b if there, else weights/tiny)")
     data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else data/sample)")
@@ -41,7 +40,9 @@ class Settings:
     labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
     instruction: bool = option(False, "put the instruction of figure 2 before the input")
     shots: int = option(0, "demonstrations from the training split before the input")
-    method: str = option("lora", "train updates of the target layers, their own weights, or every parameter", METHODS)
+    method: str = option(
+        "lora", "train updates of the target layers, their own weights, or every parameter", (*METHODS,)
+    )
     targets: str = option("all", f"kinds of layer that are trained: all, or a comma list of {','.join(KINDS)}")
     rank: int = option(8, "rank of the updates")
     alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
@@ -78,15 +79,26 @@ class Settings:
     # what may differ when a run is resumed, because it does not change what is learnt
     FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
             "timeout")  # fmt: skip
-    # what says nothing of a run, by its method
-    IDLE = {
-        "lora": (),
-        "partial": ("rank", "alpha", "rslora", "dora", "loraplus", "dropout"),
-        "full": ("rank", "alpha", "rslora", "dora", "loraplus", "dropout", "targets"),
-    }
+
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank updates are trained, or weights of the model itself."""
+        return METHODS[self.method].adapts
+
+    @property
+    def learning(self) -> dict:
+        """What learns: the arguments of `lora.make_trainable`."""
+        names = ("method", "targets", "rank", "alpha", "rslora", "dropout", "seed", "dora")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The settings that say nothing with this method."""
+        of_updates = () if self.adapts else ("rank", "alpha", "rslora", "dora", "loraplus", "dropout")
+        return of_updates if METHODS[self.method].targeted else (*of_updates, "targets")
 
     def __post_init__(self):
-        for field in fields(self):
+        for field in fields(Settings):
             name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
@@ -102,7 +114,7 @@ class Settings:
             if value not in (None, "auto") and not value >= least:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
-        if self.method != "lora" and any(chosen.values()):
+        if not self.adapts and any(chosen.values()):
             flag = next(name for name in chosen if chosen[name])
             raise UsageError(f"--{flag} is a variant of LoRA, and --method is {self.method}")
         if not 0 <= self.dropout < 1:
@@ -119,16 +131,19 @@ class Settings:
             raise UsageError(f"--targets: {error}") from None
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """Settings without `None`, and the reason of each choice made for the user."""
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(Settings):
+    """The settings of a run on this machine, what was left open chosen: what `config.json` keeps."""
 
-    settings: Settings
-    why: dict[str, str]
+    model: str
+    data: str
+    out: str
+    lr: float
 
 
-def resolve(settings: Settings, device: torch.device) -> Resolved:
-    """Fills in model, data, output folder and precision.
+def resolve(settings: Settings, device: torch.device) -> tuple[ResolvedSettings, dict[str, str]]:
+    """Fills in model, data, output folder, precision and learning rate; and says why model, data and precision are
+    what they are.
 
     Raises:
         CheckpointError: no such model folder.
@@ -139,14 +154,15 @@ def resolve(settings: Settings, device: torch.device) -> Resolved:
     precision, why["precision"] = choose_precision(settings.precision, device)
     out = settings.out
     if out is None:
-        what = f"r{settings.rank}" if settings.method == "lora" else settings.method
+        what = f"r{settings.rank}" if settings.adapts else settings.method
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
         out = str(HOME / "runs" / name)
     config = read_config(model)
     lr = settings.lr
     if lr is None:
-        lr = float(f"{1.2 / config.hidden_size * (1 if settings.method == 'lora' else 0.1):.3g}")
-    return Resolved(replace(settings, model=model, data=data, out=out, precision=precision, lr=lr), why)
+        lr = float(f"{1.2 / config.hidden_size * (1 if settings.adapts else 0.1):.3g}")
+    chosen = {"model": model, "data": data, "out": out, "precision": precision, "lr": lr}
+    return ResolvedSettings(**asdict(settings) | chosen), why
 
 
 def _default(given: str | None, preferred: str, built_in: str, proof: str) -> tuple[str, str]:
@@ -187,7 +203,7 @@ def make_task(settings: Settings, splits: Mapping[str, list[corpus.Document]]) -
     return task
 
 
-def read_base(settings: Settings) -> tuple[LlamaConfig, Tokenizer]:
+def read_base(settings: ResolvedSettings) -> tuple[LlamaConfig, Tokenizer]:
     """Shape and tokenizer of the base model.
 
     Raises:
@@ -198,7 +214,7 @@ def read_base(settings: Settings) -> tuple[LlamaConfig, Tokenizer]:
     return config, tokenizer
 
 
-def build_model(settings: Settings, world: World, parallel: str) -> Llama:
+def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llama:
     """The base model with what is to be trained in it.
 
     With LoRA the frozen weights are stored in the precision of the products; in full and partial
@@ -206,47 +222,22 @@ def build_model(settings: Settings, world: World, parallel: str) -> Llama:
     under `fsdp` when they are gathered.
 
     Raises:
-        CheckpointError, UsageError: as their names say.
+        CheckpointError, InputError: as `load_model` and `make_trainable`.
     """
     products = DTYPES[settings.precision]
-    dtype = products if settings.method == "lora" else torch.float32
+    dtype = products if settings.adapts else torch.float32
     if parallel == "ddp":
-        return make_trainable(load_model(settings.model, dtype, world.device), settings)
+        return make_trainable(load_model(settings.model, dtype, world.device), **settings.learning)
     model = skeleton(read_config(settings.model)).to(dtype)
     files = model_files(settings.model, model)
-    sharding.shard(make_trainable(model, settings), world, products)
+    sharding.shard(make_trainable(model, **settings.learning), world, products)
     sharding.fill(model, files, world.device, settings.seed)
     return model
 
 
-def make_trainable(model: Llama, settings: Settings) -> Llama:
-    """Lets every parameter learn, or freezes them but for the targets, or injects what does.
-
-    Raises:
-        UsageError: the targets or the rank do not suit the model.
-    """
-    if settings.method == "full":
-        return model.requires_grad_(True)
-    if settings.method == "partial":
-        return train_weights(model, settings.targets)
-    try:
-        return inject_lora(
-            model,
-            settings.targets,
-            settings.rank,
-            settings.alpha,
-            settings.rslora,
-            settings.dropout,
-            settings.seed,
-            settings.dora,
-        )
-    except ValueError as error:
-        raise UsageError(f"--targets {settings.targets} --rank {settings.rank}: {error}") from None
-
-
-def save_trained(model: Llama, settings: Settings, folder: Path) -> None:
+def save_trained(model: Llama, settings: ResolvedSettings, folder: Path) -> None:
     """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
-    if settings.method == "lora":
+    if settings.adapts:
         save_adapter(model, folder, base_model=settings.model)
     else:
         save_model(model, folder)
@@ -282,29 +273,28 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     """
     settings = read_settings(run)
     folder = trained_folder(run, which)
-    lora = settings.method == "lora"
-    model = load_model(settings.model if lora else folder, DTYPES[precision], device)
-    if lora:
+    model = load_model(settings.model if settings.adapts else folder, DTYPES[precision], device)
+    if settings.adapts:
         load_adapter(model, folder)
     return model, load_tokenizer(settings.model)
 
 
-def read_settings(run: Path) -> Settings:
+def read_settings(run: Path) -> ResolvedSettings:
     """The resolved settings of a run.
 
     Raises:
         CheckpointError: no run is there, or its configuration is not this version's.
     """
     stored = read_json(run / CONFIG).get("settings")
-    names = {field.name for field in fields(Settings)}
+    names = {field.name for field in fields(ResolvedSettings)}
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / CONFIG}: holds no settings of a llamalora run of this version")
     try:
-        for field in fields(Settings):
+        for field in fields(ResolvedSettings):
             value = stored[field.name]
             if not isinstance(value, field.type) and not (isinstance(value, int) and isinstance(1.0, field.type)):
                 raise UsageError(f"{field.name} is {value!r}")
-        return Settings(**stored)
+        return ResolvedSettings(**stored)
     except UsageError as error:
         raise CheckpointError(f"{run / CONFIG}: a setting that cannot be: {error}") from None
 
@@ -329,7 +319,7 @@ def read_task(run: Path) -> ner.Task:
         raise CheckpointError(f"{run / CONFIG}: holds no task of a llamalora run ({error})") from None
 
 
-def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:
+def describe(settings: ResolvedSettings, task: ner.Task, model: Llama) -> dict:
     """The contents of a run's `config.json`: all that another person needs to repeat it."""
     packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
     versions = {"python": platform.python_version()}
@@ -348,7 +338,7 @@ def describe(settings: Settings, task: ner.Task, model: Llama) -> dict:
     }
 
 
-def fingerprints(settings: Settings) -> dict[str, str]:
+def fingerprints(settings: ResolvedSettings) -> dict[str, str]:
     """Short hashes of base model, tokenizer and training data, by which a resumed run knows its own."""
     model = Path(settings.model)
     weights = sorted(model.glob("*.safetensors"))
@@ -425,7 +415,7 @@ def _lock(folder: Path) -> tuple[str | None, TextIO]:
     return None, file
 
 
-def check_resumable(folder: Path, settings: Settings) -> None:
+def check_resumable(folder: Path, settings: ResolvedSettings) -> None:
     """Refuses to resume a run as another one.
 
     Raises:

@@ -6,7 +6,6 @@ written beside its destination, synced, and renamed into place, so a crash leave
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from .checkpoint import CheckpointError, read_json, save_tensors
+from .files import new_folder, sync
 
 MANIFEST = "manifest.json"
 
@@ -35,36 +35,24 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = T
         with TemporaryDirectory() as scratch:
             fill(Path(scratch))
         return
-    partial, replaced = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     try:
-        _write(folder, partial, replaced, fill)
-    except (OSError, CheckpointError) as error:
-        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        if isinstance(error, CheckpointError):
-            raise
+        with new_folder(folder, replace=True) as partial:
+            fill(partial)
+            _seal(partial)
+    except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from None
 
 
-def _write(folder: Path, partial: Path, replaced: Path, fill: Callable[[Path], None]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+def _seal(folder: Path) -> None:
+    """Adds the manifest, when every file that it lists is on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
-    sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        sync(path)
+    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     # no line end: of this one file, which has no sum, a byte that is lost must show
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=2))
-    _sync(partial / MANIFEST)
-    _sync(partial)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def damage(folder: Path) -> list[str]:
@@ -170,11 +158,3 @@ def clean_partial(run: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,20 +8,19 @@ Embedding, last norm and head are one group, gathered once for all that `within`
 matrix (tied), and each process may call the head as often as it has chunks of logits or tokens to choose.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from . import lora
 from .checkpoint import read_tensor
-from .distributed import World, is_sharded, whole
+from .distributed import World
 from .lora import lora_layers
 from .model import Llama
+from .stream import placed
 
 T = TypeVar("T")
 
@@ -54,10 +53,10 @@ def fill(model: Llama, files: Mapping[str, Path], device: torch.device, seed: in
     Args:
         files: tensor name -> safetensors file (`model_files`).
     """
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    tied = model.tied
     model.to_empty(device=device)
     if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -65,26 +64,11 @@ def fill(model: Llama, files: Mapping[str, Path], device: torch.device, seed: in
                 parameter.copy_(placed(read_tensor(files[name], name), parameter))
         for name, layer in lora_layers(model).items():
             key = f"{name}.weight" if f"{name}.weight" in files else "model.embed_tokens.weight"  # a tied head
-            base = _twin(layer, weight=read_tensor(files[key], key).to(layer.weight.dtype))
-            dropout = getattr(layer, "dropout", 0.0)
-            started = type(layer)(base, layer.rank, layer.alpha, layer.rslora, dropout, generator, layer.dora)
-            for factor, parameter in layer.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    parameter.copy_(placed(getattr(started, factor), parameter))
-
-
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as another one is kept: on its device, in its dtype, of a sharded one this process's rows."""
-    if not is_sharded(like):
-        return tensor.to(like.device, like.dtype)
-    mesh = like.device_mesh
-    rows = -(-len(tensor) // mesh.size())
-    own = tensor[mesh.get_local_rank() * rows :][:rows].to(like.device, like.dtype, copy=True)
-    return type(like).from_local(own, mesh, like.placements, shape=tensor.shape, stride=tensor.stride())
+            layer.start(read_tensor(files[key], key).to(layer.weight.dtype), generator)
 
 
 def is_spread(model: Llama) -> bool:
-    """Whether `shard` has been at the model."""
+    """Whether the model is sharded."""
     return hasattr(model, "compute")
 
 
@@ -126,37 +110,13 @@ def in_step(model: Llama, world: World, decode: Callable[[], T]) -> T:
 def merged(model: Llama) -> Iterator[None]:
     """The model with its updates merged; afterwards it is bitwise as before.
 
-    A sharded model is merged layer by layer, each computed whole by every process, which keeps its rows, and
-    the rows of W0 on the host. The layers of a tied matrix stay as they are: it cannot take the updates of both.
+    Where the ends of a sharded model are one matrix, they stay as they are: it cannot take the updates of both.
     """
-    if not is_spread(model):
-        lora.merge(model)
-        try:
-            yield
-        finally:
-            lora.restore(model)
-        return
     ends = (model.model.embed_tokens, model.lm_head)
-    left_out = ends if ends[0].weight is ends[1].weight else ()
+    left_out = ends if is_spread(model) and model.tied else ()
     layers = [layer for layer in lora_layers(model).values() if layer not in left_out]
     try:
-        with torch.no_grad():
-            for layer in layers:
-                twin = _twin(layer, **{name: whole(values) for name, values in layer.named_parameters(recurse=False)})
-                twin.merge()
-                layer._original = layer.weight.to_local().to("cpu", copy=True)
-                layer.weight.copy_(placed(twin.weight, layer.weight))
+        lora.merge(model, layers)
         yield
     finally:
-        with torch.no_grad():
-            for layer in layers:
-                if layer.merged:
-                    layer.weight.to_local().copy_(layer._original)
-                    layer._original = None
-
-
-def _twin(layer: nn.Module, **parameters: Tensor) -> nn.Module:
-    """A layer with other parameters in the place of its own."""
-    twin = copy.copy(layer)
-    twin._parameters = {name: nn.Parameter(values, requires_grad=False) for name, values in parameters.items()}
-    return twin
+        lora.restore(model)

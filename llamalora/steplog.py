@@ -1,4 +1,4 @@
-"""What a run reports at each step: one line for a person (tqdm), one JSON line for a program."""
+"""What a run reports: its first lines, then for each step one line for a person (tqdm) and one for a program (JSON)."""
 
 import json
 import math
@@ -8,9 +8,45 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .attention import attention_kernel
 from .batch import Example
 from .distributed import World
 from .files import naming, replace_file
+from .job import Job
+from .lora import count_parameters, what_learns
+from .model import Llama
+from .precision import DTYPES
+from .training import Update
+
+
+def announce(job: Job, model: Llama, world: World) -> None:
+    """The first lines of a run: which model, data and precision are in use, and why."""
+    settings, why, examples, task = job.settings, job.why, job.examples, job.task
+    counts = count_parameters(model)
+    share = 100 * counts["trainable"] / counts["base"]
+    on = f"{world.size} x {world.device.type}"
+    if world.device.type == "cuda":
+        heads = model.config.num_attention_heads, model.config.head_dim
+        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+    trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
+    if not settings.adapts and "targets" not in settings.idle and model.tied:
+        trained += " (embed and head are one matrix)"
+    step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
+    world.say(
+        f"model      {settings.model} ({why['model']}), {counts['base']:,} parameters\n"
+        f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
+        f"data       {settings.data} ({why['data']}), "
+        + ", ".join(f"{len(documents)} {name} documents" for name, documents in job.splits.items())
+        + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
+        + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
+        + f"\ntask       {settings.format} of {', '.join(task.labels)}"
+        + (" (one-label format)" if task.per_label else "")
+        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
+        f"parallel   {job.placement}\n"
+        f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
+        f"peak learning rate {settings.lr:g}\n"
+        f"output     {settings.out}\n"
+    )
 
 
 class StepLog:
@@ -43,11 +79,11 @@ class StepLog:
         epoch: int,
         loss: float,
         lr: float,
-        update,
+        update: Update,
         examples: list[Example],
         computed: float,
         seconds: float,
-    ):
+    ) -> None:
         if not self.world.is_main:
             return
         tokens = sum(map(len, examples))

@@ -84,3 +84,26 @@ def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+# ---- tensors of which each process keeps some rows ----
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process keeps only some rows of the tensor (a DTensor, whose module takes a second to import)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor. Those of a sharded one are gathered, so every process must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as another one is kept: on its device, in its dtype, of a sharded one this process's rows."""
+    if not is_sharded(like):
+        return tensor.to(like.device, like.dtype)
+    mesh = like.device_mesh
+    rows = -(-len(tensor) // mesh.size())
+    own = tensor[mesh.get_local_rank() * rows :][:rows].to(like.device, like.dtype, copy=True)
+    return type(like).from_local(own, mesh, like.placements, shape=tensor.shape, stride=tensor.stride())

@@ -11,8 +11,8 @@ from .distributed import World
 from .errors import InputError
 from .lora import merge
 from .model import Llama
+from .precision import DTYPES
 from .tokenizer import Tokenizer, check_fit, load_tokenizer
-from .training import DTYPES
 
 
 @dataclass(frozen=True)

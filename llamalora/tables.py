@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import corpus, counts, experiments, figures, findings, ner, paper, run, stats
+from . import corpus, costs, experiments, figures, findings, ner, paper, run, stats
 from .audit import show_table7, show_table8
 from .checkpoint import read_config
 from .cli import UsageError, add_flags
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
     with join_world(base.timeout) as world:
-        places = run.resolve(base, world.device).settings
+        places = run.resolve(base, world.device)[0]
         base = replace(base, model=places.model, data=places.data)
         sections = [counted(name, base) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
@@ -143,9 +143,9 @@ def counted(name: str, base: run.Settings) -> str:
     elif name == "6":
         title, text = f"Formats of the answer to: {paper.TABLE6_INPUT}", "\n".join(formats())
     elif name == "7":
-        title, text = "Trainable parameters of Llama-2-7B", show_table7(counts.table7(LLAMA_2["llama-2-7b"]))
+        title, text = "Trainable parameters of Llama-2-7B", show_table7(costs.table7(LLAMA_2["llama-2-7b"]))
     else:
-        title, text = "Cost, Llama-2-7B", show_table8(counts.table8(LLAMA_2["llama-2-7b"]))
+        title, text = "Cost, Llama-2-7B", show_table8(costs.table8(LLAMA_2["llama-2-7b"]))
     return f"## Table {name}: {title}\n\n```\n{text}\n```"
 
 

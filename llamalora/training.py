@@ -4,48 +4,26 @@ Dimensions: M supervised tokens, D hidden, V vocabulary.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .batch import MicroBatch
-from .distributed import World, is_sharded, whole
+from .distributed import World
 from .errors import RunError
 from .lora import LoRALinear, lora_layers, trainable_parameters
 from .model import Llama
-from .sharding import placed, within
+from .precision import autocast
+from .sharding import within
+from .stream import is_sharded, placed, whole
 
 LOGITS_AT_ONCE = 2**25  # logits held at a time: 64 MiB in half precision
 SOFTMAX_AT_ONCE = (2**20, 2**24)  # of these, by a CPU and by a GPU, in fp32
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DivergedError(RunError):
     """Training cannot go on: gradients that stay infinite, or parameters that never move."""
-
-
-def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
-    """`auto` -> what the device computes natively; returns the precision and why."""
-    if requested != "auto":
-        return requested, "requested"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"{name} computes bf16"
-        return "fp16", f"{name} has no bf16"
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return "bf16", f"the CPU ({capabilities}) computes bf16"
-    return "fp32", f"the CPU ({capabilities}) has no bf16 arithmetic"
-
-
-def autocast(precision: str, device: torch.device):
-    """The context of forward passes: parameters stay as they are, products run in `precision`."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
 
 
 def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: str) -> float:

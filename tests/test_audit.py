@@ -10,10 +10,10 @@ from helpers import NINE, tiny_config, tiny_model
 from llamalora import counts, paper, runstate
 from llamalora.__main__ import main
 from llamalora.adapter import save_adapter
-from llamalora.checkpoint import save_model
+from llamalora.checkpoint import save_model, skeleton
 from llamalora.cli import run_command
 from llamalora.distributed import World
-from llamalora.lora import inject_lora, kind_of, train_weights, trainable_parameters
+from llamalora.lora import inject_lora, kind_of, make_trainable, train_weights, trainable_parameters
 from llamalora.model import LlamaConfig
 from llamalora.training import Optimizer
 
@@ -263,5 +263,5 @@ def test_a_folder_that_is_no_llama(tmp_path, capsys):
 
 def test_an_impossible_rank_still_counts(capsys):
     with pytest.warns(UserWarning, match="rank exceeds"):
-        model = counts.build(tiny_config(), "q", 40, "lora")
+        model = make_trainable(skeleton(tiny_config()), "lora", "q", 40)
     assert counts.audit(model).trainable == 2 * 40 * (32 + 32)

@@ -143,7 +143,7 @@ def test_a_model_with_unmerged_updates_is_not_saved(tmp_path):
         spoil(model)
         if spoil is merge:
             continue
-        with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*unmerged"):
+        with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*not merged"):
             save_model(model, tmp_path / "model")
         assert not (tmp_path / "model").exists()
 

@@ -22,12 +22,13 @@ from llamalora.batch import Example, MicroBatch, deal, plan_epoch
 from llamalora.checkpoint import save_model, skeleton
 from llamalora.cli import run_command
 from llamalora.decode import generate
-from llamalora.distributed import World, is_sharded, whole
+from llamalora.distributed import World
 from llamalora.loop import Progress, load_progress, save, save_progress
 from llamalora.model import LlamaConfig
+from llamalora.precision import autocast
 from llamalora.sharding import in_step, merged
-from llamalora.stream import write_tensors
-from llamalora.training import MovementCheck, Optimizer, autocast, backward
+from llamalora.stream import is_sharded, whole, write_tensors
+from llamalora.training import MovementCheck, Optimizer, backward
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20

@@ -25,8 +25,9 @@ from llamalora.lora import (
     KINDS,
     LoRAEmbedding,
     LoRALinear,
-    _LinearsWithDeltas,
+    _FusedLinears,
     adapt,
+    adapted_linear,
     count_parameters,
     inject_lora,
     kind_of,
@@ -304,16 +305,16 @@ LAYERS = [{"outs": (7,), "ranks": (3,)}, {"outs": (7, 2, 6), "ranks": (3, 1, 2)}
 def test_gradients_are_the_numerical_ones(x_grad, layers):
     scales = SCALES[: len(layers["outs"])]
     assert torch.autograd.gradcheck(
-        lambda x, *given: _LinearsWithDeltas.apply(x, torch.float64, scales, *given), tensors(x_grad=x_grad, **layers)
+        lambda x, *given: _FusedLinears.apply(x, torch.float64, scales, *given), tensors(x_grad=x_grad, **layers)
     )
 
 
 def both_forms(x, *matrices, dtype):
-    """Outputs and gradients of the plain composition of torch's functions, and of ours."""
+    """Outputs and gradients of the equation as it is written, and of the fused form."""
     each = list(zip(matrices[::3], matrices[1::3], matrices[2::3], SCALES, strict=False))
     for forward in (
-        lambda: [F.linear(x, W0) + scale * F.linear(F.linear(x, A), B) for W0, A, B, scale in each],
-        lambda: _LinearsWithDeltas.apply(x, dtype, SCALES[: len(each)], *matrices),
+        lambda: [adapted_linear(x, *one) for one in each],
+        lambda: _FusedLinears.apply(x, dtype, SCALES[: len(each)], *matrices),
     ):
         with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             ys = forward()

@@ -13,7 +13,8 @@ from llamalora.batch import Example, MicroBatch
 from llamalora.checkpoint import skeleton
 from llamalora.lora import LoRALinear, inject_lora, train_weights
 from llamalora.model import Llama, LlamaConfig
-from llamalora.training import DTYPES, autocast, backward
+from llamalora.precision import DTYPES, autocast
+from llamalora.training import backward
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import train
-from llamalora import hardware, loop, memory, placement, run
+from llamalora import hardware, job, loop, memory, placement, run
 from llamalora.attention import attention_kernel
 from llamalora.audit import parse_capacity
 from llamalora.checkpoint import skeleton
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed import World
+from llamalora.lora import make_trainable
 from llamalora.model import LlamaConfig
 
 SEVEN = LlamaConfig.named("llama-2-7b")
@@ -21,7 +22,7 @@ SEVEN = LlamaConfig.named("llama-2-7b")
 
 def fitted(card: str, gpus: int, **changes) -> placement.Placement:
     settings = run.Settings(**{"precision": "fp16", "rank": 128, "batch_tokens": 4096} | changes)
-    model = run.make_trainable(skeleton(SEVEN), settings)
+    model = make_trainable(skeleton(SEVEN), **settings.learning)
     return placement.fit(model, settings, memory.LENGTHS, gpus, parse_capacity(card))
 
 
@@ -81,7 +82,7 @@ def test_the_table_of_cards(monkeypatch):
         sizes = list(cell["bytes"].values())
         assert sizes[1:] == sorted(sizes[1:], reverse=True)
         assert cell["bytes"][cell["fewest_gpus"]] <= memory.USABLE * cell["capacity"]
-    model = run.make_trainable(skeleton(SEVEN), run.Settings(rank=128))
+    model = make_trainable(skeleton(SEVEN), **run.Settings(rank=128).learning)
     longest = max(memory.LENGTHS)
     planned = memory.plan(model, "fsdp", 2, parse_capacity("16GB"), "fp16", longest, recompute=1)
     assert cells["LoRA on all, r=128", "V100 16 GB"]["bytes"][2] == planned.total
@@ -92,7 +93,7 @@ def test_the_table_of_cards(monkeypatch):
 
 
 def test_every_kth_block_is_recomputed_and_planned_so():
-    model = run.make_trainable(skeleton(SEVEN), run.Settings(rank=8))
+    model = make_trainable(skeleton(SEVEN), **run.Settings(rank=8).learning)
     plans = [memory.plan(model, "fsdp", 4, 0, "fp16", 2048, every) for every in (0, 4, 2, 1)]
     held = [one.items["activations"] for one in plans]
     assert held == sorted(held, reverse=True)
@@ -131,7 +132,7 @@ def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path, capsys):
         plan = memory.Plan("ddp", 698, {"activations": 5 * memory.GIB}, 4 * memory.GIB)
         return placement.Placement("ddp", 698, 0, plan, "of this test")
 
-    monkeypatch.setattr(loop, "place", placed)
+    monkeypatch.setattr(job, "place", placed)
     monkeypatch.setattr(loop, "backward", no_memory)
     for name in ("max_memory_allocated", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
@@ -139,7 +140,7 @@ def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(train.main, [*flags.split(), str(tmp_path / "run")])
     message = capsys.readouterr().err
-        assert stop.value.code == 1 and "memory does not suffice" in message and "activations" in message
+    assert stop.value.code == 1 and "memory does not suffice" in message and "activations" in message
 
 
 def test_the_kernel_of_attention_has_a_name():

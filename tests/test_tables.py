@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from llamalora import counts, experiments, figures, findings, paper, tables
+from llamalora import experiments, figures, findings, paper, tables
 from llamalora.__main__ import main as command
-from llamalora.checkpoint import read_config
+from llamalora.checkpoint import read_config, skeleton
 from llamalora.cli import run_command
 from llamalora.distributed import World
 from llamalora.experiments import BASE, Claim, Row, Runner, Table
-from llamalora.lora import count_parameters
+from llamalora.lora import count_parameters, make_trainable
 from llamalora.model import LlamaConfig
 from llamalora.run import Settings
 from llamalora.training import DivergedError
@@ -97,7 +97,7 @@ def test_full_fine_tuning_differs_from_lora_in_what_is_trained(tmp_path):
 def test_the_ablation_spends_the_same_parameters_everywhere():
     table = experiments.ablation(LlamaConfig(), 8)
     runs = [{"targets": "all", **row.runs[0]} for row in table.rows]
-    sizes = [counts.build(LlamaConfig(), **one, method="lora") for one in runs]
+    sizes = [make_trainable(skeleton(LlamaConfig()), **one) for one in runs]
     sizes = [count_parameters(model)["trainable"] for model in sizes]
     assert len(sizes) == 19 and all(size == pytest.approx(20_566_016, rel=0.03) for size in sizes)
 

@@ -147,7 +147,7 @@ def test_dora_with_loraplus_resumed_and_scored(tmp_path, capsys):
     flags = ("--dora", "--loraplus", "4", "--dropout", "0.1", "--targets", "q,down,embed,head")
     whole, run = tmp_path / "whole", tmp_path / "run"
     code, output = finish(start("--out", whole, *flags))
-    assert code == 0 and "DoRA on q,down,embed,head" in output, output
+    assert code == 0 and "DoRA of rank 8 on q,down,embed,head" in output, output
     process = start("--out", run, *flags)
     wait_for_steps(process, run, 3)
     process.kill()

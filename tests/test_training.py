@@ -20,15 +20,8 @@ from llamalora import runstate, training
 from llamalora.batch import Example, MicroBatch, deal
 from llamalora.distributed import World
 from llamalora.lora import KINDS, inject_lora, lora_layers, train_weights, trainable_parameters
-from llamalora.training import (
-    DivergedError,
-    MovementCheck,
-    Optimizer,
-    autocast,
-    backward,
-    choose_precision,
-    learning_rate,
-)
+from llamalora.precision import DTYPES, autocast, choose_precision
+from llamalora.training import DivergedError, MovementCheck, Optimizer, backward, learning_rate
 
 CPU = torch.device("cpu")
 ALONE = World()
@@ -171,7 +164,7 @@ def test_half_precision_gradients_are_near_fp32(method, precision, tolerance, fr
         if method in ("partial", "full"):
             pytest.skip("full and partial fine-tuning keep their weights in fp32")
         for layer in lora_layers(model).values():
-            layer.weight.data = layer.weight.data.to(training.DTYPES[precision])
+            layer.weight.data = layer.weight.data.to(DTYPES[precision])
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     rough, found = gradients(model, precision=precision, scaler=scaler)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train
-from llamalora import loop, runstate
+from llamalora import job, loop, runstate
 from llamalora import verify as verifier
 from llamalora.cli import run_command
 from llamalora.model import Llama
@@ -151,7 +151,7 @@ def at_step(step: int, number: int, rank: int | None = None) -> None:
 def in_phase(phase: str, number: int, rank: int | None = None) -> None:
     """A signal when a phase begins for the first time: start, saving, evaluation, decoding."""
     owner, name = {
-        "start": (loop, "encode_all"),
+        "start": (job, "encode_all"),
         "saving": (runstate, "write_atomically"),
         "evaluation": (loop, "evaluate_now"),
         "decoding": (Llama, "make_cache"),
