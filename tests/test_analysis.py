@@ -416,13 +416,15 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
 
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"settings": asdict(Settings())}))
+    (run / "config.json").write_text(json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3))}))
     assert "best: the run has saved no such model yet" in refusal(capsys, run)
     write_atomically(run / "best", lambda folder: save_adapter(adapted("q"), folder))
     assert inspect_adapter.adapter_folder(str(run)) == run / "best"
     main(["inspect", str(run)])
     assert capsys.readouterr().out.startswith("kind")
-    (run / "config.json").write_text(json.dumps({"settings": asdict(Settings(method="full"))}))
+    (run / "config.json").write_text(
+        json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3, method="full"))})
+    )
     assert "--method full" in refusal(capsys, run)
 
 
