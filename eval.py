@@ -7,12 +7,18 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from llamalora import corpus, evaluate, run
 from llamalora.cli import UsageError, run_command
-from llamalora.distributed import World, join_world
+from llamalora.corpus.documents import Document
+from llamalora.corpus.pubtator import write_pubtator
+from llamalora.corpus.read import find_splits, read_documents
+from llamalora.distributed.world import World, join_world
+from llamalora.evaluation.answer import DRAFT_TOKENS, Answer, select_sentences
+from llamalora.evaluation.result import format_report, predicted_documents, write_result
+from llamalora.evaluation.systems import joint_labels, load_run, load_system, score_split
 from llamalora.files import replace_file
-from llamalora.precision import DTYPES, choose_precision
-from llamalora.systems import joint_labels, load_run, load_system, score_split
+from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.runs.folder import read_settings, read_task
+from llamalora.runs.settings import Settings
 
 
 def main(argv: list[str]) -> None:
@@ -53,42 +59,42 @@ def main(argv: list[str]) -> None:
             return
         if arguments.predictions:
             text = StringIO()
-            corpus.write_pubtator(evaluate.predicted_documents(documents, answers), text)
+            write_pubtator(predicted_documents(documents, answers), text)
             replace_file(Path(arguments.predictions), text.getvalue())
         folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            written = evaluate.write(result, answers, Path(folder))
+            written = write_result(result, answers, Path(folder))
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
-            print(evaluate.format_report(result))
+            print(format_report(result))
             if folder:
                 print(f"written to {written}")
 
 
-def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[evaluate.Answer], list[corpus.Document]]:
+def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[Answer], list[Document]]:
     """The result for `eval-SPLIT.json`, the answers, and the documents that they are about."""
     precision, why = choose_precision(arguments.precision, world.device)
-    data = arguments.data or (run.read_settings(Path(arguments.run[0])).data if arguments.run else None)
+    data = arguments.data or (read_settings(Path(arguments.run[0])).data if arguments.run else None)
     if data is None:
         raise UsageError("--model needs --data, the corpus to score on")
-    splits = corpus.find_splits(data)
+    splits = find_splits(data)
     if arguments.split not in splits:
         raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
-    documents, asked = evaluate.select(corpus.read(splits[arguments.split]), arguments.limit)
+    documents, asked = select_sentences(read_documents(splits[arguments.split]), arguments.limit)
     if not arguments.json:
         world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
     order = arguments.order.split(",") if arguments.order else ()
     if arguments.run:
-        labels = joint_labels([run.read_task(Path(folder)) for folder in arguments.run])
+        labels = joint_labels([read_task(Path(folder)) for folder in arguments.run])
         if len(arguments.run) > 1 and order and sorted(order) != sorted(labels):
             raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
         loaders = [partial(load_run, Path(f), arguments.which, precision, world) for f in arguments.run]
     else:
         asking = {name: getattr(arguments, name) for name in ("model", "format", "labels", "instruction", "shots")}
-        loaders = [partial(load_system, run.Settings(data=data, **asking), arguments.adapter, precision, world)]
-    drafted = evaluate.DRAFT_TOKENS if arguments.draft == "source" else 0
+        loaders = [partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)]
+    drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
     result, answers = score_split(
         loaders, arguments.split, documents, asked, precision, world, arguments.batch, drafted, order,
         quiet=arguments.json, constrain=arguments.constrain,

@@ -17,15 +17,16 @@ from dataclasses import replace
 import torch
 from work import flops_per_token, need_peer, padded
 
-from llamalora.batch import Example, MicroBatch
-from llamalora.checkpoint import skeleton
-from llamalora.decode import generate
-from llamalora.distributed import World
-from llamalora.lora import count_parameters, inject_lora, merge, restore
-from llamalora.memory import LENGTHS, micro_batch
-from llamalora.model import LLAMA_2, Llama, LlamaConfig
-from llamalora.precision import DTYPES, choose_precision
-from llamalora.training import Optimizer, backward
+from llamalora.distributed.world import World
+from llamalora.evaluation.generate import generate
+from llamalora.lora.inject import count_parameters, inject_lora, merge, restore
+from llamalora.model.checkpoint import skeleton
+from llamalora.model.config import LLAMA_2, LlamaConfig
+from llamalora.model.llama import Llama
+from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.training.batch import Example, MicroBatch
+from llamalora.training.memory import LENGTHS, micro_batch
+from llamalora.training.step import Optimizer, backward
 
 
 def main() -> None:

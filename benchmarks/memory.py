@@ -24,18 +24,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from llamalora import memory, placement, run
-from llamalora.audit import parse_capacity, read_shape
-from llamalora.batch import Example, MicroBatch, deal
-from llamalora.checkpoint import skeleton
 from llamalora.cli import run_command
-from llamalora.distributed import World, join_world
-from llamalora.lora import count_parameters, make_trainable
-from llamalora.model import LlamaConfig
-from llamalora.precision import DTYPES
-from llamalora.sharding import shard
-from llamalora.stream import is_sharded
-from llamalora.training import Optimizer, backward
+from llamalora.commands.audit import parse_capacity, read_shape
+from llamalora.distributed.sharding import shard
+from llamalora.distributed.world import World, join_world
+from llamalora.lora.inject import count_parameters, make_trainable
+from llamalora.model.checkpoint import skeleton
+from llamalora.model.config import LlamaConfig
+from llamalora.model.precision import DTYPES
+from llamalora.model.tensors import is_sharded
+from llamalora.runs.settings import Settings
+from llamalora.training.batch import Example, MicroBatch, deal
+from llamalora.training.memory import CONTEXT_BYTES, GIB, LENGTHS, explained, micro_batch
+from llamalora.training.placement import Placement, fit
+from llamalora.training.step import Optimizer, backward
 
 TINY = LlamaConfig(
     vocab_size=515, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
@@ -93,15 +95,13 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
         for name in ("micro_tokens", "activation_checkpointing")
     }
     same = ("method", "targets", "rank", "precision", "parallel", "batch_tokens")
-    settings = run.Settings(lr=1e-4, **{name: getattr(arguments, name) for name in same}, **number_or_auto)
+    settings = Settings(lr=1e-4, **{name: getattr(arguments, name) for name in same}, **number_or_auto)
     config = TINY if arguments.model == "tiny" else read_shape(arguments.model)
     capacity = _capacity(arguments.share, world)
-    chosen = placement.fit(
-        make_trainable(skeleton(config), **settings.learning), settings, memory.LENGTHS, world.size, capacity
-    )
+    chosen = fit(make_trainable(skeleton(config), **settings.learning), settings, LENGTHS, world.size, capacity)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    with memory.explained(chosen.plan, world.device):
+    with explained(chosen.plan, world.device):
         model = random_model(config, settings, world, chosen.parallel)
         loaded = _allocated(world)
         optimizer = Optimizer(model, settings.precision, world.device, 0.0, 1.0)
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     }
 
 
-def random_model(config: LlamaConfig, settings: run.Settings, world: World, parallel: str):
+def random_model(config: LlamaConfig, settings: Settings, world: World, parallel: str):
     """As `run.build_model` makes it, but for the values: small and random, since there is no checkpoint."""
     products = DTYPES[settings.precision]
     model = skeleton(config).to(torch.float32 if settings.method == "full" else products)
@@ -157,9 +157,9 @@ def random_model(config: LlamaConfig, settings: run.Settings, world: World, para
     return model.train()
 
 
-def step(model, optimizer: Optimizer, settings: run.Settings, chosen: placement.Placement, world: World):
+def step(model, optimizer: Optimizer, settings: Settings, chosen: Placement, world: World):
     """One optimizer step over examples of BC5CDR's lengths; of each the last half is supervised."""
-    lengths = memory.micro_batch(settings.batch_tokens, memory.LENGTHS)
+    lengths = micro_batch(settings.batch_tokens, LENGTHS)
     vocabulary = model.config.vocab_size
     examples = [Example(tuple(i % vocabulary for i in range(n + 1)), max(1, n // 2)) for n in lengths]
     supervised = sum(example.supervised for example in examples)
@@ -175,7 +175,7 @@ def step(model, optimizer: Optimizer, settings: run.Settings, chosen: placement.
 def _capacity(share: str | None, world: World) -> int:
     """What the plan may take: the share and CUDA's own part, or the whole GPU; on the CPU, as if on 16 GB."""
     if share is not None:
-        return parse_capacity(share) + memory.CONTEXT_BYTES
+        return parse_capacity(share) + CONTEXT_BYTES
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
     return parse_capacity("16GB")
@@ -186,7 +186,7 @@ def _allocated(world: World) -> int:
 
 
 def show(result: dict) -> str:
-    gib = memory.GIB
+    gib = GIB
     lines = [f"{result['model']} on {result['processes']} x {result['device']}: {result['placement']}"]
     lines += [f"  {name:28}{size / gib:8.2f} GiB planned" for name, size in result["plan"]["items"].items()]
     lines += [f"  {'tensors, all together':28}{result['plan']['tensors'] / gib:8.2f} GiB planned"]

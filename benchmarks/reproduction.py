@@ -9,8 +9,9 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from llamalora import figures, paper, tables
-from llamalora.run import Settings
+from llamalora.paper import figures, tables
+from llamalora.paper.printed import RANKS
+from llamalora.runs.settings import Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -107,7 +108,7 @@ def how_the_recipe_was_chosen(found: dict) -> list[str]:
 
 def what_differs(result: dict) -> list[str]:
     shown = [row["title"][1] for row in result["tables"].get("3", {"rows": []})["rows"]]
-    missing = [str(rank) for rank in paper.RANKS if str(rank) not in shown]
+    missing = [str(rank) for rank in RANKS if str(rank) not in shown]
     lines = [
         "## What differs from the paper",
         "",

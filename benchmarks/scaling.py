@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from llamalora.batch import Example, MicroBatch
-from llamalora.checkpoint import load_model
-from llamalora.decode import generate
-from llamalora.lora import inject_lora, merge
-from llamalora.precision import DTYPES, choose_precision
-from llamalora.training import backward
+from llamalora.evaluation.generate import generate
+from llamalora.lora.inject import inject_lora, merge
+from llamalora.model.checkpoint import load_model
+from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.training.batch import Example, MicroBatch
+from llamalora.training.step import backward
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens of a sequence; 2,048 tokens in all
 COUNTS = (1, 2, 4, 8, 16, 32)  # sequences of 64 tokens

@@ -10,12 +10,16 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llamalora import corpus, evaluate, run
-from llamalora.batch import MicroBatch, deal, encode_all, plan_epoch
-from llamalora.distributed import World
-from llamalora.precision import choose_precision
-from llamalora.systems import load_system
-from llamalora.training import Optimizer, backward
+from llamalora.corpus.documents import sentences_of
+from llamalora.corpus.read import find_splits, read_documents
+from llamalora.distributed.world import World
+from llamalora.evaluation.answer import answer_sentences, select_sentences
+from llamalora.evaluation.systems import load_system
+from llamalora.model.precision import choose_precision
+from llamalora.runs.settings import Settings
+from llamalora.runs.setup import build_model, make_task, read_base
+from llamalora.training.batch import MicroBatch, deal, encode_all, plan_epoch
+from llamalora.training.step import Optimizer, backward
 
 
 def main() -> None:
@@ -28,28 +32,28 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     world = World()
     precision, _ = choose_precision("auto", world.device)
-    settings = run.Settings(
+    settings = Settings(
         model=arguments.model, data=arguments.data, targets="q,k,v,o,up,down,gate", rank=8, precision=precision
     )
-    splits = {name: corpus.read(path) for name, path in corpus.find_splits(settings.data).items()}
+    splits = {name: read_documents(path) for name, path in find_splits(settings.data).items()}
     show(f"four steps of 8 sentences, {precision}", training(settings, splits, world))
     if arguments.adapter:
         system = load_system(settings, arguments.adapter, precision, world)
-        _, asked = evaluate.select(splits["dev"], 64)
+        _, asked = select_sentences(splits["dev"], 64)
         show(
             f"decoding 64 sentences, 32 side by side, {precision}",
-            lambda: evaluate.answer(
+            lambda: answer_sentences(
                 system.model, system.tokenizer, system.task, asked, world, quiet=True, known=system.known
             ),
         )
 
 
-def training(settings: run.Settings, splits: dict, world: World) -> Callable[[], None]:
+def training(settings: Settings, splits: dict, world: World) -> Callable[[], None]:
     """Four optimizer steps, after two that warm up."""
-    _, tokenizer = run.read_base(settings)
-    model = run.build_model(settings, world, "ddp").train()
-    sentences = [s for document in splits["train"] for s in corpus.sentences(document)][:64]
-    examples, _ = encode_all(run.make_task(settings, splits), tokenizer, sentences, 10**9, "error")
+    _, tokenizer = read_base(settings)
+    model = build_model(settings, world, "ddp").train()
+    sentences = [s for document in splits["train"] for s in sentences_of(document)][:64]
+    examples, _ = encode_all(make_task(settings, splits), tokenizer, sentences, 10**9, "error")
     lengths = [len(example) for example in examples]
     optimizer = Optimizer(model, settings.precision, world.device, 0.0, 1.0)
 

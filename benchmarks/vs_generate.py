@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from work import need_peer
 
-from llamalora import corpus, evaluate, ner, run
-from llamalora.distributed import World, join_world
-from llamalora.precision import DTYPES
-from llamalora.systems import System, load_run, load_system
+from llamalora.corpus.read import find_splits, read_documents
+from llamalora.distributed.world import World, join_world
+from llamalora.evaluation.answer import Speed, answer_sentences, new_tokens, select_sentences
+from llamalora.evaluation.systems import System, load_run, load_system
+from llamalora.model.precision import DTYPES
+from llamalora.runs.settings import Settings
+from llamalora.task.prompt import render_prompt
 
 
 def main() -> None:
@@ -50,13 +53,13 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, world: World) -> dict:
     system = load(arguments, world)
-    documents = corpus.read(corpus.find_splits(arguments.data)["dev"])
-    _, asked = evaluate.select(documents, arguments.sentences)
+    documents = read_documents(find_splits(arguments.data)["dev"])
+    _, asked = select_sentences(documents, arguments.sentences)
     peer = Peer(system, asked)
-    speeds: list[evaluate.Speed] = []
+    speeds: list[Speed] = []
 
     def ours(constrain: bool = False) -> list[str]:
-        answers, speed = evaluate.answer(
+        answers, speed = answer_sentences(
             system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
             constrain=constrain, known=system.known,
         )  # fmt: skip
@@ -104,7 +107,7 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
 def load(arguments: argparse.Namespace, world: World) -> System:
     if arguments.run:
         return load_run(Path(arguments.run), "best", arguments.precision, world)
-    settings = run.Settings(model=arguments.model, data=arguments.data)
+    settings = Settings(model=arguments.model, data=arguments.data)
     return load_system(settings, arguments.adapter, arguments.precision, world)
 
 
@@ -122,10 +125,10 @@ class Peer:
         weights = system.model.state_dict()
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         self.tokenizer = system.tokenizer
-        self.prompts = [system.tokenizer.encode(ner.prompt(system.task, sentence.text)) for sentence in asked]
+        self.prompts = [system.tokenizer.encode(render_prompt(system.task, sentence.text)) for sentence in asked]
         context = system.model.config.max_position_embeddings
         self.limits = [
-            evaluate.new_tokens(system.tokenizer, system.task, sentence.text, context - len(prompt))
+            new_tokens(system.tokenizer, system.task, sentence.text, context - len(prompt))
             for sentence, prompt in zip(asked, self.prompts, strict=True)
         ]
 

@@ -24,12 +24,15 @@ import torch
 from torch.nn import functional as F
 from work import flops_per_token, need_peer, padded
 
-from llamalora import corpus, run
-from llamalora.adapter import save_adapter
-from llamalora.batch import Example, encode_all, plan_epoch
-from llamalora.checkpoint import read_config, skeleton
-from llamalora.distributed import World
-from llamalora.lora import lora_layers, make_trainable
+from llamalora.corpus.documents import sentences_of
+from llamalora.corpus.read import find_splits, read_documents
+from llamalora.distributed.world import World
+from llamalora.lora.adapter import save_adapter
+from llamalora.lora.inject import lora_layers, make_trainable
+from llamalora.model.checkpoint import read_config, skeleton
+from llamalora.runs.settings import Settings
+from llamalora.runs.setup import build_model, make_task, read_base
+from llamalora.training.batch import Example, encode_all, plan_epoch
 
 HOME = Path(__file__).resolve().parents[1]
 KINDS = "q,k,v,o,up,down,gate"
@@ -74,14 +77,14 @@ def main() -> None:
 
 def prepare(arguments: argparse.Namespace, work: Path) -> list[Example]:
     """The examples; they, our steps and our initial adapter are kept for the peer to start from."""
-    settings = run.Settings(
+    settings = Settings(
         model=arguments.model, data=arguments.data, targets=KINDS, rank=arguments.rank, precision="fp32"
     )
-    splits = {name: corpus.read(path) for name, path in corpus.find_splits(arguments.data).items()}
-    sentences = [s for document in splits["train"] for s in corpus.sentences(document)][: arguments.sentences]
-    _, tokenizer = run.read_base(settings)
-    model = run.build_model(settings, World(), "ddp")
-    found, _ = encode_all(run.make_task(settings, splits), tokenizer, sentences, 10**9, "error")
+    splits = {name: read_documents(path) for name, path in find_splits(arguments.data).items()}
+    sentences = [s for document in splits["train"] for s in sentences_of(document)][: arguments.sentences]
+    _, tokenizer = read_base(settings)
+    model = build_model(settings, World(), "ddp")
+    found, _ = encode_all(make_task(settings, splits), tokenizer, sentences, 10**9, "error")
     save_adapter(model, work / "adapter", base_model=arguments.model)
     steps = plan_epoch([1] * len(found), 8, seed=0, epoch=0)
     (work / "examples.json").write_text(json.dumps({"examples": [asdict(one) for one in found], "steps": steps}))

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from llamalora.batch import Example
-from llamalora.checkpoint import skeleton
-from llamalora.lora import count_parameters
-from llamalora.model import LlamaConfig
+from llamalora.lora.inject import count_parameters
+from llamalora.model.checkpoint import skeleton
+from llamalora.model.config import LlamaConfig
+from llamalora.training.batch import Example
 
 
 def need_peer(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,15 @@
 >>> inject_lora(model, targets="all", rank=8)
 """
 
-from .adapter import load_adapter, save_adapter
-from .checkpoint import load_model, save_model
-from .decode import generate
-from .lora import LoRAEmbedding, LoRALinear, count_parameters, inject_lora, merge, restore
-from .model import Llama, LlamaConfig
-from .packing import KVCache, Packing
-from .tokenizer import load_tokenizer
+from .evaluation.generate import generate
+from .lora.adapter import load_adapter, save_adapter
+from .lora.inject import count_parameters, inject_lora, merge, restore
+from .lora.layers import LoRAEmbedding, LoRALinear
+from .model.checkpoint import load_model, save_model
+from .model.config import LlamaConfig
+from .model.llama import Llama
+from .model.packing import KVCache, Packing
+from .task.tokenizer import load_tokenizer
 
 __all__ = [
     "KVCache",

@@ -1,10 +1,8 @@
 """`python -m llamalora COMMAND`: dispatches to the module that does the work."""
 
-import argparse
-import json
-
-from . import audit, fetch, inspect_adapter, merging, predict, score, stats, tables, verify
 from .cli import UsageError, run_command
+from .commands import audit, fetch, inspect, merge, predict, score, verify
+from .paper import stats, tables
 
 HELP = """usage: python -m llamalora COMMAND ...
 
@@ -22,29 +20,14 @@ commands:
 Each command explains itself with --help. Training is train.py, evaluation eval.py."""
 
 
-def score_command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora score", description="Exact-mention P/R/F1.")
-    parser.add_argument("gold", metavar="GOLD", help="PubTator or CoNLL file")
-    parser.add_argument("predicted", metavar="PRED", help="predictions about it; PubTator may lack the texts")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
-    arguments = parser.parse_args(argv)
-    result = score.score_files(arguments.gold, arguments.predicted)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(score.format_table(result))
-    if result["missing"]:
-        print(f"{result['missing']} of {result['documents']} documents have no prediction")
-
-
 COMMANDS = {
     "fetch": fetch.main,
     "stats": stats.main,
     "audit": audit.main,
     "predict": predict.main,
-    "score": score_command,
-    "merge": merging.main,
-    "inspect": inspect_adapter.main,
+    "score": score.main,
+    "merge": merge.main,
+    "inspect": inspect.main,
     "tables": tables.main,
     "verify": verify.main,
 }

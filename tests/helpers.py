@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llamalora.lora import LoRAEmbedding, lora_layers
-from llamalora.model import Llama, LlamaConfig
+from llamalora.lora.inject import lora_layers
+from llamalora.lora.layers import LoRAEmbedding
+from llamalora.model.config import LlamaConfig
+from llamalora.model.llama import Llama
 
 torch.set_num_threads(1)  # tiny matrices are slower on several
 

@@ -1,6 +1,7 @@
-"""The files as a map of the project: who may import whom, how long a file may grow, what is no dependency."""
+"""The rooms of the package: who may import whom, how long a file may grow, what is no dependency."""
 
 import ast
+import graphlib
 from functools import cache
 from pathlib import Path
 
@@ -9,115 +10,119 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llamalora"
 
-# the way of the data: a module imports from lines above its own only
-LAYERS = [
-    {"errors", "text_table", "stream", "precision"},
-    {"cli"},
-    {"align", "corpus", "tokenizer", "packing", "distributed", "spectrum", "paper", "dora", "files"},
-    {"ner", "score", "attention", "lora"},
-    {"model"},
-    {"checkpoint", "batch", "decode", "draft", "constrain"},
-    {"peft_format", "runstate", "sharding"},
-    {"training", "evaluate"},
-    {"adapter", "analysis", "memory"},
-    {"run", "fetch", "report", "counts", "stats"},
-    {"placement", "hardware", "costs"},
-    {"job", "systems", "inspect_adapter", "audit", "merging", "verify"},
-    {"steplog", "predict"},
-    {"loop"},
-    {"experiments"},
-    {"findings", "figures"},
-    {"tables"},
-    {"__main__", "__init__"},
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-TEXT_ONLY = ("corpus", "align", "ner", "score", "tokenizer")  # the task's definition can be reviewed without torch
-TOP = ("train", "eval")
+# room -> the rooms that it may import, and what these may; every room may import the files at the top of the package
+ARROWS = {
+    "corpus": set(),
+    "task": {"corpus"},
+    "model": set(),
+    "lora": {"model"},
+    "inspection": {"lora"},
+    "distributed": {"lora"},
+    "runs": {"distributed", "task"},
+    "evaluation": {"runs"},
+    "training": {"evaluation"},
+    "paper": {"training"},
+    "commands": {"paper", "inspection"},
+}
+FACES = ("__init__", "__main__")  # the public names and the commands: they may import every room, and no room them
+TEXT_ONLY = ("corpus", "task")  # the definition of the task can be reviewed without torch
+ORACLES = {"transformers", "peft", "accelerate", "datasets", "pickle", "tests", "helpers"}
+LONGEST = 320  # lines of a package file
+SCRIPTS = ("train", "eval")
 
-
-def sources() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 @cache
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; the package's own as `.name`."""
+def imports(path: Path) -> frozenset[str]:
+    """All that a file imports, anywhere in it: of the package `room/file`, of other packages their dotted names."""
+    here = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"{path}: the package has no folders"
-            found |= {f".{node.module}"} if node.module else {f".{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            whole = node.module == "llamalora"
-            found |= {f".{alias.name}" for alias in node.names} if whole else {node.module}
-    return {f".{name.split('.')[1]}" if name.startswith("llamalora.") else name for name in found}
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            parts = (*base, *(node.module.split(".") if node.module else ()))
+            whole = "/".join(parts[1:])
+            if parts[0] != "llamalora":
+                found.add(".".join(parts))
+            elif whole in FILES and not (PACKAGE / whole).is_dir():
+                found.add(whole)
+            else:  # `from .room import file`, or a public name of the package
+                inside = ("/".join((*parts[1:], alias.name)) for alias in node.names)
+                found |= {name if name in FILES else "__init__" for name in inside}
+    return frozenset(found)
 
 
-def own(path: Path) -> set[str]:
-    return {name[1:] for name in imports(path) if name.startswith(".")}
+def own(name: str) -> set[str]:
+    """The package files that a package file imports."""
+    return set(imports(FILES[name])) & FILES.keys()
 
 
-def reached(module: str) -> set[str]:
-    """A module and all of the package that it imports, directly or not."""
-    seen, waiting = set(), {module}
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        waiting |= own(sources()[name]) - seen
-    return seen
+def room_of(name: str) -> str | None:
+    return name.split("/")[0] if "/" in name else None
+
+
+def below(room: str) -> set[str]:
+    """The rooms that a room may import, directly or by way of another."""
+    return ARROWS[room].union(*map(below, ARROWS[room]))
 
 
 def test_the_parser_of_this_file_sees_imports():
-    """All forms: absolute, relative by module and by package, inside a function."""
-    assert {"torch", ".model"} <= imports(PACKAGE / "decode.py")
-    assert {".ner", ".tokenizer"} <= imports(PACKAGE / "batch.py")
-    assert {"sentencepiece", "tokenizers"} <= imports(PACKAGE / "tokenizer.py")
-    assert {".run", ".loop"} <= imports(ROOT / "train.py")
+    """All forms: absolute, relative to room and package, of a module, inside a function."""
+    assert {"torch", "model/llama"} <= imports(FILES["evaluation/generate"])
+    assert {"task/prompt", "task/tokenizer"} <= imports(FILES["training/batch"])
+    assert {"sentencepiece", "tokenizers"} <= imports(FILES["task/tokenizer"])
+    assert {"commands/audit", "paper/tables", "cli"} <= imports(FILES["__main__"])
+    assert {"runs/settings", "training/loop"} <= imports(ROOT / "train.py")
 
 
-def test_every_module_has_its_layer():
-    assert sorted(sources().keys() - LEVEL.keys()) == [], "these modules have no layer in LAYERS"
-    assert sorted(LEVEL.keys() - sources().keys()) == [], "these are in LAYERS, but not in the package"
+def test_every_room_has_its_arrows():
+    assert {room_of(name) for name in FILES} - {None} == ARROWS.keys()
+    assert tuple(graphlib.TopologicalSorter(ARROWS).static_order())  # raises where they run in a circle
 
 
-@pytest.mark.parametrize("module", sorted(LEVEL.keys() & sources().keys()))
-def test_imports_follow_the_way_of_the_data(module):
-    for name in own(sources()[module]) & LEVEL.keys():
-        assert LEVEL[name] < LEVEL[module], f"{module} imports {name}, which is not below it"
+@pytest.mark.parametrize("name", FILES)
+def test_imports_follow_the_arrows(name):
+    room = room_of(name)
+    for other in own(name):
+        if name in FACES:
+            continue
+        assert other not in FACES, f"{name} imports {other}"
+        if room_of(other) is not None and room_of(other) != room:
+            assert room is not None, f"{name} stands at the top and imports {other} out of a room"
+            assert room_of(other) in below(room), f"{name} imports {other}: no arrow leads from {room} there"
 
 
-def test_no_two_modules_import_each_other():
-    for module in sources():
-        for name in own(sources()[module]):
-            assert module not in reached(name), f"{module} and {name} import each other"
+def test_no_files_import_each_other_around_a_circle():
+    tuple(graphlib.TopologicalSorter({name: own(name) for name in FILES}).static_order())
 
 
-def test_model_knows_nothing_of_lora():
-    assert "lora" not in reached("model")
-    assert "lora" not in (PACKAGE / "model.py").read_text().lower().replace("knows nothing of lora", "")
+@pytest.mark.parametrize("room", TEXT_ONLY)
+def test_the_definition_of_the_task_needs_no_torch(room):
+    for name in (name for name in FILES if room_of(name) == room):
+        roots = {found.split(".")[0] for found in imports(FILES[name])}
+        assert not roots & {"torch", "safetensors"}, f"{name} imports torch"
 
 
-@pytest.mark.parametrize("module", TEXT_ONLY)
-def test_the_definition_of_the_task_needs_no_torch(module):
-    for name in reached(module):
-        roots = {found.split(".")[0] for found in imports(sources()[name])}
-        assert not roots & {"torch", "safetensors"}, f"{module} needs {name}, which imports torch"
+def test_the_model_knows_nothing_of_lora():
+    for name in (name for name in FILES if room_of(name) == "model"):
+        text = FILES[name].read_text(encoding="utf-8").lower().replace("knows nothing of lora", "")
+        assert "lora" not in text.replace("llamalora", ""), f"{name} mentions LoRA"
 
 
-@pytest.mark.parametrize("path", [*sources().values(), *(ROOT / f"{name}.py" for name in TOP)], ids=lambda p: p.name)
-def test_oracles_are_for_tests_only(path):
+@pytest.mark.parametrize("path", [*FILES.values(), *(ROOT / f"{name}.py" for name in SCRIPTS)], ids=lambda p: p.stem)
+def test_oracles_are_for_tests_and_the_scripts_for_users(path):
     roots = {name.split(".")[0] for name in imports(path)}
-    assert not roots & {"transformers", "peft", "accelerate", "datasets", "pickle", "tests", "helpers"}
+    assert not roots & ORACLES
+    assert not roots & set(SCRIPTS) or path.parent == ROOT
 
 
-def test_nothing_in_the_package_imports_the_scripts():
-    for path in sources().values():
-        assert not imports(path) & set(TOP), path
+def test_no_file_is_too_long():
+    def longer_than(most: int, paths) -> dict[str, int]:
+        lines = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8").count("\n") for path in paths}
+        return {name: count for name, count in lines.items() if count > most}
 
-
-def test_no_file_is_longer_than_600_lines():
-    files = [path for place in (PACKAGE, ROOT, ROOT / "tests", ROOT / "weights") for path in place.glob("*.py")]
-    assert len(files) > 20
-    assert {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 600} == {}
+    assert longer_than(LONGEST, FILES.values()) == {}
+    assert longer_than(600, [*ROOT.glob("tests/**/*.py"), *ROOT.glob("*/*.py")]) == {}

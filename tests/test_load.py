@@ -11,25 +11,30 @@ import torch
 from helpers import tiny_model
 
 import train
-from llamalora import corpus, evaluate, ner
-from llamalora.checkpoint import load_model, save_model
 from llamalora.cli import run_command
-from llamalora.corpus import Document, Span
-from llamalora.distributed import World
-from llamalora.tokenizer import load_tokenizer
+from llamalora.corpus.documents import Document, Span, labels_of, sentence_bounds, sentences_of
+from llamalora.corpus.pubtator import write_pubtator
+from llamalora.corpus.read import read_documents, stream_documents
+from llamalora.distributed.world import World
+from llamalora.evaluation.answer import answer_sentences
+from llamalora.evaluation.result import health
+from llamalora.model.checkpoint import load_model, save_model
+from llamalora.task.parse import parse
+from llamalora.task.prompt import Task, render_answer
+from llamalora.task.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, *documents: Document) -> None:
     with path.open("w", encoding="utf-8") as file:
-        corpus.write_pubtator(documents, file)
+        write_pubtator(documents, file)
 
 
 def document(id: str, text: str, **mentions: str) -> Document:
     """Each mention once; a label's `_` is a space."""
     spans = [Span(text.index(word), text.index(word) + len(word), label) for label, word in mentions.items()]
-    return Document(id, text, tuple(sorted(spans)), corpus.sentence_bounds(text))
+    return Document(id, text, tuple(sorted(spans)), sentence_bounds(text))
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +57,36 @@ def test_a_document_of_100_000_characters(tmp_path):
     sentence = "A mild fever followed the second dose. "
     text = (sentence * (100_000 // len(sentence) + 1))[:100_000].rstrip()
     spans = tuple(Span(i, i + 5, "Disease") for i in range(7, len(text) - 5, len(sentence)))
-    long = Document("1", text, spans, corpus.sentence_bounds(text))
+    long = Document("1", text, spans, sentence_bounds(text))
     write(tmp_path / "train.txt", long)
-    (back,) = corpus.read(tmp_path / "train.txt")
+    (back,) = read_documents(tmp_path / "train.txt")
     assert back == long and len(back.spans) > 2500
-    inside = corpus.sentences(back)
+    inside = sentences_of(back)
     assert sum(len(one.spans) for one in inside) == len(spans)
     assert {one.text[s.start : s.end] for one in inside for s in one.spans} == {"fever"}
     (tmp_path / "line.txt").write_text(text + "\n")
-    (read,) = corpus.stream(str(tmp_path / "line.txt"))
+    (read,) = stream_documents(str(tmp_path / "line.txt"))
     assert read.text == text and len(read.sentences) == len(inside)
 
 
 def test_one_sentence_of_100_000_characters_is_passed_over(model):
     """It does not fit the context, so nothing is asked, and that is said; what stands beside it is answered."""
     texts = ["word " * 20_000, "A fever."]
-    asked = [one for number, text in enumerate(texts) for one in corpus.sentences(document(str(number), text))]
-    task = ner.Task("tagging", ("Disease",), True)
+    asked = [one for number, text in enumerate(texts) for one in sentences_of(document(str(number), text))]
+    task = Task("tagging", ("Disease",), True)
     system = load_model(model, torch.float32), load_tokenizer(model)
-    answers, _ = evaluate.answer(*system, task, asked, World(), quiet=True)
+    answers, _ = answer_sentences(*system, task, asked, World(), quiet=True)
     assert [answer.overlong for answer in answers] == [True, False]
-    assert evaluate.health(answers)["overlong"] == 1
+    assert health(answers)["overlong"] == 1
 
 
 STREAM = """
 import resource, sys
-from llamalora import evaluate, ner, predict, systems
+from llamalora.commands import predict
+from llamalora.evaluation.answer import Answer
+from llamalora.evaluation.systems import System
+from llamalora.task.parse import parse
+from llamalora.task.prompt import Task
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -85,11 +94,11 @@ def peak():
 def answer(model, tokenizer, task, asked, *_, **__):
     seen.append(seen[-1] + len(asked))
     peaks.append(peak())
-    return [evaluate.Answer(sentence, "", nothing) for sentence in asked], None
+    return [Answer(sentence, "", nothing) for sentence in asked], None
 
 seen, peaks = [0], []
-nothing = ner.parse(ner.Task("tagging", ("Disease",), per_label=True), "", "")
-predict.load_run, evaluate.answer = lambda *_: systems.System(None, None, None), answer
+nothing = parse(Task("tagging", ("Disease",), per_label=True), "", "")
+predict.load_run, predict.answer_sentences = lambda *_: System(None, None, None), answer
 predict.main(["--run", ".", "-"])
 early = next(peak for count, peak in zip(seen[1:], peaks) if count > 5000)
 sys.stderr.write(f"{seen[-1]} {peaks[-1] - early}")
@@ -118,10 +127,10 @@ def test_fifty_types(model, tmp_path):
     result = trained(model, tmp_path, tmp_path / "run", "--format", "extraction", "--eval-limit", "2")
     assert len(json.loads((tmp_path / "run/config.json").read_text())["task"]["labels"]) == 50
     assert len(result["types"]) == 50
-    task = ner.Task("tagging", corpus.labels(made), False)
+    task = Task("tagging", labels_of(made), False)
     for one in made:
-        (sentence,) = corpus.sentences(one)
-        parsed = ner.parse(task, sentence.text, ner.render(task, sentence.text, sentence.spans))
+        (sentence,) = sentences_of(one)
+        parsed = parse(task, sentence.text, render_answer(task, sentence.text, sentence.spans))
         assert parsed.spans == sentence.spans and parsed.exact_copy
 
 

@@ -16,13 +16,22 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import train
-from llamalora import audit, corpus, merging, ner, predict, run, stats, tables, verify
-from llamalora.adapter import load_adapter, save_adapter
-from llamalora.checkpoint import CheckpointError, load_model, read_config, save_model
 from llamalora.cli import run_command
-from llamalora.corpus import CorpusError, Document, Span
-from llamalora.lora import inject_lora
-from llamalora.model import ConfigError, Llama, LlamaConfig
+from llamalora.commands import audit, merge, predict, verify
+from llamalora.corpus.documents import CorpusError, Document, Span, sentence_bounds, sentences_of
+from llamalora.corpus.pubtator import write_pubtator
+from llamalora.corpus.read import read_documents, stream_documents
+from llamalora.lora.adapter import load_adapter, save_adapter
+from llamalora.lora.inject import inject_lora
+from llamalora.model.checkpoint import load_model, read_config, save_model
+from llamalora.model.config import ConfigError, LlamaConfig
+from llamalora.model.llama import Llama
+from llamalora.model.tensors import CheckpointError
+from llamalora.paper import stats, tables
+from llamalora.runs.folder import read_settings, read_task
+from llamalora.runs.settings import Settings
+from llamalora.task.parse import parse
+from llamalora.task.prompt import Task, render_answer
 
 MANY = int(os.environ.get("EXAMPLES", "1"))
 
@@ -70,7 +79,7 @@ CONLL = "Fever\tB-Disease\nafter\tO\nα-methyl\tB-Chemical\nacid\tI-Chemical\n\n
 
 def read_or_refused(path) -> list[Document]:
     try:
-        documents = corpus.read(path)
+        documents = read_documents(path)
     except CorpusError as error:
         assert re.match(rf"{re.escape(str(path))}(:\d+)?: ", str(error)), error
         return []
@@ -78,7 +87,7 @@ def read_or_refused(path) -> list[Document]:
         for span in document.spans:
             assert 0 <= span.start < span.end <= len(document.text) and span.label
         assert all(0 <= start < end <= len(document.text) for start, end in document.sentences)
-        for sentence in corpus.sentences(document):
+        for sentence in sentences_of(document):
             assert all(0 <= span.start < span.end <= len(sentence.text) for span in sentence.spans)
     return documents
 
@@ -106,7 +115,7 @@ def documents(draw):
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(text) - 1))
         found.append(Span(start, draw(st.integers(start + 1, len(text))), draw(st.sampled_from(["Disease", "X-1"]))))
-    return Document("17", text, tuple(sorted(set(found))), corpus.sentence_bounds(text))
+    return Document("17", text, tuple(sorted(set(found))), sentence_bounds(text))
 
 
 def test_pubtator_is_written_and_read_back(place):
@@ -115,9 +124,9 @@ def test_pubtator_is_written_and_read_back(place):
     def check(document):
         path = place / "written.txt"
         file = io.StringIO()
-        corpus.write_pubtator([document], file)
+        write_pubtator([document], file)
         path.write_bytes(file.getvalue().encode())
-        (back,) = corpus.read(path)
+        (back,) = read_documents(path)
         assert (back.id, back.spans) == (document.id, document.spans)
         assert back.text == re.sub(r"[\t\r\n]", " ", document.text)
 
@@ -133,7 +142,7 @@ def test_streams_to_predict(place, capsys):
         path = place / "stream.txt"
         path.write_bytes(data)
         try:
-            for document in corpus.stream(str(path)):
+            for document in stream_documents(str(path)):
                 assert all(0 <= start < end <= len(document.text) for start, end in document.sentences)
                 predict.write([document], {}, "jsonl")
                 predict.write([document], {}, "pubtator")
@@ -147,7 +156,7 @@ def test_streams_to_predict(place, capsys):
 # ---- outputs of models ----
 
 TASKS = [
-    ner.Task(form, labels, len(labels) == 1)
+    Task(form, labels, len(labels) == 1)
     for form in ("tagging", "extraction")
     for labels in (("Disease",), ("Disease", "Chemical"))
 ]
@@ -162,7 +171,7 @@ def gold(draw):
     places = sorted(draw(st.sets(st.integers(0, len(text)), max_size=6)))
     pairs = zip(places[::2], places[1::2], strict=False)
     spans = tuple(Span(start, end, draw(st.sampled_from(task.labels))) for start, end in pairs)
-    return task, text, spans, ner.render(task, text, spans)
+    return task, text, spans, render_answer(task, text, spans)
 
 
 @st.composite
@@ -183,7 +192,7 @@ def answers(draw):
 def test_any_output_is_parsed(case, truncated):
     """Never an exception, a mention outside the sentence, or two that overlap."""
     task, text, output = case
-    parsed = ner.parse(task, text, output, truncated)
+    parsed = parse(task, text, output, truncated)
     end = 0
     for span in parsed.spans:
         assert end <= span.start < span.end <= len(text) and span.label in task.labels
@@ -200,7 +209,7 @@ def test_the_right_tagging_is_parsed_back(case):
     beside = "".join(text[max(0, place - 1) : place + 1] for span in spans for place in (span.start, span.end))
     bare = all(text[span.start : span.end].strip() == text[span.start : span.end] for span in spans)
     if task.format == "tagging" and bare and not (task.per_label and set(beside) & set("@#")):
-        parsed = ner.parse(task, text, answer)
+        parsed = parse(task, text, answer)
         assert parsed.spans == spans and parsed.exact_copy and not parsed.unbalanced
 
 
@@ -305,7 +314,7 @@ def test_any_config_file(place):
     def check(content):
         data = content if isinstance(content, bytes) else content.encode()
         (place / "config.json").write_bytes(data)
-        for read in (read_config, run.read_settings, run.read_task):
+        for read in (read_config, read_settings, read_task):
             with pytest.raises(CheckpointError, match="config.json"):
                 read(place)
 
@@ -313,12 +322,12 @@ def test_any_config_file(place):
 
 
 RUN = {
-    "settings": vars(run.Settings(model="m", data="d", out="o")),
+    "settings": vars(Settings(model="m", data="d", out="o")),
     "task": {"format": "tagging", "labels": ["Disease"], "per_label": True, "instruction": False, "demonstrations": []},
 }
 
 
-@pytest.mark.parametrize("part, read", [("settings", run.read_settings), ("task", run.read_task)])
+@pytest.mark.parametrize("part, read", [("settings", read_settings), ("task", read_task)])
 def test_any_run_config(part, read, place):
     """What it says of the right types, or a CheckpointError that names config.json."""
 
@@ -331,7 +340,7 @@ def test_any_run_config(part, read, place):
         except CheckpointError as error:
             assert "config.json" in str(error)
         else:
-            assert type(found) in (run.Settings, ner.Task)
+            assert type(found) in (Settings, Task)
 
     check()
 
@@ -345,7 +354,7 @@ COMMANDS = {
     "predict": (predict.main, "run which to precision batch"),
     "audit": (audit.main, "model targets rank world-size"),
     "tables": (tables.main, "seeds limit-eval ranks rates lr-full demonstrations predictions model data"),
-    "merge": (merging.main, "run adapter model out probe"),
+    "merge": (merge.main, "run adapter model out probe"),
     "stats": (stats.main, "data"),
     "verify": (verify.main, "json"),
 }  # fmt: skip
@@ -361,8 +370,8 @@ def test_any_command_line(command, tmp_path, monkeypatch, capsys):
     """Exit code 2 (or 1, for a file) with a message, or help; never a traceback, never a run."""
     main, names = COMMANDS[command]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llamalora.loop.run.build_model", _stop)
-    monkeypatch.setattr("llamalora.tables.Runner.run", _stop)
+    monkeypatch.setattr("llamalora.training.loop.build_model", _stop)
+    monkeypatch.setattr("llamalora.paper.tables.Runner.run", _stop)
 
     @tried(60)
     @given(st.lists(st.tuples(st.sampled_from(names.split()), VALUES), max_size=4), st.lists(VALUES, max_size=2))

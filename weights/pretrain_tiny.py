@@ -24,8 +24,11 @@ from torch.nn import functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llamalora.checkpoint import save_model  # noqa: E402
-from llamalora.model import Llama, LlamaConfig  # noqa: E402
+from llamalora.model.checkpoint import save_model  # noqa: E402
+from llamalora.model.config import LlamaConfig  # noqa: E402
+from llamalora.model.llama import Llama  # noqa: E402
+
+# noqa: E402
 
 VOCABULARY = 2048
 CHUNK, ROWS = 256, 8  # tokens of a row, rows of a batch

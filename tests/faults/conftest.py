@@ -12,7 +12,7 @@ import torch
 from faulty import FLAGS, run
 from helpers import tiny_model
 
-from llamalora.checkpoint import save_model
+from llamalora.model.checkpoint import save_model
 
 WORDS = ("fever", "rash", "nausea", "cough", "coma")
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 
 import train
-from llamalora import job, loop, runstate
-from llamalora import verify as verifier
 from llamalora.cli import run_command
-from llamalora.model import Llama
-from llamalora.steplog import StepLog
+from llamalora.commands import verify as verifier
+from llamalora.model.llama import Llama
+from llamalora.runs import state
+from llamalora.runs.state import checkpoints_of
+from llamalora.training import job, loop
+from llamalora.training.steplog import StepLog
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # torch imports the last two when they are first needed, for longer than a run here takes
@@ -105,13 +107,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def assert_same(folder: Path, whole: Path) -> None:
     """Bitwise: weights, optimizer state, losses, answers; and nothing is damaged or left over."""
-    newest, expected = runstate.checkpoints(folder)[0], runstate.checkpoints(whole)[0]
+    newest, expected = checkpoints_of(folder)[0], checkpoints_of(whole)[0]
     for one, other in ((newest, expected), *((folder / name, whole / name) for name in ("best", "last"))):
         assert contents(one) == contents(other), one
     for name in ("step", "loss", "lr", "grad_norm", "skipped"):
         assert [line[name] for line in metrics(folder)] == [line[name] for line in metrics(whole)], name
     assert (folder / "answers-dev.jsonl").read_bytes() == (whole / "answers-dev.jsonl").read_bytes()
-    report = verifier.inspect(folder)
+    report = verifier.check_run(folder)
     assert report.sound and not report.leftovers, verifier.show(report)
 
 
@@ -152,7 +154,7 @@ def in_phase(phase: str, number: int, rank: int | None = None) -> None:
     """A signal when a phase begins for the first time: start, saving, evaluation, decoding."""
     owner, name = {
         "start": (job, "encode_all"),
-        "saving": (runstate, "write_atomically"),
+        "saving": (state, "write_atomically"),
         "evaluation": (loop, "evaluate_now"),
         "decoding": (Llama, "make_cache"),
     }[phase]

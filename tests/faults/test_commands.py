@@ -10,7 +10,8 @@ from faulty import _before, cut_off, in_phase, run, send
 
 import eval as evaluation
 from llamalora import __main__ as commands
-from llamalora import corpus, merging
+from llamalora.commands import merge
+from llamalora.corpus import read
 
 NUMBERS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
 
@@ -39,7 +40,7 @@ def _in_a_line(number: int) -> None:
             if not left:
                 send(number)
 
-    _before(corpus, "sentence_bounds", lambda *_: None)
+    _before(read, "sentence_bounds", lambda *_: None)
     _before(json, "dumps", strike)
 
 
@@ -64,7 +65,7 @@ def test_merge(number, whole, tmp_path):
 
 
 def _in_a_merge(number: int) -> None:
-    _before(merging, "write_tensors", lambda *_: send(number))
+    _before(merge, "write_tensors", lambda *_: send(number))
 
 
 def test_tables(flags, tmp_path):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from faulty import STEPS, assert_same, at_step, at_write, cut_off, in_phase, kill, metrics, run, start
 
-from llamalora import runstate
+from llamalora.runs.state import checkpoints_of, find_leftovers
 
 WRITES = 56  # more than a resumed run makes; beyond its last one nothing strikes
 
@@ -31,7 +31,7 @@ def begun(tmp_path, whole, flags):
     """A copy of the run as it was after step 16."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    assert [path.name for path in runstate.checkpoints(folder)] == ["step-000020", "step-000016"]
+    assert [path.name for path in checkpoints_of(folder)] == ["step-000020", "step-000016"]
     shutil.rmtree(folder / "checkpoints/step-000020")
     return folder
 
@@ -75,7 +75,7 @@ def test_killed_in_the_middle_of_a_write(share, begun, flags, whole):
     fault = partial(cut_off, max(int(share * size), 16384), True)  # of the other files none is so large
     code, output = run(begun.with_name("log"), [*flags, "--out", begun, "--resume"], fault=fault)
     assert code == -signal.SIGXFSZ, output
-    assert len(runstate.leftovers(begun)) == 1
+    assert len(find_leftovers(begun)) == 1
     resume(begun, flags, whole)
 
 
@@ -93,7 +93,7 @@ def test_interrupted_in_a_phase(phase, number, tmp_path, flags, whole):
         done = len(metrics(folder))
         # what comes after a step has been summed up is seen in the next
         assert done == {"step": 8, "saving": 5}.get(phase, 10)
-        assert runstate.checkpoints(folder)[0].name == f"step-{done:06d}"  # also where it fell into an evaluation
+        assert checkpoints_of(folder)[0].name == f"step-{done:06d}"  # also where it fell into an evaluation
     resume(folder, flags, whole)
 
 

@@ -12,7 +12,7 @@ from faulty import assert_same, cut_off, run
 
 import eval as evaluation
 from llamalora import __main__ as commands
-from llamalora import runstate
+from llamalora.runs.state import verify_folder
 
 
 def changed(data: bytes, place: str, how: str) -> bytes:
@@ -123,7 +123,7 @@ def test_full_disk(kib, disk, flags, whole):
     code, output = run(disk.with_name("log"), [*flags, "--out", folder, "--resume"])
     assert code in (1, 2) and f"error: {folder}" in output and "No space left" in output, output
     assert "Traceback" not in output
-    runstate.verify(folder / "checkpoints/step-000016")
+    verify_folder(folder / "checkpoints/step-000016")
     (disk / "ballast").unlink()
     code, output = run(disk.with_name("log"), [*flags, "--out", folder, "--resume"])
     assert code == 0, output

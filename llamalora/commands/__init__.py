@@ -1,0 +1,1 @@
+"""`python -m llamalora COMMAND`: a file each."""

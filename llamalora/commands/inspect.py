@@ -1,0 +1,138 @@
+"""`python -m llamalora inspect`: what a trained adapter looks like inside."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..cli import UsageError
+from ..files import is_occupied, new_folder
+from ..inspection import analysis, report
+from ..lora.inject import kind_of
+from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
+from ..model.checkpoint import read_config, skeleton
+from ..runs.folder import RUN_CONFIG, read_settings, trained_folder
+
+DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm only where there is no ratio
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora inspect", description=__doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder of train.py (its best)")
+    parser.add_argument("--model", metavar="FOLDER", help="base model, to set the updates against W0")
+    parser.add_argument("--against", metavar="ADAPTER2", help="second adapter, for subspace similarity")
+    parser.add_argument("--spectra", action="store_true", help="decompose W0: overlap, intruder dimensions (slow)")
+    parser.add_argument("--layers", metavar="0,5,...", help="only of these layers (numbers, embed, head)")
+    parser.add_argument("--top", type=int, default=10, help="leading vectors searched for intruders (default: 10)")
+    parser.add_argument("--epsilon", type=float, default=0.5, help="largest cosine of an intruder (default: 0.5)")
+    parser.add_argument("--out", metavar="FOLDER", help="write inspect.json, inspect.html and heat maps there")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON and nothing else")
+    arguments = parser.parse_args(argv)
+    out = check_flags(arguments)
+    result = inspect_adapter(arguments)
+    if out is not None:
+        write(result, out)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(report.format_table(result))
+    if out is not None:
+        print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def check_flags(arguments: argparse.Namespace) -> Path | None:
+    """The output folder.
+
+    Raises:
+        UsageError: flags that do not go together, a folder that is not empty, no matplotlib for it.
+    """
+    if arguments.spectra and arguments.model is None:
+        raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
+    if arguments.layers is not None and not arguments.spectra:
+        raise UsageError("--layers limits --spectra, the rest is quick; give both or neither")
+    if arguments.top < 1:
+        raise UsageError(f"--top is {arguments.top}; it must be at least 1")
+    if not 0 < arguments.epsilon <= 1:
+        raise UsageError(f"--epsilon is {arguments.epsilon}; it must be above 0 and at most 1")
+    if arguments.out is None:
+        return None
+    out = Path(arguments.out).resolve()
+    if is_occupied(out):
+        raise UsageError(f"--out {arguments.out}: exists and is not an empty folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("--out draws heat maps with matplotlib: pip install 'llamalora[plots]'") from None
+    return out
+
+
+def inspect_adapter(arguments: argparse.Namespace) -> dict:
+    """All figures, as they go into inspect.json."""
+    base = None if arguments.model is None else skeleton(read_config(arguments.model))
+    adapter = read_adapter(adapter_folder(arguments.adapter), base)
+    other = None if arguments.against is None else read_adapter(adapter_folder(arguments.against), base)
+    spectra = chosen_layers(adapter, arguments.layers) if arguments.spectra else ()
+    matrices = analysis.measure(adapter, arguments.model, other, spectra, arguments.top, arguments.epsilon)
+    return {
+        "adapter": arguments.adapter,
+        "model": arguments.model,
+        "against": arguments.against,
+        "top": arguments.top,
+        "epsilon": arguments.epsilon,
+        "kinds": analysis.by_kind(matrices),
+        "matrices": analysis.to_json(matrices),
+    }
+
+
+def adapter_folder(given: str) -> Path:
+    """The adapter folder itself, or the best adapter of a run.
+
+    Raises:
+        UsageError: a run that trained without LoRA.
+        CheckpointError: a run that has saved nothing yet, or whose adapter is damaged.
+    """
+    folder = Path(given)
+    if (folder / ADAPTER_CONFIG).is_file() or not (folder / RUN_CONFIG).is_file():
+        return folder
+    settings = read_settings(folder)
+    if not settings.adapts:
+        raise UsageError(
+            f"{folder}: the run trained the model's own weights (--method {settings.method}), so it has no adapter"
+        )
+    return trained_folder(folder, "best")
+
+
+def chosen_layers(adapter: Adapter, wanted: str | None) -> list[str]:
+    """Module names of the adapter in the listed layers; all of them if none are listed.
+
+    Raises:
+        UsageError: a layer in which the adapter has no update.
+    """
+    by_layer: dict[str, list[str]] = {}
+    for name in adapter.layers:
+        layer = kind_of(name) if block_of(name) is None else str(block_of(name))
+        by_layer.setdefault(layer, []).append(name)
+    chosen = list(by_layer) if wanted is None else [layer.strip() for layer in wanted.split(",")]
+    for layer in chosen:
+        if layer not in by_layer:
+            raise UsageError(f"--layers: the adapter has no update in {layer!r}; it has some in {','.join(by_layer)}")
+    return [name for layer in chosen for name in by_layer[layer]]
+
+
+def write(result: dict, out: Path) -> None:
+    """Writes JSON, page and heat maps into a new folder, all or nothing.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    metrics = [name for name in DRAWN if name in report.present(result)]
+    if "ratio" in metrics:
+        metrics.remove("norm")
+    page = report.html_page(result)
+    try:
+        with new_folder(out) as folder:
+            (folder / "inspect.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+            (folder / "inspect.html").write_text(page, encoding="utf-8")
+            for metric in metrics:
+                report.save_heatmap(result, metric, folder / f"{metric}.png")
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None

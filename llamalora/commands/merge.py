@@ -1,0 +1,285 @@
+"""`python -m llamalora merge`: base model and adapter become one Hugging Face folder, tensor by tensor.
+
+Only one matrix is in memory at a time, for the merge and for the probe, so a model of any size can be merged.
+The arithmetic is `lora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
+"""
+
+import argparse
+import ctypes
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..cli import UsageError
+from ..files import is_occupied, new_folder
+from ..lora.inject import KINDS, adapt, kind_of
+from ..lora.layers import PARTS
+from ..lora.peft_format import Adapter, read_adapter
+from ..model.checkpoint import load_model, read_json, skeleton, tensor_files
+from ..model.llama import Llama
+from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
+from ..runs.folder import read_settings, trained_folder
+from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
+from ..text_table import aligned
+
+PROBE = (
+    "Input: A mild fever followed the second dose of naloxone, but the rash had gone.\n"
+    "Answer: A mild [Disease]fever[/Disease] followed the second dose of [Chemical]naloxone[/Chemical], "
+    "but the [Disease]rash[/Disease] had gone."
+)
+COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora merge", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="RUN", help="run folder of train.py: its best adapter and its base model")
+    source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
+    parser.add_argument("--model", metavar="FOLDER", help="base model (with --run: in place of the run's)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
+    parser.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
+    parser.add_argument("--no-probe", action="store_true", help="leave that out: it reads both models once")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    arguments = parser.parse_args(argv)
+    adapter, model = _sources(arguments)
+    report = merge_folders(model, adapter, Path(arguments.out), None if arguments.no_probe else arguments.probe)
+    print(json.dumps(report, indent=2) if arguments.json else show(report))
+
+
+def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """The folders of adapter and base model.
+
+    Raises:
+        UsageError: no base model, or a run that trained without LoRA.
+        CheckpointError: no such run, or one without an adapter yet.
+    """
+    if arguments.run is None:
+        if arguments.model is None:
+            raise UsageError("--adapter needs the base model as well: --model FOLDER")
+        return Path(arguments.adapter), Path(arguments.model)
+    folder = Path(arguments.run)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such run folder")
+    settings = read_settings(folder)
+    if not settings.adapts:
+        raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
+                         "model already")  # fmt: skip
+    return trained_folder(folder, "best"), Path(arguments.model or settings.model)
+
+
+def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:
+    """Writes the merged model to the folder `out`: complete, or not at all.
+
+    Args:
+        probe: text on which the model with its update apart and the merged one are compared, both computed
+            in fp32; None leaves that out.
+
+    Returns:
+        The report: `kinds`, for each kind of layer the size of the update against the weights, |delta| / |W|, and
+        what rounding changed of it, |rounded - exact| / |delta| (Frobenius norms over all its layers); `probe`,
+        the largest logit difference and the share of positions whose most likely token changed.
+
+    Raises:
+        CheckpointError: what `load_model` and `read_adapter` refuse, or a folder that cannot be written.
+        UsageError: `out` exists, or is the base model's.
+        TokenizerError: a probe, but no tokenizer beside the base model.
+    """
+    if is_occupied(out):
+        raise UsageError(f"--out {out}: exists and is not an empty folder")
+    _return_freed_memory()
+    model = load_model(base, device="meta")
+    adapter = read_adapter(adapter_folder, model)
+    ids = None if probe is None else _probe_ids(base, probe, model.config.vocab_size)
+    tied = model.config.tie_word_embeddings
+    untied = tied and any(kind_of(name) in ("embed", "head") for name in adapter.layers)
+    files = tensor_files(base)
+    ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
+    adapt(model, ranks, adapter.rslora, dora=adapter.dora)
+    kinds = _Kinds()
+    try:
+        with new_folder(out) as folder:
+            _write_merged(model, adapter, files, folder, untied, kinds)
+            _copy_the_rest(base, folder, untied)
+            compared = None if ids is None else _compare(model, adapter, files, folder, ids)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error})") from None
+    return {
+        "model": str(base),
+        "adapter": str(adapter_folder),
+        "out": str(out),
+        "layers": len(adapter.layers),
+        "untied": untied,
+        "kinds": kinds.report(),
+        "probe": compared,
+    }
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed blocks of up to 32 MiB, in a heap that fragments and grows with every matrix; here
+    all above 1 MiB go back at once."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def _probe_ids(base: Path, probe: str, vocabulary: int) -> Tensor:
+    try:
+        tokenizer = load_tokenizer(base)
+        check_fit(tokenizer, vocabulary, base)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; --no-probe merges without one") from None
+    if not probe.strip():
+        raise UsageError("--probe is empty; --no-probe merges without one")
+    return torch.tensor([tokenizer.encode(probe)])
+
+
+def _write_merged(
+    model: Llama, adapter: Adapter, files: dict[str, Path], folder: Path, untied: bool, kinds: "_Kinds"
+) -> None:
+    """The safetensors files, named and cut as the base model's. What it stores beside its parameters (rotary
+    frequencies, a second copy of a tied matrix) is left out."""
+    weights = {name: tensor for name, tensor in model.named_parameters() if not name.endswith(PARTS)}
+    if untied:
+        weights[HEAD] = weights[EMBEDDING]
+    sources = {name: (files.get(name, files[EMBEDDING]), name if name in files else EMBEDDING) for name in weights}
+    shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = defaultdict(dict)
+    for name, weight in weights.items():
+        shards[sources[name][0].name][name] = (weight.dtype, tuple(weight.shape))
+
+    progress = tqdm(total=len(weights), desc="merging", unit="tensor", leave=False)
+
+    def merged(name: str) -> Tensor:
+        progress.update()
+        weight = read_tensor(*sources[name])
+        layer = name.removesuffix(".weight")
+        if layer not in adapter.layers:
+            return weight
+        adapter.check_base(layer, weight)
+        return kinds.merge(model.get_submodule(layer), layer, weight, adapter.layers[layer].read())
+
+    with progress:
+        for file, entries in shards.items():
+            write_tensors(folder / file, entries, merged)
+    if set(shards) != {"model.safetensors"}:
+        sizes = (weight.nbytes for weight in weights.values())
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: f for f, s in shards.items() for n in s}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _Kinds:
+    """Merges layers and adds up, by kind, squared norms: of weights, updates, and what rounding changed."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+        self.layers: dict[str, int] = defaultdict(int)
+
+    @torch.no_grad()
+    def merge(self, layer: nn.Module, name: str, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The weight with the update, as `_LoRA.merge` computes it."""
+        for part, tensor in zip(PARTS, parts, strict=False):
+            setattr(layer, part, nn.Parameter(tensor.float()))
+        exact = layer.applied(weight)
+        rounded = exact.to(weight.dtype)
+        squares = [_square(weight), _square(exact, weight), _square(exact, rounded)]
+        self.sums[kind_of(name)] += torch.tensor(squares, dtype=torch.float64)
+        self.layers[kind_of(name)] += 1
+        for part, tensor in zip(PARTS, parts, strict=False):
+            setattr(layer, part, nn.Parameter(tensor.to("meta")))
+        return rounded
+
+    def report(self) -> dict[str, dict]:
+        result = {}
+        for kind in KINDS:
+            if kind in self.layers:
+                weight, delta, error = self.sums[kind].sqrt().tolist()
+                result[kind] = {
+                    "layers": self.layers[kind],
+                    "update": delta / weight if weight else None,
+                    "rounding_error": error / delta if delta else None,
+                }
+        return result
+
+
+def _square(matrix: Tensor, other: Tensor | None = None) -> float:
+    """The squared norm of a matrix, or of its difference from another; by groups of rows, to save memory."""
+    total = 0.0
+    for rows in range(0, len(matrix), step := max(1, 2**20 // matrix.shape[1])):
+        part = matrix[rows : rows + step].double()
+        total += (part if other is None else part - other[rows : rows + step]).square_().sum().item()
+    return total
+
+
+def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
+    config = read_json(base / "config.json")
+    if untied:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in base.iterdir():
+        known = path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json")
+        if known and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+# ---- the probe ----
+
+
+def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Path, ids: Tensor) -> dict:
+    """Logits of the model with its update apart and of the merged one."""
+    keys = {}
+    for name, layer in adapter.layers.items():
+        keys |= zip((f"{name}.{part}" for part in PARTS), layer.keys, strict=False)
+
+    def apart(name: str) -> Tensor:
+        if name in keys:
+            return read_tensor(adapter.path, keys[name])
+        name = name if name in files else EMBEDDING
+        return read_tensor(files[name], name)
+
+    merged_files = tensor_files(folder)
+
+    def merged(name: str) -> Tensor:
+        name = name if name in merged_files else EMBEDDING
+        return read_tensor(merged_files[name], name)
+
+    before, after = _logits(model, apart, ids), _logits(skeleton(model.config), merged, ids)
+    changed = (before.argmax(-1) != after.argmax(-1)).sum().item()
+    return {
+        "tokens": ids.shape[1],
+        "largest_logit_difference": (before - after).abs().max().item(),
+        "changed_argmax": changed,
+        "changed_argmax_share": changed / ids.shape[1],
+    }
+
+
+@torch.no_grad()
+def _logits(model: Llama, read: Callable[[str], Tensor], ids: Tensor) -> Tensor:
+    with streamed(model, read):
+        return model(ids)[0]
+
+
+def show(report: dict) -> str:
+    rows = [["", "layers", "update", "rounding error"]]
+    for kind, of in report["kinds"].items():
+        rows.append([kind, str(of["layers"]), _ratio(of["update"]), _ratio(of["rounding_error"])])
+    lines = [f"{report['out']}: {report['model']} with {report['adapter']} merged into {report['layers']} layers", ""]
+    lines += [aligned(rows), "", "update: |delta| / |W|; rounding error: |rounded - exact| / |delta|"]
+    if report["untied"]:
+        lines.append("embed and head were one matrix and are now two: tie_word_embeddings is false")
+    if report["probe"]:
+        probe = report["probe"]
+        lines.append(
+            f"probe of {probe['tokens']} tokens: largest logit difference {probe['largest_logit_difference']:.3g}, "
+            f"most likely token changed at {probe['changed_argmax']} ({100 * probe['changed_argmax_share']:.1f} %)"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"

@@ -1,0 +1,71 @@
+"""Annotates new text with a trained model: one document a line, or PubTator, as a stream."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+
+from ..cli import Interrupt, UsageError
+from ..corpus.documents import CorpusError, Document
+from ..corpus.pubtator import write_pubtator
+from ..corpus.read import stream_documents
+from ..distributed.world import join_world
+from ..evaluation.answer import answer_sentences, select_sentences
+from ..evaluation.result import confidence_by_mention, predicted_documents
+from ..evaluation.systems import load_run
+from ..model.precision import DTYPES, choose_precision
+from ..runs.setup import check_constraint
+
+DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora predict", description=__doc__)
+    parser.add_argument("--run", required=True, help="run folder of train.py")
+    parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
+    parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
+    parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
+    parser.add_argument("file", help="text with one document a line, or PubTator; - for standard input")
+    arguments = parser.parse_args(argv)
+    if arguments.batch < 1:
+        raise UsageError(f"--batch is {arguments.batch}; it must be at least 1")
+    if arguments.file != "-" and not Path(arguments.file).is_file():
+        raise CorpusError(f"{arguments.file}: no such file")
+    with join_world() as world:
+        precision, _ = choose_precision(arguments.precision, world.device)
+        system = load_run(Path(arguments.run), arguments.which, precision, world)
+        if arguments.constrain:
+            check_constraint(system.task)
+        documents = stream_documents(arguments.file)
+        while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
+            _, asked = select_sentences(chunk, None)
+            answers, _ = answer_sentences(
+                system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
+                constrain=arguments.constrain, known=system.known,
+            )  # fmt: skip
+            with Interrupt() as interrupt:  # a reader of the stream never meets half a line
+                if world.is_main:
+                    annotated = predicted_documents(chunk, answers)
+                    write(annotated, confidence_by_mention(answers), arguments.to)
+            if interrupt.signal:
+                sys.exit(128 + interrupt.signal)
+
+
+def write(documents: Iterable[Document], confidence: Mapping[tuple[str, int, int, str], float], form: str) -> None:
+    """To standard output: PubTator, or JSON lines with id, text and entities (start, end, label, text, confidence)."""
+    if form == "pubtator":
+        write_pubtator(documents, sys.stdout)
+    else:
+        for document in documents:
+            entities = [
+                vars(span)
+                | {"text": document.text[span.start : span.end]}
+                | {"confidence": round(confidence[document.id, span.start, span.end, span.label], 4)}
+                for span in document.spans
+            ]
+            print(json.dumps({"id": document.id, "text": document.text, "entities": entities}, ensure_ascii=False))
+    sys.stdout.flush()

@@ -1,0 +1,21 @@
+"""`python -m llamalora score`: anyone's predictions against gold, by exact mentions."""
+
+import argparse
+import json
+
+from ..task.score import format_table, score_files
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llamalora score", description="Exact-mention P/R/F1.")
+    parser.add_argument("gold", metavar="GOLD", help="PubTator or CoNLL file")
+    parser.add_argument("predicted", metavar="PRED", help="predictions about it; PubTator may lack the texts")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
+    arguments = parser.parse_args(argv)
+    result = score_files(arguments.gold, arguments.predicted)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(format_table(result))
+    if result["missing"]:
+        print(f"{result['missing']} of {result['documents']} documents have no prediction")

@@ -1,0 +1,114 @@
+"""`python -m llamalora verify RUN`: checks every file that a run has saved against the SHA-256 sums taken when it was
+written."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..model.tensors import CheckpointError
+from ..runs.folder import RUN_CONFIG, read_settings, read_task
+from ..runs.state import checkpoints_of, find_damage, find_leftovers
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint or saved model: its size, and what is wrong with it, nothing if it is sound."""
+
+    name: str
+    files: int
+    bytes: int
+    damage: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run has saved.
+
+    Attributes:
+        config: what is wrong with `config.json`; None if it is sound.
+        leftovers: of an interrupted save, each with what --resume does about it.
+        resume: the newest sound checkpoint, from which --resume goes on; None if there is none.
+    """
+
+    run: str
+    config: str | None
+    folders: tuple[Folder, ...]
+    leftovers: dict[str, str]
+    resume: str | None
+
+    @property
+    def sound(self) -> bool:
+        return self.config is None and not any(folder.damage for folder in self.folders)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llamalora verify",
+        description=__doc__,
+        epilog="Exit code: 0 if all is sound, 1 if something is damaged, 2 if RUN is no run.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    arguments = parser.parse_args(argv)
+    report = check_run(Path(arguments.run))
+    print(json.dumps(asdict(report) | {"sound": report.sound}, indent=2) if arguments.json else show(report))
+    sys.exit(not report.sound)
+
+
+def check_run(folder: Path) -> Report:
+    """
+    Raises:
+        CheckpointError: no such folder, or one that is no run.
+    """
+    if not (folder / RUN_CONFIG).exists():
+        raise CheckpointError(f"{folder}: no run folder of train.py ({RUN_CONFIG} is not there)")
+    try:
+        read_settings(folder)
+        read_task(folder)
+        config = None
+    except CheckpointError as error:
+        config = str(error)
+    saved = [*checkpoints_of(folder), *(folder / name for name in ("best", "last") if (folder / name).exists())]
+    folders = [_check(folder, path) for path in saved]
+    sound = (item.name for item in folders if item.name.startswith("checkpoints/") and not item.damage)
+    leftovers = {path.relative_to(folder).as_posix(): _fate(path) for path in find_leftovers(folder)}
+    return Report(str(folder), config, tuple(folders), leftovers, next(sound, None))
+
+
+def _fate(path: Path) -> str:
+    if path.suffix == ".old" and not path.with_suffix("").exists():
+        return "the only copy, --resume puts it back"
+    return "harmless, --resume clears it away"
+
+
+def _check(folder: Path, saved: Path) -> Folder:
+    sizes = [path.stat().st_size for path in saved.rglob("*") if path.is_file()]
+    return Folder(saved.relative_to(folder).as_posix(), len(sizes), sum(sizes), tuple(find_damage(saved)))
+
+
+def show(report: Report) -> str:
+    lines = [f"{report.run}: {RUN_CONFIG} {'DAMAGED' if report.config else 'sound'}"]
+    lines += [f"  {report.config}"] if report.config else []
+    for item in report.folders:
+        state = "DAMAGED" if item.damage else "sound"
+        lines.append(f"{item.name:<24} {state:<8} {item.files} files, {item.bytes / 2**20:.1f} MiB")
+        lines += [f"  {problem}" for problem in item.damage]
+    for name, fate in report.leftovers.items():
+        lines.append(f"{name:<24} left by an interrupted save; {fate}")
+    damaged = sum(bool(item.damage) for item in report.folders)
+    lines.append("")
+    if report.config:
+        lines.append(f"without a sound {RUN_CONFIG} the run cannot be used: restore it from a copy")
+    elif damaged:
+        lines.append(f"{damaged} of {len(report.folders)} saved folders are damaged")
+    elif report.folders:
+        lines.append(f"all {len(report.folders)} saved folders are sound")
+    else:
+        lines.append("nothing has been saved yet")
+    if report.resume and not report.config:
+        lines.append(f"python train.py --resume {report.run} would go on from {report.resume}")
+    elif not report.resume and any(item.name.startswith("checkpoints/") for item in report.folders):
+        lines.append("no checkpoint is sound: the run cannot be resumed, start it again in another folder")
+    return "\n".join(lines)

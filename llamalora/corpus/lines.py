@@ -1,0 +1,42 @@
+"""The lines of text files, gzipped or not, each with the place at which it stands."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .documents import CorpusError
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with path.open("rb") as file:
+            yield from decoded_lines(file, str(path))
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 text, gzipped or not, each with its `name:number`, without their ends: LF or CRLF, with or
+    without a BOM. They are not cut at other characters that may stand inside a text, such as U+2028.
+
+    Raises:
+        CorpusError: a damaged gzip file, or bytes that are not UTF-8.
+    """
+    start = 0  # of the line, in bytes
+    try:
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            file = gzip.open(file)  # noqa: SIM115  (its caller closes the file beneath)
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{name}:{number}: byte {start + error.start} ({line[error.start]:#04x}) is not UTF-8; "
+                    "convert the file to UTF-8"
+                ) from error
+            start += len(line)
+            yield f"{name}:{number}", text.removesuffix("\n").removesuffix("\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{name}: a truncated or damaged gzip file ({error}); fetch it again") from error

@@ -1,0 +1,1 @@
+"""One process or many, and a model spread over them."""

@@ -1,0 +1,120 @@
+"""A model spread over the processes (FSDP2, `fully_shard`): its loading, merging, and decoding in step.
+
+Every parameter is cut along its first dimension; each process keeps its own rows, and a block's are gathered
+while it computes. Forward and backward passes are collectives therefore: every process makes as many, if need
+be over tokens that count for nothing.
+
+Embedding, last norm and head are one group, gathered once for all that `within` runs. So the two may be one
+matrix (tied), and each process may call the head as often as it has chunks of logits or tokens to choose.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..lora.inject import lora_layers, merge, restore
+from ..model.llama import Llama
+from ..model.tensors import placed, read_tensor
+from .world import World
+
+T = TypeVar("T")
+
+
+def shard(model: Llama, world: World, dtype: torch.dtype) -> None:
+    """Spreads a model, which may be on the meta device, over all processes, in place.
+
+    Parameters stay in their own dtype where they are kept, and are gathered in `dtype` for the products.
+    Gradients are summed (the loss is a share of the whole step's already) in fp32.
+    """
+    # here, since these take a second to import and few runs need them
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_gradient_divide_factor(1.0)  # FSDP would make means
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+    model.compute = lambda function: function()
+    register_fsdp_forward_method(model, "compute")
+
+
+def fill(model: Llama, files: Mapping[str, Path], device: torch.device, seed: int) -> None:
+    """Gives a sharded model on the meta device its values; each process reads only its rows of the base.
+
+    The updates start as they would on one process (`inject_lora` with this seed), layer by layer.
+
+    Args:
+        files: tensor name -> safetensors file (`model_files`).
+    """
+    tied = model.tied
+    model.to_empty(device=device)
+    if tied:
+        model.tie()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in files:
+                parameter.copy_(placed(read_tensor(files[name], name), parameter))
+        for name, layer in lora_layers(model).items():
+            key = f"{name}.weight" if f"{name}.weight" in files else "model.embed_tokens.weight"  # a tied head
+            layer.start(read_tensor(files[key], key).to(layer.weight.dtype), generator)
+
+
+def is_spread(model: Llama) -> bool:
+    """Whether the model is sharded."""
+    return hasattr(model, "compute")
+
+
+def within(model: Llama, function: Callable[[], T]) -> T:
+    """function(), which finds embedding, norm and head gathered if the model is sharded."""
+    return model.compute(function) if is_spread(model) else function()
+
+
+def in_step(model: Llama, world: World, decode: Callable[[], T]) -> T:
+    """decode(), which calls the model as often as this process's documents need.
+
+    With a sharded model every pass is announced, and a process that is done goes on with passes over one token
+    until all are.
+    """
+    if not is_spread(model):
+        return decode()
+
+    def announce(*_) -> None:
+        world.sum([1])
+
+    @torch.no_grad()
+    def together() -> T:
+        hook = model.model.register_forward_pre_hook(announce)
+        try:
+            result = decode()
+        finally:
+            hook.remove()
+        idle = torch.zeros(1, 1, dtype=torch.long, device=world.device)
+        while any(world.sum([0])):
+            model.model(idle)
+        return result
+
+    result = within(model, together)
+    model.reshard()
+    return result
+
+
+@contextmanager
+def merged(model: Llama) -> Iterator[None]:
+    """The model with its updates merged; afterwards it is bitwise as before.
+
+    Where the ends of a sharded model are one matrix, they stay as they are: it cannot take the updates of both.
+    """
+    ends = (model.model.embed_tokens, model.lm_head)
+    left_out = ends if is_spread(model) and model.tied else ()
+    layers = [layer for layer in lora_layers(model).values() if layer not in left_out]
+    try:
+        merge(model, layers)
+        yield
+    finally:
+        restore(model)

@@ -1,0 +1,114 @@
+"""One process or many: the group, sums over it, and who may write. Started by torchrun or alone."""
+
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import RunError
+
+
+class LostError(RunError):
+    """Another process has died, or has been silent for too long."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the others."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    quiet: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *words) -> None:
+        """Prints once for all processes, unless quiet."""
+        if self.is_main and not self.quiet:
+            print(*words, flush=True)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each number summed over all processes (in fp64, so the same on each)."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, item: object) -> list:
+        """Every process's item, in the order of ranks, on every process."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def from_main(self, item: object) -> object:
+        """The main process's item, on every process."""
+        if self.size == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces each gradient by its sum over all processes, in place: no second copy, no buckets.
+
+        A process that had no example this step contributes zeros.
+        """
+        if self.size == 1:
+            return
+        pending = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            pending.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in pending:
+            work.wait()
+
+
+@contextmanager
+def join_world(timeout_minutes: float = 30):
+    """The `World` that torchrun's environment describes; alone without it.
+
+    NCCL between GPUs, gloo between CPUs.
+
+    Raises:
+        LostError: another process has died, or was silent for the timeout.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield World(dist.get_rank(), size, device)
+        dist.barrier()
+    except RuntimeError as error:
+        # gloo's errors have no class of their own; most of them name the source file that they come from
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "pair closure" in str(error):
+            reason = str(error).splitlines()[0]
+            raise LostError(
+                f"process {dist.get_rank()} of {size} has lost another one, which died or was silent for "
+                f"{timeout_minutes:g} minutes ({reason})"
+            ) from None
+        raise
+    finally:
+        dist.destroy_process_group()

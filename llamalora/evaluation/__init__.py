@@ -1,0 +1,1 @@
+"""Decoding, answers, scores."""

@@ -1,0 +1,209 @@
+"""Sentences -> prompts -> decoding -> answers, with the mentions that they mean and how sure the model was."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from itertools import accumulate
+
+from tqdm import tqdm
+
+from ..corpus.documents import Document, Sentence, Span, all_sentences
+from ..distributed.sharding import in_step
+from ..distributed.world import World
+from ..model.llama import Llama
+from ..task.parse import Parsed, join_labels, parse
+from ..task.prompt import Task, render_prompt
+from ..task.tokenizer import TextStream, Tokenizer
+from .constrain import Constraint
+from .draft import SourceDrafter
+from .generate import generate
+
+DRAFT_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote about a sentence, and what it means. `parsed.spans` are relative to the sentence."""
+
+    sentence: Sentence
+    output: str
+    parsed: Parsed
+    overlong: bool = False  # the prompt does not fit the context, so nothing was asked
+    confidence: Mapping[Span, float] = field(default_factory=dict)  # of each of `parsed.spans`, see `confidences`
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Work done by decoding, over all processes."""
+
+    seconds: float
+    sentences: int
+    tokens: int
+    forward_passes: int
+    row_passes: int  # forward passes of each sentence, added up
+
+    def __add__(self, other: "Speed") -> "Speed":
+        return Speed(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def to_dict(self) -> dict:
+        return {
+            "seconds": self.seconds,
+            "sentences_per_second": self.sentences / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "tokens": self.tokens,
+            "forward_passes": self.forward_passes,
+            "tokens_per_pass": self.tokens / max(1, self.forward_passes),
+            "tokens_per_row_pass": self.tokens / max(1, self.row_passes),
+        }
+
+
+def answer_sentences(
+    model: Llama,
+    tokenizer: Tokenizer,
+    task: Task,
+    asked: Sequence[Sentence],
+    world: World,
+    batch_size: int = 32,
+    draft_tokens: int = DRAFT_TOKENS,
+    quiet: bool = False,
+    constrain: bool = False,
+    known: Sequence[Sentence] = (),
+    stop: Callable[[], object] = lambda: False,
+) -> tuple[list[Answer], Speed]:
+    """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
+    the order of the sentences.
+
+    Args:
+        batch_size: sentences decoded side by side.
+        draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
+        constrain: only answers that are the sentence with legal tags (tagging only).
+        known: sentences whose mentions are known, from which drafts learn what is mostly tagged.
+        stop: as in `generate`; the answers are then worth nothing.
+    """
+    started = time.perf_counter()
+    mine = asked[world.rank :: world.size]
+    prompts = [tokenizer.encode(render_prompt(task, sentence.text)) for sentence in mine]
+    context = model.config.max_position_embeddings
+    fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
+    texts = [mine[index].text for index in fits]
+    limits = [new_tokens(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
+    drafter = None
+    if task.format == "tagging" and draft_tokens:
+        rows = min(batch_size, len(fits))
+        drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
+    grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
+    hidden = quiet or world.quiet or not world.is_main
+    with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
+        decoding = in_step(model, world, lambda: generate(
+            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update, stop
+        ))  # fmt: skip
+    answers = [Answer(sentence, "", parse(task, sentence.text, ""), overlong=True) for sentence in mine]
+    decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)
+    for index, ids, truncated, log_probs in decoded:
+        output = tokenizer.decode(ids)
+        parsed = parse(task, mine[index].text, output, truncated)
+        confidence = dict(zip(parsed.spans, confidences(tokenizer, ids, log_probs, parsed.written), strict=True))
+        answers[index] = Answer(mine[index], output, parsed, confidence=confidence)
+    tokens = sum(len(ids) + 1 for ids in decoding.outputs)
+    shares = world.gather(answers)
+    answers = [shares[index % world.size][index // world.size] for index in range(len(asked))]
+    tokens, *passes = world.sum([tokens, decoding.forward_passes, decoding.row_passes])
+    return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), *map(int, passes))
+
+
+def risk(rows: int, world: World) -> float:
+    """The probability below which a drafted token costs more than it saves, if so many rows share a pass.
+
+    A pass has a fixed cost, on a CPU (SmolLM2) that of about 16 tokens, on a GPU that of hundreds.
+    """
+    fixed = 16 if world.device.type == "cpu" else 512
+    return rows / (rows + fixed)
+
+
+def confidences(
+    tokenizer: Tokenizer, ids: Sequence[int], log_probs: Sequence[float], places: Sequence[tuple[int, int]]
+) -> list[float]:
+    """How sure the model was of mentions: for each place in its output the probability, given what stands before it,
+    of all tokens that have a share in it.
+
+    For a tagged mention that is the probability that it begins there, with this label, and ends there: the opening
+    tag, the text, the closing tag; for an extracted one, that of the string.
+
+    Args:
+        ids, log_probs: the tokens of the output (see `decode.Decoding`).
+        places: from and to, in characters of the output.
+    """
+    stream = TextStream(tokenizer)
+    pieces = [stream.read([token]) for token in ids]
+    ends = list(accumulate(map(len, pieces), initial=-"".join(pieces).startswith(" ")))  # the output lacks that space
+    sure = []
+    for first, last in places:
+        shares = zip(log_probs, ends, ends[1:], strict=False)
+        # of the tokens that make up one character only the last has a length
+        sure.append(math.exp(sum(p for p, start, end in shares if start < last and (end > first or start >= first))))
+    return sure
+
+
+def new_tokens(tokenizer: Tokenizer, task: Task, text: str, room: int, constrain: bool = False) -> int:
+    """New tokens allowed for a sentence: enough for its answer even where every word is a mention, and under the
+    constraint even where a model spells the sentence byte by byte."""
+    pairs = (task.tags(label) for label in task.labels)
+    tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
+    plain = len(text.encode()) + 2 if constrain else len(tokenizer.encode_continuation(" " + text))
+    return min(plain + tags * (len(text.split()) + 1), room)
+
+
+def join_answers(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:
+    """The answers of one-label models about the same sentences as one: a character carries one label, that
+    which comes first in `order`."""
+    together = []
+    for answers in zip(*by_label.values(), strict=True):
+        parsed = [item.parsed for item in answers]
+        spans = join_labels(dict(zip(by_label, (p.spans for p in parsed), strict=True)), order)
+        outputs = [item.output for item in answers]
+        offsets = accumulate((len(output) + 1 for output in outputs), initial=0)
+        places = {
+            span: (first + offset, last + offset)
+            for p, offset in zip(parsed, offsets, strict=False)
+            for span, (first, last) in zip(p.spans, p.written, strict=True)
+        }
+        confidence = {span: sure for item in answers for span, sure in item.confidence.items()}
+        together.append(
+            Answer(
+                answers[0].sentence,
+                "\n".join(outputs),
+                Parsed(
+                    spans=spans,
+                    written=tuple(places[span] for span in spans),
+                    entities=sum((p.entities for p in parsed), ()),
+                    not_in_source=sum((p.not_in_source for p in parsed), ()),
+                    exact_copy=all(p.exact_copy for p in parsed),
+                    unbalanced=any(p.unbalanced for p in parsed),
+                    truncated=any(p.truncated for p in parsed),
+                    unaligned=sum(p.unaligned for p in parsed),
+                    first=join_labels(dict(zip(by_label, (p.first for p in parsed), strict=True)), order),
+                ),
+                any(item.overlong for item in answers),
+                {span: confidence[span] for span in spans if span in confidence},
+            )
+        )
+    return together
+
+
+def select_sentences(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
+    """The first `limit` sentences of documents, and the documents with only the gold mentions in them."""
+    every = all_sentences(documents)
+    if limit is None or limit >= len(every):
+        return list(documents), every
+    chosen = every[:limit]
+    last = chosen[-1]
+    end = last.start + len(last.text)
+    kept = []
+    for document in documents:
+        if document.id != last.document:
+            kept.append(document)
+            continue
+        kept.append(replace(document, spans=tuple(span for span in document.spans if span.end <= end)))
+        return kept, chosen
+    raise AssertionError("a sentence without its document")

@@ -1,0 +1,111 @@
+"""Which tokens may follow, if an answer has to be its source with legal tags in it (tagging only).
+
+The legal answers are those that `ner.render` can write and `ner.parse` can read: the source, in it mentions that
+neither overlap nor begin or end with whitespace, tags at `ner.tag_places`. An automaton reads an answer byte by byte,
+because a token may hold the end of a word and the beginning of a tag, or a part of a character.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..task.parse import tag_places
+from ..task.prompt import Task
+from ..task.tokenizer import Tokenizer
+
+
+class _Reading(NamedTuple):
+    """One way to read an answer so far. There are several where the source itself holds what looks like a tag."""
+
+    position: int  # bytes of the source that are written
+    rest: bytes  # of a tag that has begun
+    closer: bytes  # of the mention that is open, or that `rest` opens; empty: none
+    start: int  # of the open mention, since an empty one is not legal; -1: none
+
+
+class State(NamedTuple):
+    """How far an answer has come; a key into nothing but `Constraint.moves`."""
+
+    index: int
+    room: int  # tokens that may still come
+    readings: frozenset[_Reading]
+
+
+class Constraint:
+    """Walks the vocabulary along the few legal continuations, instead of trying every token.
+
+    Args:
+        texts: the source of each prompt.
+        limits: the tokens that each answer may have; no mention is opened that would leave too few of them for the
+            rest of the source, even spelled byte by byte.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, task: Task, texts: Sequence[str], limits: Sequence[int]):
+        assert task.format == "tagging"
+        self.eos_id = tokenizer.eos_id
+        self.tokens: dict[bytes, list[int]] = {}
+        for token, spelling in enumerate(tokenizer.spellings):
+            if spelling:
+                self.tokens.setdefault(spelling, []).append(token)
+        self.prefixes = {spelling[:size] for spelling in self.tokens for size in range(1, len(spelling) + 1)}
+        self.tags = [tuple(tag.encode() for tag in task.tags(label)) for label in task.labels]
+        self.sources = [_Source(text, tag_places(task, text)) for text in texts]
+        self.limits = limits
+
+    def start(self, index: int) -> State:
+        return State(index, self.limits[index], frozenset([_Reading(0, b"", b"", -1)]))
+
+    def moves(self, state: State) -> dict[int, State]:
+        """Every token that may follow, and the state behind it; the end token leads back to its own state.
+
+        Empty where the vocabulary cannot spell the next character.
+        """
+        source = self.sources[state.index]
+        allowed = {}
+        if any(reading[:3] == (len(source.text), b"", b"") for reading in state.readings):
+            allowed[self.eos_id] = state
+        paths = [(b"", state.readings)]
+        while paths:
+            spelling, readings = paths.pop()
+            ways: dict[int, set[_Reading]] = {}
+            for reading in readings:
+                for byte, after in self._steps(source, reading, state.room):
+                    ways.setdefault(byte, set()).add(after)
+            for byte, after in ways.items():
+                longer = spelling + bytes([byte])
+                if longer in self.prefixes:
+                    paths.append((longer, frozenset(after)))
+                    if longer in self.tokens:
+                        behind = State(state.index, state.room - 1, frozenset(after))
+                        allowed |= dict.fromkeys(self.tokens[longer], behind)
+        return allowed
+
+    def _steps(self, source: "_Source", reading: _Reading, room: int) -> list[tuple[int, _Reading]]:
+        """The legal next bytes, each with the reading behind it."""
+        position, rest, closer, start = reading
+        if rest:
+            return [(rest[0], _Reading(position, rest[1:], closer, start))]
+        steps = []
+        if position < len(source.text):
+            steps.append((source.text[position], _Reading(position + 1, b"", closer, start)))
+        if closer and position in source.ends and position > start:
+            steps.append((closer[0], _Reading(position, closer[1:], b"", -1)))
+        if not closer and position in source.starts:
+            for opener, its_closer in self.tags:
+                # this token, the bytes behind it, the end token
+                if len(opener) + len(its_closer) + len(source.text) - position < room:
+                    steps.append((opener[0], _Reading(position, opener[1:], its_closer, position)))
+        return steps
+
+
+class _Source:
+    """A source as the bytes of an answer without tags, and where in them a mention may start and end."""
+
+    def __init__(self, text: str, places: set[int]):
+        self.text = (" " + text).encode()  # an answer begins with a space
+        self.starts, self.ends = set(), set()
+        end = 1
+        for place, character in enumerate(text):
+            start, end = end, end + len(character.encode())
+            if not character.isspace():
+                self.starts |= {start} if place in places else set()
+                self.ends |= {end} if place + 1 in places else set()

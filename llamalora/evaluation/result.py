@@ -1,0 +1,146 @@
+"""Answers -> scores, and the files that keep both."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..corpus.documents import Document, Sentence, Span
+from ..files import replace_file, write_json
+from ..task.parse import parse
+from ..task.prompt import Task
+from ..task.score import bootstrap, document_counts, format_table, score
+from .answer import Answer
+
+
+def predicted_documents(documents: Sequence[Document], answers: Sequence[Answer]) -> list[Document]:
+    """The documents with the mentions of the answers, as document offsets, in place of their own."""
+    found: dict[str, list[Span]] = {}
+    for item in answers:
+        shifted = found.setdefault(item.sentence.document, [])
+        for span in item.parsed.spans:
+            shifted.append(Span(span.start + item.sentence.start, span.end + item.sentence.start, span.label))
+    return [replace(document, spans=tuple(sorted(found.get(document.id, ())))) for document in documents]
+
+
+def confidence_by_mention(answers: Sequence[Answer]) -> dict[tuple[str, int, int, str], float]:
+    """The confidence of every mention of `predicted_documents`, by document, start, end and label."""
+    return {_key(item.sentence, span): sure for item in answers for span, sure in item.confidence.items()}
+
+
+def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Sequence[str]) -> dict:
+    """Scores of answers against documents' own mentions of these labels, ready for JSON.
+
+    The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
+    as a false positive. `secondary` has two other conventions: each string placed at its first
+    occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
+    false positives and false negatives of each document for the headline, and for the first of the others,
+    so that results can be compared document by document.
+    """
+    gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
+    exact, first, strings, gold_strings = set(), set(), set(), set()
+    for item in answers:
+        sentence, parsed = item.sentence, item.parsed
+        here, text = (sentence.document, sentence.start), sentence.text
+        named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
+        invented = {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
+        exact |= invented | {_key(sentence, span) for span in parsed.spans}
+        first |= invented | {_key(sentence, span) for span in parsed.first}
+        strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
+        gold_strings |= {
+            (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
+        }
+    ids = [document.id for document in documents]
+    by_document = document_counts(gold, exact, ids)
+    return {
+        **score(gold, exact, labels),
+        "interval": bootstrap(by_document),
+        "secondary": {
+            "first_occurrence": score(gold, first, labels),
+            "string_set": score(gold_strings, strings, labels),
+        },
+        "health": health(answers),
+        "documents": len(documents),
+        "sentences": len(answers),
+        "by_document": {
+            "exact": dict(zip(ids, by_document.tolist(), strict=True)),
+            "first_occurrence": dict(zip(ids, document_counts(gold, first, ids).tolist(), strict=True)),
+        },
+    }
+
+
+def _key(sentence: Sentence, span: Span) -> tuple[str, int, int, str]:
+    return (sentence.document, sentence.start + span.start, sentence.start + span.end, span.label)
+
+
+def health(answers: Sequence[Answer]) -> dict:
+    """How well-formed the outputs are: counts of sentences, except `exact_copy` (a share of them),
+    `unaligned` and `not_in_source` (counts of mentions)."""
+    parsed = [item.parsed for item in answers]
+    return {
+        "exact_copy": sum(p.exact_copy for p in parsed) / max(1, len(parsed)),
+        "unbalanced": sum(p.unbalanced for p in parsed),
+        "truncated": sum(p.truncated for p in parsed),
+        "unaligned": sum(p.unaligned for p in parsed),
+        "not_in_source": sum(len(p.not_in_source) for p in parsed),
+        "overlong": sum(item.overlong for item in answers),
+    }
+
+
+def write_result(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
+    """Writes `answers-SPLIT.jsonl`, what the model wrote about each sentence and how sure it was of the mentions (as
+    offsets into the sentence), and then `eval-SPLIT.json` into a folder; a reader never meets half of one. Returns
+    the path of the second."""
+    lines = []
+    for item in answers:
+        place = {"document": item.sentence.document, "start": item.sentence.start}
+        state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
+        mentions = [vars(span) | {"confidence": round(sure, 4)} for span, sure in item.confidence.items()]
+        lines.append(json.dumps(place | state | {"mentions": mentions}, ensure_ascii=False) + "\n")
+    replace_file(folder / f"answers-{result['split']}.jsonl", "".join(lines))
+    return write_json(result, folder / f"eval-{result['split']}.json")
+
+
+def read_result(folder: Path, split: str) -> dict:
+    return json.loads((folder / f"eval-{split}.json").read_text())
+
+
+def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]) -> list[Answer]:
+    """The answers that `write` kept, parsed again.
+
+    Args:
+        asked: the sentences that they are about, in order.
+    """
+    answers = []
+    with (folder / f"answers-{split}.jsonl").open(encoding="utf-8") as file:
+        for sentence, line in zip(asked, file, strict=True):
+            kept = json.loads(line)
+            assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
+            parsed = parse(task, sentence.text, kept["output"], kept["truncated"])
+            confidence = {Span(m["start"], m["end"], m["label"]): m["confidence"] for m in kept["mentions"]}
+            answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))
+    return answers
+
+
+def format_report(result: dict) -> str:
+    """The scores as a table for the terminal, with the health of the outputs below."""
+    interval, state, secondary = result["interval"], result["health"], result["secondary"]
+    lines = [
+        format_table(result),
+        f"95 % interval of micro F1 (bootstrap over {result['documents']} documents): "
+        f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
+        f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
+        f"string set {100 * secondary['string_set']['micro']['f1']:.2f}",
+        f"outputs: {100 * state['exact_copy']:.1f} % exact copies; "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {state[name]}"
+            for name in ("unbalanced", "truncated", "unaligned", "not_in_source", "overlong")
+        ),
+    ]
+    if "speed" in result:
+        speed = result["speed"]
+        lines.append(
+            f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
+            f"{speed['tokens_per_row_pass']:.1f} tokens a forward pass and sentence"
+        )
+    return "\n".join(lines)

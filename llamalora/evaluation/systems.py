@@ -1,0 +1,123 @@
+"""Trained systems - runs, one-label runs to be joined, any model with a PEFT adapter - and their scores on a split."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..corpus.documents import CorpusError, Document, Sentence, all_sentences, label_order
+from ..corpus.read import find_splits, read_documents
+from ..distributed.world import World
+from ..errors import InputError
+from ..lora.adapter import load_adapter
+from ..lora.inject import merge
+from ..model.checkpoint import load_model, read_config
+from ..model.llama import Llama
+from ..model.precision import DTYPES
+from ..runs.folder import read_settings, read_task
+from ..runs.settings import Settings
+from ..runs.setup import check_constraint, load_trained, make_task
+from ..task.prompt import Task
+from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
+from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
+from .result import assess
+
+
+@dataclass(frozen=True)
+class System:
+    """A model ready to be asked: its updates are merged."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    task: Task
+    known: Sequence[Sentence] = ()  # with their mentions: drafts learn from them
+
+
+def load_run(folder: Path, which: str, precision: str, world: World) -> System:
+    """The `best` or `last` model of a run."""
+    model, tokenizer = load_trained(folder, which, precision, world.device)
+    task = read_task(folder)
+    known = _training_sentences(read_settings(folder).data) if task.format == "tagging" else ()
+    return System(merge(model), tokenizer, task, known)
+
+
+def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
+    """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
+    instruction, shots)."""
+    tokenizer = load_tokenizer(settings.model)
+    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
+    splits = {name: read_documents(path) for name, path in find_splits(settings.data).items()}
+    task = make_task(settings, splits)
+    model = load_model(settings.model, DTYPES[precision], world.device)
+    if adapter:
+        merge(load_adapter(model, adapter))
+    known = all_sentences(splits.get("train", ()))
+    return System(model, tokenizer, task, known)
+
+
+def _training_sentences(data: str) -> list[Sentence]:
+    """Of a corpus folder; none if it is not there any more."""
+    try:
+        documents = read_documents(find_splits(data)["train"])
+    except (CorpusError, KeyError, OSError):
+        return []
+    return all_sentences(documents)
+
+
+def joint_labels(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """The labels that several systems answer for together, in the corpus's order.
+
+    Raises:
+        InputError: two of them answer for one label.
+    """
+    named = [label for task in tasks for label in task.labels]
+    labels = label_order(named)
+    if len(labels) < len(named):
+        raise InputError(f"two systems answer for one label ({', '.join(named)}); only different labels can be joined")
+    return labels
+
+
+def score_split(
+    loaders: Iterable[Callable[[], System]],
+    split: str,
+    documents: Sequence[Document],
+    asked: Sequence[Sentence],
+    precision: str,
+    world: World,
+    batch: int = 32,
+    draft_tokens: int = DRAFT_TOKENS,
+    order: Sequence[str] = (),
+    quiet: bool = False,
+    constrain: bool = False,
+) -> tuple[dict, list[Answer]]:
+    """Decodes and scores sentences of a split.
+
+    Args:
+        loaders: each makes a system, one after the other, so that one model is in memory at a time; the
+            answers of several are joined.
+        documents, asked: from `evaluate.select`.
+        batch, draft_tokens, constrain: as in `evaluate.answer`.
+        order: labels by priority where several systems are joined; the corpus's if empty.
+
+    Returns:
+        The result for `eval-SPLIT.json`, and the (joined) answers.
+    """
+    by_label: dict[str, list[Answer]] = {}
+    tasks, speeds = [], []
+    for load in loaders:
+        system = load()
+        if constrain:
+            check_constraint(system.task)
+        answers, speed = answer_sentences(
+            system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain,
+            system.known,
+        )  # fmt: skip
+        by_label["+".join(system.task.labels)] = answers
+        tasks.append(system.task)
+        speeds.append(speed)
+        del system  # before the next is loaded
+    labels = joint_labels(tasks)
+    if len(by_label) > 1:
+        answers = join_answers(by_label, order or labels)
+    speed = replace(sum(speeds[1:], speeds[0]), sentences=len(asked))
+    scores = assess(documents, answers, labels)
+    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers

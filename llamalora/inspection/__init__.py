@@ -1,0 +1,1 @@
+"""What a trained adapter looks like inside."""

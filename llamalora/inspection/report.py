@@ -1,0 +1,239 @@
+"""The result of `inspect` as a table for the terminal, PNG heat maps, and one HTML page that needs no other file."""
+
+import html
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..text_table import aligned
+
+PAGE = Path(__file__).with_name("page.html")
+PHI_GRID = 16  # the page shows phi(i, j) for at most this many i and j
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a matrix: the name of its column, its title, and what it means."""
+
+    short: str
+    title: str
+    meaning: str
+    digits: int = 3
+
+
+METRICS = {
+    "norm": Metric("|dW|", "Norm of the update", "Frobenius norm of scale·BA."),
+    "ratio": Metric("|dW|/|W0|", "Norm against W0", "Frobenius norm of scale·BA over that of W0."),
+    "effective_rank": Metric(
+        "eff.rank",
+        "Effective rank",
+        "exp of the entropy of the normalised singular values (Roy and Vetterli 2007): how many directions the "
+        "update spreads over.",
+    ),
+    "used": Metric("used", "Share of the rank used", "Effective rank over r.", 2),
+    "stable_rank": Metric(
+        "stab.rank",
+        "Stable rank",
+        "Squared Frobenius norm over squared largest singular value: how many directions carry its size.",
+    ),
+    "energy_rank": Metric("99%", "Directions for 99 %", "Singular values that hold 99 % of the squared norm."),
+    "amplification": Metric(
+        "amplif.",
+        "Amplification factor",
+        "Norm of the update over that of UᵀW0V, U and V its singular directions (Hu et al. 2022, 7.3): how much "
+        "stronger than in W0 these directions become.",
+    ),
+    "overlap_left": Metric(
+        "in W0:out",
+        "Overlap with W0, rows",
+        "Share of the update's ten leading left directions that lies in W0's r leading ones; by chance r over the "
+        "number of rows.",
+        2,
+    ),
+    "overlap_right": Metric(
+        "in W0:in",
+        "Overlap with W0, columns",
+        "Share of the update's ten leading right directions that lies in W0's r leading ones; by chance r over the "
+        "number of columns.",
+        2,
+    ),
+    "intruders": Metric(
+        "intruders",
+        "Intruder dimensions",
+        "Leading left singular vectors of W0 + scale·BA that resemble none of W0 (Shuttleworth et al. 2024).",
+    ),
+    "similarity_A": Metric(
+        "phi A", "Similarity of A", "phi(r, r) of the two adapters' right singular directions of A (Hu et al. 7.2).", 2
+    ),
+    "similarity_B": Metric(
+        "phi B", "Similarity of B", "phi(r, r) of the two adapters' left singular directions of B (Hu et al. 7.2).", 2
+    ),
+}
+
+
+def present(result: dict) -> list[str]:
+    """The metrics that the result has, in the order of `METRICS`."""
+    return [name for name in METRICS if any(name in kind for kind in result["kinds"].values())]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With so many significant digits, and never in the form 1e-3 unless it is tiny."""
+    value = float(f"{value:.{digits}g}") if abs(value) < 10**6 else value
+    if value == int(value) and abs(value) < 10**6:
+        return str(int(value))
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+# ---- terminal ----
+
+
+def format_table(result: dict) -> str:
+    """Medians by kind of layer, then the matrices at either end of each metric."""
+    metrics = present(result)
+    head = ["kind", "matrices", "parameters", *(METRICS[name].short for name in metrics)]
+    rows = [head]
+    for kind, figures in result["kinds"].items():
+        row = [kind, str(figures["count"]), f"{figures['parameters']:,}"]
+        for name in metrics:
+            row.append(number(figures[name]["median"], METRICS[name].digits) if name in figures else "-")
+        rows.append(row)
+    return "\n".join([aligned(rows), "", *_extremes(result, metrics)])
+
+
+def _extremes(result: dict, metrics: list[str], count: int = 3) -> list[str]:
+    lines = ["largest and smallest" + " " * 12 + "(medians above)"]
+    for name in metrics:
+        having = sorted((m for m in result["matrices"] if name in m), key=lambda matrix: -matrix[name])
+        if len({number(m[name]) for m in having}) < 2:
+            continue
+        top, bottom = having[:count], having[count:][-count:]
+        shown = [", ".join(f"{label(m)} {number(m[name])}" for m in part) for part in (top, bottom)]
+        lines.append(f"  {METRICS[name].short:<10} {' ... '.join(part for part in shown if part)}")
+    return lines
+
+
+def label(matrix: dict) -> str:
+    """`11.down` for the down projection of block 11."""
+    return matrix["kind"] if matrix["layer"] is None else f"{matrix['layer']}.{matrix['kind']}"
+
+
+# ---- PNG ----
+
+
+def save_heatmap(result: dict, metric: str, path: Path) -> None:
+    """One metric by layer (from left to right, embedding and head at the ends) and kind of layer."""
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    matrices = [matrix for matrix in result["matrices"] if metric in matrix]
+    kinds = [kind for kind in result["kinds"] if kind not in ("embed", "head")]
+    blocks = 1 + max((matrix["layer"] for matrix in result["matrices"] if matrix["layer"] is not None), default=-1)
+    height = max(1, len(kinds))
+    values = [matrix[metric] for matrix in matrices]
+    least = min((value for value in values if value > 0), default=0)
+    # an embedding may differ from the rest by orders of magnitude, and would leave one colour to these
+    wide = max(values) > 10 * least > 0
+    norm = LogNorm(least, max(values)) if wide else Normalize(min(values), max(values))
+
+    figure = Figure(figsize=(1.7 + 0.3 * (blocks + 3.4), 1.1 + 0.3 * height), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    colours = axes.imshow([[math.nan]], cmap="viridis", norm=norm)  # gives the legend its scale
+    for x, y in [(block, row) for block in range(blocks) for row in range(len(kinds))]:
+        axes.add_patch(Rectangle((x, y), 1, 1, facecolor="none", edgecolor="0.8", hatch="////", linewidth=0))
+    ends = {kind: x for kind, x in {"embed": -1.5, "head": blocks + 0.5}.items() if kind in result["kinds"]}
+    for matrix in matrices:
+        x = ends.get(matrix["kind"], matrix["layer"])
+        y, tall = (0, height) if matrix["layer"] is None else (kinds.index(matrix["kind"]), 1)
+        colour = colours.to_rgba(max(matrix[metric], least) if wide else matrix[metric])
+        axes.add_patch(Rectangle((x, y), 1, tall, facecolor=colour, edgecolor="white"))
+    ticks = list(range(0, blocks, 1 if blocks <= 16 else 4))
+    axes.set_xticks([x + 0.5 for x in (*ticks, *ends.values())], [*map(str, ticks), *ends])
+    axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
+    axes.set(xlim=(-1.7 if "embed" in ends else 0, blocks + (1.7 if "head" in ends else 0)), ylim=(height, 0))
+    axes.set(xlabel="layer", aspect="equal")
+    axes.set_title(METRICS[metric].title, loc="left", fontsize=11)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    legend = axes.inset_axes((1.01, 0, 0.02 if blocks > 8 else 0.05, 1))
+    figure.colorbar(colours, cax=legend).outline.set_visible(False)
+    legend.tick_params(labelsize=8)
+    figure.savefig(path)
+
+
+# ---- HTML ----
+
+
+def html_page(result: dict) -> str:
+    """The page, with its data, style and script inside: it opens from a file, and loads nothing."""
+    metrics = present(result)
+    data = {
+        "metrics": {name: asdict(METRICS[name]) for name in metrics},
+        "kinds": list(result["kinds"]),
+        "epsilon": result["epsilon"],
+        "matrices": [_for_page(matrix) for matrix in result["matrices"]],
+    }
+    text = json.dumps(_rounded(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    facts = [
+        f"{len(result['matrices'])} matrices",
+        f"{sum(kind['parameters'] for kind in result['kinds'].values()):,} parameters",
+        "rank " + ", ".join(map(str, sorted({matrix["rank"] for matrix in result["matrices"]}))),
+    ]
+    facts += [f"{title} {result[name]}" for name, title in (("model", "base"), ("against", "against")) if result[name]]
+    places = {
+        "title": html.escape(result["adapter"]),
+        "facts": html.escape(" · ".join(facts)),
+        "table": _html_table(result, metrics),
+        "meanings": "".join(
+            f"<dt>{html.escape(METRICS[name].title)}</dt><dd>{html.escape(METRICS[name].meaning)}</dd>\n"
+            for name in metrics
+        ),
+        "data": text.replace("<", "\\u003c"),  # nothing in it can end the script element
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], PAGE.read_text(encoding="utf-8"))
+
+
+def _for_page(matrix: dict) -> dict:
+    """phi thinned out: at rank 128 it would be most of the page."""
+    shown = {name: value for name, value in matrix.items() if not name.startswith("phi_")}
+    for name in ("phi_A", "phi_B"):
+        if name in matrix:
+            rows, columns = (_spread(size) for size in (len(matrix[name]), len(matrix[name][0])))
+            phi = [[matrix[name][i - 1][j - 1] for j in columns] for i in rows]
+            shown[name] = {"i": rows, "j": columns, "phi": phi}
+    return shown
+
+
+def _spread(size: int) -> list[int]:
+    """At most `PHI_GRID` numbers from 1 to size, evenly spread."""
+    steps = min(size, PHI_GRID)
+    return [1 + round(step * (size - 1) / max(1, steps - 1)) for step in range(steps)]
+
+
+def _rounded(value):
+    """Five significant digits are more than a page can show, and a third of the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _html_table(result: dict, metrics: list[str]) -> str:
+    head = ["kind", "matrices", "parameters", *(METRICS[name].title for name in metrics)]
+    rows = ["<tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head) + "</tr>"]
+    for kind, figures in result["kinds"].items():
+        cells = [str(figures["count"]), f"{figures['parameters']:,}"]
+        for name in metrics:
+            cell = "–"
+            if name in figures:
+                digits = METRICS[name].digits
+                least, middle, largest = (number(figures[name][key], digits) for key in ("least", "median", "largest"))
+                cell = f"{middle}<small>{least} – {largest}</small>"
+            cells.append(cell)
+        rows.append(f'<tr><th scope="row">{kind}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "<table>\n" + "\n".join(rows) + "\n</table>"

@@ -1,0 +1,1 @@
+"""Low-rank updates: layers, injection, PEFT's format, exact counts."""

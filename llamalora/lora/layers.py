@@ -1,0 +1,307 @@
+"""Low-rank adaptation: W0 + scale * B A (Hu et al. 2022). With DoRA the rows of that are brought to a length that is
+learnt, m.
+
+Dimensions: N tokens, I input features, O output features, R rank, V vocabulary, D hidden.
+A is (R, I) and B is (O, R), both fp32, whatever the dtype of the frozen W0 (O, I), which keeps its own
+name and place, so that the keys of the base model do not move.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..model.tensors import is_sharded, placed, whole
+from .dora import Stretch, initial_magnitude, normalise_, row_norms
+
+PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """What B A is multiplied by: alpha / rank (Hu et al. 2022), or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale * B A x, what an update adds to W0 x: from x (..., I) to (..., O), by way of (..., R)."""
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+
+
+def adapted_linear(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """h = W0 x + scale * B A x (the paper's equation 2): what every form below computes, and is tested against."""
+    return F.linear(x, W0) + low_rank(x, A, B, scale)
+
+
+class _FusedLinears(torch.autograd.Function):
+    """`adapted_linear` for several layers with one input and W0 frozen.
+
+    Beside autograd's own form this reads x once for all A and sums the gradients of x, like the outputs, in the
+    products' accumulators; and it keeps no half-precision copy of A, B or x between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, scales: Sequence[float], *matrices: Tensor) -> tuple[Tensor, ...]:
+        """`matrices` are W0, A and B of the first layer, then those of the next."""
+        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
+            inner = F.linear(rows, torch.cat(As).to(dtype))  # (N, all R)
+            outputs = [F.linear(rows, weight.to(dtype)) for weight in weights]
+            for y, part, B, scale in zip(outputs, _split(inner, As), Bs, scales, strict=True):
+                y.addmm_(part, (B * scale).to(dtype).T)
+        ctx.save_for_backward(x, inner, *matrices)
+        ctx.dtype, ctx.scales = dtype, scales
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, inner, *matrices = ctx.saved_tensors
+        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
+        dtype, grad_x = ctx.dtype, None
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            scaled = [(B * scale).to(dtype) for B, scale in zip(Bs, ctx.scales, strict=True)]
+            grad_inner = torch.cat([grad @ B for grad, B in zip(grads, scaled, strict=True)], dim=1)  # (N, all R)
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_inner @ torch.cat(As).to(dtype)
+                for grad, weight in zip(grads, weights, strict=True):
+                    grad_x.addmm_(grad, weight.to(dtype))
+                grad_x = grad_x.view_as(x).to(x.dtype)
+            grad_As = (grad_inner.T @ rows).to(As[0].dtype).split([len(A) for A in As])
+            grad_Bs = [  # (R, O), and then transposed, in half the time of (O, R)
+                (part.T @ grad).T.to(B.dtype) * scale
+                for part, grad, B, scale in zip(_split(inner, As), grads, Bs, ctx.scales, strict=True)
+            ]
+        each = ((None, grad_A, grad_B) for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True))
+        return grad_x, None, None, *chain.from_iterable(each)
+
+
+def _split(inner: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(N, all R) -> (N, R) of each layer."""
+    return inner.split([len(A) for A in As], dim=1)
+
+
+class LoRALayer:
+    """What both adapted layers share: the factors, merging and its exact undoing."""
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None  # (O,), with DoRA
+    turn: Callable[[Tensor], Tensor]  # a matrix (O, I) to the shape of the weight, and back
+
+    def _init_lora(
+        self,
+        base: nn.Linear | nn.Embedding,
+        A: tuple[int, int],
+        B: tuple[int, int],
+        alpha: float,
+        rslora: bool,
+        dora: bool,
+        generator: torch.Generator | None,
+    ):
+        rank = A[0]
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = lora_scale(alpha, rank, rslora)
+        self.weight = base.weight.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(A, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
+        magnitude = torch.empty(B[0], dtype=torch.float32, device=device)
+        self.lora_magnitude = nn.Parameter(magnitude) if dora else None
+        self._original: Tensor | None = None
+        self.training = base.training
+        if not base.weight.is_meta:
+            self.start(base.weight, generator)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, generator: torch.Generator | None) -> None:
+        """Gives the update its initial values, which add up to zero; of a sharded one each process keeps its rows.
+
+        Args:
+            weight: W0, whole.
+            generator: draws on the CPU, so that every process and device starts alike.
+        """
+        A, B = self._draw(weight, generator)
+        self.lora_A.copy_(placed(A, self.lora_A))
+        self.lora_B.copy_(placed(B, self.lora_B))
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(placed(initial_magnitude(self.turn(weight)), self.lora_magnitude))
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Initial values of A and B, in fp32 on the CPU."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        return self._original is not None
+
+    @property
+    def dora(self) -> bool:
+        return self.lora_magnitude is not None
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """A, B and, with DoRA, m."""
+        return [self.lora_A, self.lora_B, *([self.lora_magnitude] if self.dora else [])]
+
+    def delta(self) -> Tensor:
+        """scale * B A in fp32, in the shape of the weight."""
+        return self.turn(whole(self.lora_B).float() @ whole(self.lora_A).float()) * self.scale
+
+    @torch.no_grad()
+    def applied(self, weight: Tensor) -> Tensor:
+        """W0 with the update, in fp32."""
+        updated = weight.float() + self.delta()
+        if self.lora_magnitude is not None:
+            normalise_(self.turn(updated), whole(self.lora_magnitude))
+        return updated
+
+    def _stretch(self, y: Tensor) -> Tensor:
+        """With DoRA, (W0 + scale * B A) x (..., O) becomes the output of the layer."""
+        return Stretch.apply(y, self._gain()) if self.dora else y
+
+    def _gain(self) -> Tensor:
+        """m / ||W0 + scale * B A||, (O,)."""
+        return self.lora_magnitude / row_norms(self.turn(self.weight), self.lora_A, self.lora_B, self.scale)
+
+    @torch.no_grad()
+    def merge(self, offload: bool = False) -> None:
+        """W0 with the update takes W0's place; W0 is kept, on the host if `offload`.
+
+        A sharded layer is computed whole by every process, so all must call this; each keeps its rows of the result,
+        and those of W0 on the host.
+        """
+        if self.merged:
+            return
+        merged = self.applied(whole(self.weight).to(self.lora_A.device)).to(self.weight.dtype)
+        if is_sharded(self.weight):
+            self._original = self.weight.to_local().to("cpu", copy=True)
+            self.weight.copy_(placed(merged, self.weight))
+            return
+        original = self.weight
+        if offload:
+            original.data = original.data.cpu()
+        # past nn.Module, for which it would become a parameter of the model, counted and saved
+        self.__dict__["_original"] = original
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """W0 takes its place again, bitwise what it was."""
+        original, self._original = self._original, None
+        if original is None:
+            return
+        if is_sharded(self.weight):
+            self.weight.to_local().copy_(original)
+        else:
+            original.data = original.data.to(self.lora_A.device)
+            self.weight = original
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """A bias-free linear layer with a low-rank update: h = W0 x + scale * B A x (the paper's equation 2).
+
+    A starts as nn.Linear's own initialisation and B as zeros, so the update starts as zero.
+    """
+
+    @staticmethod
+    def turn(matrix: Tensor) -> Tensor:
+        return matrix
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, generator=None, dora: bool = False
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        self.dropout = dropout
+        self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora, dora, generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        bound = 1 / math.sqrt(self.in_features)
+        A = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        return A, torch.zeros(self.lora_B.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.weight)
+        if not self._drops:
+            return self._side_by_side(x, [self])[0]
+        dtype = self._dtype(x)
+        dropped = F.dropout(x, self.dropout).to(dtype)
+        update = low_rank(dropped, self.lora_A, self.lora_B, self.scale)
+        if self.dora:  # as in PEFT: what stretching adds to W0 x is computed from the dropped input, too
+            c = self._gain()
+            update = (c * update + (c - 1) * F.linear(dropped, self.weight)).to(dtype)
+        return F.linear(x, self.weight) + update
+
+    @property
+    def _drops(self) -> bool:
+        return self.dropout > 0 and self.training
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Of the products."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+    @staticmethod
+    def _side_by_side(x: Tensor, layers: "Sequence[LoRALinear]") -> list[Tensor]:
+        matrices = chain.from_iterable((layer.weight, layer.lora_A, layer.lora_B) for layer in layers)
+        scales = [layer.scale for layer in layers]
+        outputs = _FusedLinears.apply(x, layers[0]._dtype(x), scales, *matrices)
+        return [layer._stretch(y) for layer, y in zip(layers, outputs, strict=True)]
+
+    @staticmethod
+    def fan_out(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+        """What each of several layers makes of x. Those with an update share the work, unless somebody listens."""
+        sharing = [layer for layer in layers if isinstance(layer, LoRALinear) and layer._shares]
+        outputs = iter(LoRALinear._side_by_side(x, sharing) if sharing else ())
+        return [next(outputs) if layer in sharing else layer(x) for layer in layers]
+
+    @property
+    def _shares(self) -> bool:
+        return not (self.merged or self._drops or self._forward_hooks or self._forward_pre_hooks)
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """An embedding with a low-rank update: row i is W0[i] + scale * B A[:, i]; A is (R, V), B is (D, R).
+
+    As in loralib and PEFT, A starts as zeros and B as a normal draw; but B's standard deviation is that of
+    W0, not 1: the values of an embedding are small (0.02 in Llama-2), and with 1 the first steps at a rate that
+    suits the other layers would drown them.
+    """
+
+    @staticmethod
+    def turn(matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def __init__(
+        self,
+        base: nn.Embedding,
+        rank: int,
+        alpha: float,
+        rslora: bool,
+        dropout: float,
+        generator=None,
+        dora: bool = False,
+    ):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False  # for nn.Embedding's repr
+        self._init_lora(base, (rank, self.num_embeddings), (self.embedding_dim, rank), alpha, rslora, dora, generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        B = torch.empty(self.lora_B.shape).normal_(generator=generator)
+        return torch.zeros(self.lora_A.shape), B * weight.float().std().item()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        if self.merged:
+            return rows
+        inner = F.embedding(ids, self.lora_A.T) * self.scale  # (..., R)
+        return self._stretch(rows + F.linear(inner, self.lora_B).to(rows.dtype))

@@ -1,0 +1,218 @@
+"""Llama-2 by hand. It knows nothing of LoRA.
+
+Dimensions: B batch, T tokens, D hidden, F feed-forward, H query heads, K key/value heads, E head size,
+S cache slots, V vocabulary, N tokens of a packed row (see packing.py).
+Module names are Hugging Face's, so a checkpoint loads without a key map.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .attention import attend_cached, attend_packed
+from .config import LlamaConfig
+from .packing import KVCache, Packing
+
+
+@lru_cache
+def _inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Rotary frequencies, in radians a position, of the E/2 pairs of dimensions."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent  # (E/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    # Llama 3: waves longer than the original context are stretched, short ones kept, between them a blend
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / wavelength
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling.factor)
+
+
+def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of the rotary angles, each (B, T, 1, E) in fp32, for positions (B, T)."""
+    angles = (positions[..., None].float() * _inverse_frequencies(config, positions.device))[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding of x (B, T, heads, E), rotate-half convention; computed in fp32 like the angles."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        wide = x.float()
+        return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) in fp32. Saves x alone, where autograd would save four copies of its size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        return (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, inverse = ctx.saved_tensors
+        unit, wide = x * inverse, grad.float()
+        return torch.addcmul(wide, unit, (wide * unit).mean(-1, keepdim=True), value=-1).mul_(inverse).to(x.dtype), None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * _Normalize.apply(x, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Saves its two inputs alone, and computes silu(gate) again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each layer makes of x. Layers of a kind that can share the work say so by a `fan_out` of their own."""
+    for layer in layers:
+        if hasattr(layer, "fan_out"):
+            return layer.fan_out(x, layers)
+    return [layer(x) for layer in layers]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, angles, packing: Packing, cache: KVCache | None) -> Tensor:
+        projected = fan_out(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (1, N, H, E), and K for H
+        q, k = _Rotate.apply(q, *angles), _Rotate.apply(k, *angles)
+        if cache is not None:
+            cache.write(self.layer, k, v, packing)
+        if packing.continues:
+            y = attend_cached(q[0], cache, self.layer, packing)
+        else:
+            y = attend_packed(q[0], k[0], v[0], packing)
+        return self.o_proj(y.flatten(1)[None])
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything below the output head: ids to hidden states."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None, recompute: int = 0
+    ) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T).
+
+        Args:
+            packing: ids is one row (1, N) of several sequences; without one, every row is a sequence.
+            cache: is written, and read where the packing continues; needs a packing.
+            recompute: activation checkpointing: of every k-th block keep only the input for the backward pass;
+                1 is every block, 0 none.
+        """
+        rows, length = ids.shape
+        packing = packing or Packing([length] * rows, ids.device)
+        context = (rope(self.config, packing.positions), packing, cache)
+        x = self.embed_tokens(ids.reshape(1, -1))
+        for number, block in enumerate(self.layers):
+            if recompute and number % recompute == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
+        return self.norm(x).view(rows, length, -1)
+
+
+class Llama(nn.Module):
+    """The language model: `model` is the backbone, `lm_head` the output head (one matrix if tied)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.tie()
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix now: a merge may have parted those of a tied model."""
+        return self.lm_head.weight is self.model.embed_tokens.weight
+
+    def tie(self) -> None:
+        """Makes the embedding's matrix the head's."""
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    def make_cache(self, rows: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `rows` sequences of up to `slots` tokens, beside the weights and in their dtype."""
+        config, weight = self.config, self.model.norm.weight
+        heads = (config.num_key_value_heads, config.head_dim)
+        return KVCache(config.num_hidden_layers, rows, slots, *heads, dtype or weight.dtype, weight.device)
+
+    def forward(self, ids: Tensor, packing: Packing | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T); `packing` and `cache` as in `Backbone.forward`."""
+        return self.lm_head(self.model(ids, packing, cache))

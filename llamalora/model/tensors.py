@@ -1,0 +1,155 @@
+"""Tensors in safetensors files, read and written one by one, and those of which each process keeps some rows."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
+
+# in the order in which the safetensors library lays tensors out: wide ones first
+_NAMES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _layout(entries: Entries) -> tuple[bytes, list[str]]:
+    """The header of a safetensors file, byte by byte the library's, and the order of its tensors."""
+    rank = {dtype: number for number, dtype in enumerate(_NAMES)}
+    order = sorted(entries, key=lambda name: (rank[entries[name][0]], name))
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = entries[name]
+        start, end = end, end + _bytes(dtype, shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def file_bytes(entries: Entries) -> int:
+    """The exact size in bytes of the safetensors file that would hold these tensors, header included."""
+    return len(_layout(entries)[0]) + sum(_bytes(*entry) for entry in entries.values())
+
+
+def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor]) -> None:
+    """Writes a safetensors file, asking for one tensor after the other, so that one is in memory at a time.
+
+    Args:
+        entries: what the file will hold; dtypes are int64 and floating-point ones.
+        tensor: name -> the tensor, of the dtype and shape in `entries`.
+    """
+    header, order = _layout(entries)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in order:
+            content = tensor(name)
+            assert (content.dtype, tuple(content.shape)) == tuple(entries[name]), name
+            file.write(content.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
+    """Lets a model on the meta device compute on the CPU: each layer's parameters are read, as fp32, when
+    it is called, and dropped when it is done.
+
+    Args:
+        read: parameter name -> its values.
+    """
+    handles = []
+
+    def around(name: str, module: nn.Module, shapes: dict[str, nn.Parameter]) -> None:
+        def fetch(*_) -> None:
+            for key in shapes:
+                setattr(module, key, nn.Parameter(read(f"{name}.{key}").float(), requires_grad=False))
+
+        def drop(*_) -> None:
+            for key, parameter in shapes.items():
+                setattr(module, key, parameter)
+
+        handles.extend([module.register_forward_pre_hook(fetch), module.register_forward_hook(drop)])
+
+    for name, module in model.named_modules():
+        if shapes := dict(module.named_parameters(recurse=False)):
+            around(name, module, shapes)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- tensors of which each process keeps some rows ----
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process keeps only some rows of the tensor (a DTensor, whose module takes a second to import)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor. Those of a sharded one are gathered, so every process must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as another one is kept: on its device, in its dtype, of a sharded one this process's rows."""
+    if not is_sharded(like):
+        return tensor.to(like.device, like.dtype)
+    mesh = like.device_mesh
+    rows = -(-len(tensor) // mesh.size())
+    own = tensor[mesh.get_local_rank() * rows :][:rows].to(like.device, like.dtype, copy=True)
+    return type(like).from_local(own, mesh, like.placements, shape=tensor.shape, stride=tensor.stride())
+
+
+class CheckpointError(InputError):
+    """A folder that cannot be loaded or written; the message names the file and what is wrong."""
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: missing, truncated or otherwise no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file; the file is mapped for this call only, so that it does not stay
+    in memory beside the copies made of it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file tensor by tensor: one at a time is copied from a GPU, or gathered.
+
+    Sharded tensors are gathered from all processes, which must all call this; the first one writes.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, for one).
+    """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    only_gives = any(map(is_sharded, tensors.values())) and dist.get_rank() > 0
+    try:
+        write_tensors(
+            Path(os.devnull) if only_gives else path, entries, lambda name: whole(tensors[name].detach()).cpu()
+        )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None

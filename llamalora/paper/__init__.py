@@ -1,0 +1,1 @@
+"""The paper: its tables as printed, its experiments run again, verdicts on its claims."""

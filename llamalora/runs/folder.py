@@ -1,0 +1,191 @@
+"""The folder of a run: who may write to it, what it records, and whether it can be resumed."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TextIO
+
+from ..cli import UsageError
+from ..corpus.read import find_splits
+from ..distributed.world import World
+from ..files import replace_file
+from ..lora.inject import count_parameters
+from ..model.checkpoint import read_json
+from ..model.llama import Llama
+from ..model.tensors import CheckpointError
+from ..task.prompt import Task
+from .settings import ResolvedSettings, Settings
+from .state import verify_folder
+
+RUN_CONFIG, LOCK = "config.json", ".lock"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def trained_folder(run: Path, which: str) -> Path:
+    """Where a run keeps its `best` or `last` model; every file in it is checked.
+
+    Raises:
+        CheckpointError: no such run, one without a trained model yet, or a damaged one.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    folder = run / which
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: the run has saved no such model yet")
+    verify_folder(folder)
+    return folder
+
+
+def read_settings(run: Path) -> ResolvedSettings:
+    """The resolved settings of a run.
+
+    Raises:
+        CheckpointError: no run is there, or its configuration is not this version's.
+    """
+    stored = read_json(run / RUN_CONFIG).get("settings")
+    names = {field.name for field in fields(ResolvedSettings)}
+    if not isinstance(stored, dict) or set(stored) != names:
+        raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run of this version")
+    try:
+        for field in fields(ResolvedSettings):
+            value = stored[field.name]
+            if not isinstance(value, field.type) and not (isinstance(value, int) and isinstance(1.0, field.type)):
+                raise UsageError(f"{field.name} is {value!r}")
+        return ResolvedSettings(**stored)
+    except UsageError as error:
+        raise CheckpointError(f"{run / RUN_CONFIG}: a setting that cannot be: {error}") from None
+
+
+def read_task(run: Path) -> Task:
+    """What the model of a run is asked.
+
+    Raises:
+        CheckpointError: no run is there, or its configuration is not this version's.
+    """
+    try:
+        return Task.from_dict(read_json(run / RUN_CONFIG)["task"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{run / RUN_CONFIG}: holds no task of a llamalora run ({error})") from None
+
+
+def describe_run(settings: ResolvedSettings, task: Task, model: Llama) -> dict:
+    """The contents of a run's `config.json`: all that another person needs to repeat it."""
+    packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "settings": asdict(settings),
+        "task": asdict(task),
+        "model": model.config.to_dict(),
+        "parameters": count_parameters(model),
+        "fingerprints": fingerprints(settings),
+        "versions": versions,
+    }
+
+
+def fingerprints(settings: ResolvedSettings) -> dict[str, str]:
+    """Short hashes of base model, tokenizer and training data, by which a resumed run knows its own."""
+    model = Path(settings.model)
+    weights = sorted(model.glob("*.safetensors"))
+    tokenizers = [model / name for name in TOKENIZER_FILES[:2] if (model / name).is_file()]
+    return {
+        "base model": _fingerprint([model / "config.json", *weights]),
+        "tokenizer": _fingerprint(tokenizers),
+        "data": _fingerprint(sorted(find_splits(settings.data).values())),
+    }
+
+
+def _fingerprint(paths: list[Path]) -> str:
+    """Of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds more than a run that was killed while it started."""
+    return any(path.name not in (LOCK, f"{RUN_CONFIG}.tmp") for path in folder.iterdir())
+
+
+def start_folder(folder: Path, config: dict, world: World) -> None:
+    """Claims a new output folder for this process and records the run's configuration in it.
+
+    Raises:
+        UsageError: the folder holds a run already, or other files.
+    """
+    problem = None
+    if world.is_main:
+        if (folder / RUN_CONFIG).exists():
+            problem = f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
+        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
+            problem = f"--out {folder}: exists and is not an empty folder"
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            problem, held = _lock(folder)
+            with held:
+                if not problem and (folder / RUN_CONFIG).exists():
+                    problem = f"--out {folder}: another process has just started a run there"
+                if not problem:
+                    replace_file(folder / RUN_CONFIG, json.dumps(config, indent=2) + "\n")
+    problem = world.from_main(problem)
+    if problem:
+        raise UsageError(problem)
+
+
+def lock_folder(folder: Path, world: World) -> TextIO | None:
+    """Keeps other runs from writing to this one; holds as long as the file that the main process gets is open.
+
+    Raises:
+        UsageError: another run holds it.
+    """
+    problem, file = _lock(folder) if world.is_main else (None, None)
+    problem = world.from_main(problem)
+    if problem:
+        raise UsageError(problem)
+    return file
+
+
+def _lock(folder: Path) -> tuple[str | None, TextIO]:
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"--out {folder}: another process is writing to this run", file
+    return None, file
+
+
+def check_resumable(folder: Path, settings: ResolvedSettings) -> None:
+    """Refuses to resume a run as another one.
+
+    Raises:
+        UsageError: a setting, the base model, the tokenizer or the data is not the run's; all are listed.
+    """
+    stored = asdict(read_settings(folder))
+    differences = [
+        f"--{name.replace('_', '-')} is {value}, the run has {stored[name]}"
+        for name, value in asdict(settings).items()
+        if name not in (*Settings.FREE, "model", "data") and value != stored[name]
+    ]
+    then = read_json(folder / RUN_CONFIG).get("fingerprints")
+    then = then if isinstance(then, dict) else {}
+    for name, value in fingerprints(settings).items():
+        if then.get(name) != value:
+            differences.append(f"the {name} is not the one that the run was started with")
+    if differences:
+        raise UsageError("\n  ".join([f"--resume {folder}: this is not the same run:", *differences]))

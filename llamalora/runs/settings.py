@@ -1,0 +1,158 @@
+"""The settings of a run, and what they resolve to on this machine."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from ..cli import UsageError, option
+from ..files import HOME
+from ..lora.inject import KINDS, METHODS, parse_targets
+from ..model.checkpoint import read_config
+from ..model.precision import choose_precision
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of train.py. `resolve` chooses what is left open (`None`)."""
+
+    model: str | None = option(None, "Hugging Face folder (default: weights/llama-2-7b if there, else weights/tiny)")
+    data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else data/sample)")
+    out: str | None = option(None, "folder of the run (default: a new one under runs/)")
+    format: str = option("tagging", "what the model answers", ("tagging", "extraction"))
+    labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
+    instruction: bool = option(False, "put the instruction of figure 2 before the input")
+    shots: int = option(0, "demonstrations from the training split before the input")
+    method: str = option(
+        "lora", "train updates of the target layers, their own weights, or every parameter", (*METHODS,)
+    )
+    targets: str = option("all", f"kinds of layer that are trained: all, or a comma list of {','.join(KINDS)}")
+    rank: int = option(8, "rank of the updates")
+    alpha: float | None = option(None, "updates are scaled by alpha / rank (default: rank, the paper's equation 2)")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    dora: bool = option(False, "learn the length of each row of the weights apart from its direction")
+    loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
+    dropout: float = option(0.0, "on the input of the updates")
+    epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
+    lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
+    schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
+    warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
+    weight_decay: float = option(0.0, "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
+    batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
+    batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
+    micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
+    overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
+    limit_train: int | None = option(None, "use only the first N training sentences")
+    precision: str = option("auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"))
+    parallel: str = option(
+        "auto", "ddp: the model in each process; fsdp: one over all; auto: as memory allows", ("auto", "ddp", "fsdp")
+    )
+    activation_checkpointing: int | str = option(
+        "auto", "recompute every K-th block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
+    )
+    seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
+    eval_every: int | None = option(None, "evaluate on the development split every N steps (default: each epoch)")
+    eval_limit: int | None = option(None, "evaluate on its first N sentences")
+    eval_batch: int = option(32, "sentences decoded side by side")
+    save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
+    keep: int = option(2, "checkpoints to keep")
+    timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
+
+    # what may differ when a run is resumed, because it does not change what is learnt
+    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
+            "timeout")  # fmt: skip
+
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank updates are trained, or weights of the model itself."""
+        return METHODS[self.method].adapts
+
+    @property
+    def learning(self) -> dict:
+        """What learns: the arguments of `lora.make_trainable`."""
+        names = ("method", "targets", "rank", "alpha", "rslora", "dropout", "seed", "dora")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The settings that say nothing with this method."""
+        of_updates = () if self.adapts else ("rank", "alpha", "rslora", "dora", "loraplus", "dropout")
+        return of_updates if METHODS[self.method].targeted else (*of_updates, "targets")
+
+    def __post_init__(self):
+        for field in fields(Settings):
+            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
+            unknown = field.type == int | str and isinstance(value, str) and value != "auto"
+            if unknown or choices and value not in choices:
+                raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is none of its values")
+        for name, least in {
+            "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
+            "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
+            "weight_decay": 0, "warmup": 0, "loraplus": 1, "activation_checkpointing": 0,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value not in (None, "auto") and not value >= least:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
+        if not self.adapts and any(chosen.values()):
+            flag = next(name for name in chosen if chosen[name])
+            raise UsageError(f"--{flag} is a variant of LoRA, and --method is {self.method}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.lr is not None and not 0 < self.lr < 10:
+            raise UsageError(f"--lr is {self.lr}; it must be above 0 (and below 10)")
+        if not 0 < self.timeout <= 10**6:
+            raise UsageError(f"--timeout is {self.timeout}; it must be above 0 (and at most a million) minutes")
+        if self.warmup > 1:
+            raise UsageError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
+        try:
+            parse_targets(self.targets)
+        except ValueError as error:
+            raise UsageError(f"--targets: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(Settings):
+    """The settings of a run on this machine, what was left open chosen: what `config.json` keeps."""
+
+    model: str
+    data: str
+    out: str
+    lr: float
+
+
+def resolve(settings: Settings, device: torch.device) -> tuple[ResolvedSettings, dict[str, str]]:
+    """Fills in model, data, output folder, precision and learning rate; and says why model, data and precision are
+    what they are.
+
+    Raises:
+        CheckpointError: no such model folder.
+    """
+    why = {}
+    model, why["model"] = _default(settings.model, "weights/llama-2-7b", "weights/tiny", "config.json")
+    data, why["data"] = _default(settings.data, "data/bc5cdr", "data/sample", ".")
+    precision, why["precision"] = choose_precision(settings.precision, device)
+    out = settings.out
+    if out is None:
+        what = f"r{settings.rank}" if settings.adapts else settings.method
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
+        out = str(HOME / "runs" / name)
+    config = read_config(model)
+    lr = settings.lr
+    if lr is None:
+        lr = float(f"{1.2 / config.hidden_size * (1 if settings.adapts else 0.1):.3g}")
+    chosen = {"model": model, "data": data, "out": out, "precision": precision, "lr": lr}
+    return ResolvedSettings(**asdict(settings) | chosen), why
+
+
+def _default(given: str | None, preferred: str, built_in: str, proof: str) -> tuple[str, str]:
+    if given is not None:
+        return given, "requested"
+    if (HOME / preferred / proof).exists():
+        return str(HOME / preferred), f"found at {preferred}"
+    return str(HOME / built_in), f"built in, since {preferred} is not there"

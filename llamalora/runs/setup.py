@@ -1,0 +1,119 @@
+"""From settings to what a run works with: the task, the base model with what learns in it, the trained model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..cli import UsageError
+from ..corpus.documents import Document, all_sentences, labels_of
+from ..distributed.sharding import fill, shard
+from ..distributed.world import World
+from ..lora.adapter import load_adapter, save_adapter
+from ..lora.inject import make_trainable
+from ..model.checkpoint import load_model, model_files, read_config, save_model, skeleton
+from ..model.config import LlamaConfig
+from ..model.llama import Llama
+from ..model.precision import DTYPES
+from ..task.prompt import Task, draw_demonstrations
+from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
+from .folder import TOKENIZER_FILES, read_settings, trained_folder
+from .settings import ResolvedSettings, Settings
+
+
+def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
+    """The task that the settings and the corpus define.
+
+    Raises:
+        UsageError: a label that the corpus does not have.
+    """
+    known = labels_of(document for documents in splits.values() for document in documents)
+    if settings.labels == "all":
+        labels, per_label = known, False
+    else:
+        labels = tuple(label.strip() for label in settings.labels.split(",") if label.strip())
+        per_label = len(labels) == 1
+        unknown = [label for label in labels if label not in known]
+        if unknown or not labels:
+            raise UsageError(
+                f"--labels: no mention has label {', '.join(unknown)!r}; the corpus has {', '.join(known)}"
+            )
+    if not known:
+        raise UsageError(f"--data {settings.data}: the corpus holds no mention, so there is no label to learn")
+    try:
+        task = Task(settings.format, labels, per_label, settings.instruction)
+    except ValueError as error:
+        raise UsageError(f"--labels: {error}") from None
+    if settings.shots:
+        sentences = all_sentences(splits["train"])
+        shown = draw_demonstrations(task, sentences, settings.shots, settings.seed)
+        task = replace(task, demonstrations=shown)
+    return task
+
+
+def read_base(settings: ResolvedSettings) -> tuple[LlamaConfig, Tokenizer]:
+    """Shape and tokenizer of the base model.
+
+    Raises:
+        CheckpointError, TokenizerError: as their names say.
+    """
+    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
+    check_fit(tokenizer, config.vocab_size, settings.model)
+    return config, tokenizer
+
+
+def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llama:
+    """The base model with what is to be trained in it.
+
+    With LoRA the frozen weights are stored in the precision of the products; in full and partial
+    fine-tuning all weights are fp32, so that the two differ in what learns alone, and cast by autocast, or
+    under `fsdp` when they are gathered.
+
+    Raises:
+        CheckpointError, InputError: as `load_model` and `make_trainable`.
+    """
+    products = DTYPES[settings.precision]
+    dtype = products if settings.adapts else torch.float32
+    if parallel == "ddp":
+        return make_trainable(load_model(settings.model, dtype, world.device), **settings.learning)
+    model = skeleton(read_config(settings.model)).to(dtype)
+    files = model_files(settings.model, model)
+    shard(make_trainable(model, **settings.learning), world, products)
+    fill(model, files, world.device, settings.seed)
+    return model
+
+
+def save_trained(model: Llama, settings: ResolvedSettings, folder: Path) -> None:
+    """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
+    if settings.adapts:
+        save_adapter(model, folder, base_model=settings.model)
+    else:
+        save_model(model, folder)
+        for name in TOKENIZER_FILES:
+            source = Path(settings.model) / name
+            if source.is_file():
+                (folder / name).write_bytes(source.read_bytes())
+
+
+def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """The trained model of a run (LoRA not yet merged) and its tokenizer.
+
+    Args:
+        which: `best` (on the development split) or `last`.
+
+    Raises:
+        CheckpointError: as `trained_folder`.
+    """
+    settings = read_settings(run)
+    folder = trained_folder(run, which)
+    model = load_model(settings.model if settings.adapts else folder, DTYPES[precision], device)
+    if settings.adapts:
+        load_adapter(model, folder)
+    return model, load_tokenizer(settings.model)
+
+
+def check_constraint(task: Task) -> None:
+    """Refuses --constrain for a task without a source to copy."""
+    if task.format != "tagging":
+        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {task.format}")

@@ -1,0 +1,62 @@
+"""Which cards train which Llama-2: the memory plan over models, methods and cards."""
+
+from ..lora.inject import make_trainable
+from ..model.checkpoint import skeleton
+from ..model.config import LLAMA_2
+from .memory import GIB, REPORTED, USABLE, plan_memory
+
+# card -> the GB in its name, and the half precision that it computes
+CARDS = {
+    "V100 16 GB": (16, "fp16"),
+    "RTX 24 GB": (24, "bf16"),
+    "V100 32 GB": (32, "fp16"),
+    "A100 40 GB": (40, "bf16"),
+    "A100 80 GB, H100": (80, "bf16"),
+    "H200": (141, "bf16"),
+}
+METHODS = {"LoRA on all, r=8": ("lora", 8), "LoRA on all, r=128": ("lora", 128), "full": ("full", 0)}
+GPUS = (2, 4, 8, 16, 32, 64)
+
+
+def table() -> list[dict]:
+    """For each model, method and card: GiB of the leanest step (one example of BC5CDR's longest, every block
+    recomputed) with ddp and with fsdp on each number of GPUs, and the fewest GPUs on which it fits, with 5 % to spare:
+    1, with ddp; more, with fsdp; or None."""
+    cells = []
+    for name, config in LLAMA_2.items():
+        for method, (kind, rank) in METHODS.items():
+            model = make_trainable(skeleton(config), kind, "all", rank)
+            needed = {precision: _needed(model, precision) for precision in ("fp16", "bf16")}
+            for card, (size, precision) in CARDS.items():
+                capacity = int(size * GIB * REPORTED)
+                usable = USABLE * capacity
+                fitting = [gpus for gpus, total in needed[precision].items() if total <= usable]
+                cell = {"model": name, "method": method, "card": card, "precision": precision, "capacity": capacity}
+                cells.append(cell | {"bytes": needed[precision], "fewest_gpus": min(fitting, default=None)})
+    return cells
+
+
+def _needed(model, precision: str) -> dict[int, int]:
+    """Number of GPUs -> bytes on each; on 1 with ddp, which takes as much on each of several."""
+    found = {}
+    for gpus in (1, *GPUS):
+        # of no capacity: the items do not depend on it, and the largest micro-batch is not sought
+        found[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).total
+    return found
+
+
+def show(cells: list[dict]) -> str:
+    """As Markdown: what fits, with the GiB that it takes on each GPU."""
+    lines = ["| | | " + " | ".join(CARDS) + " |", "|---|---|" + "---|" * len(CARDS)]
+    for name in LLAMA_2:
+        for method in METHODS:
+            row = [cell for cell in cells if (cell["model"], cell["method"]) == (name, method)]
+            lines.append(f"| {name} | {method} | " + " | ".join(map(_verdict, row)) + " |")
+    return "\n".join(lines)
+
+
+def _verdict(cell: dict) -> str:
+    gpus = cell["fewest_gpus"]
+    if gpus is None:
+        return f"more than {GPUS[-1]}"
+    return f"{'ddp' if gpus == 1 else f'fsdp, {gpus} or more'} ({cell['bytes'][gpus] / GIB:.1f})"

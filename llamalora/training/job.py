@@ -1,0 +1,99 @@
+"""What a run is about, settled before the model is loaded: settings, task, examples, steps, how it fits the memory."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..corpus.documents import CorpusError, Document, Sentence, all_sentences
+from ..corpus.read import find_splits, read_documents
+from ..distributed.world import World
+from ..runs.folder import check_resumable
+from ..runs.settings import ResolvedSettings, Settings, resolve
+from ..runs.setup import make_task, read_base
+from ..task.prompt import Task
+from ..task.tokenizer import Tokenizer
+from .batch import Example, encode_all, plan_epoch
+from .placement import Placement, place
+
+FEWEST_STEPS = 400  # by default a small corpus is passed over more often than 3 times, up to this many steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is settled before the model is loaded.
+
+    Attributes:
+        why: the reasons for model, data and precision.
+        splits: the documents of train, dev and test, as far as the corpus has them.
+        sentences: all of the training split, from which drafts learn.
+        examples: of the sentences that are trained on.
+        skipped: how many sentences were left out as longer than the context.
+        steps: of the whole run, each with its epoch and the indices of its examples.
+    """
+
+    settings: ResolvedSettings
+    why: dict[str, str]
+    splits: dict[str, list[Document]]
+    task: Task
+    tokenizer: Tokenizer
+    sentences: list[Sentence]
+    examples: list[Example]
+    skipped: int
+    steps: list[tuple[int, list[int]]]
+    placement: Placement
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.settings.out)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example) for example in self.examples]
+
+    def ends_epoch(self, done: int) -> bool:
+        """Whether an epoch is over after so many steps."""
+        return done == len(self.steps) or self.steps[done][0] != self.steps[done - 1][0]
+
+    def is_evaluated(self, done: int) -> bool:
+        """Whether the model is evaluated after so many steps."""
+        every = self.settings.eval_every
+        regular = done % every == 0 if every else self.ends_epoch(done)
+        return "dev" in self.splits and (regular or done == len(self.steps))
+
+
+def prepare(settings: Settings, world: World, resume: bool) -> Job:
+    """Settles settings, task, examples, steps and how the run fits the memory.
+
+    Raises:
+        InputError: whatever of it cannot be, or, where a run is resumed, is not as it was.
+    """
+    resolved, why = resolve(settings, world.device)
+    resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day
+    if resume:
+        check_resumable(Path(resolved.out), resolved)
+    splits = {name: read_documents(path) for name, path in find_splits(resolved.data).items()}
+    if "train" not in splits:
+        raise CorpusError(f"{resolved.data}: has no training split")
+    task = make_task(resolved, splits)
+    config, tokenizer = read_base(resolved)
+    sentences = all_sentences(splits["train"])
+    examples, skipped = encode_all(
+        task, tokenizer, sentences[: resolved.limit_train], config.max_position_embeddings, resolved.overlong
+    )
+    if not examples:
+        raise CorpusError(f"{resolved.data}: the training split holds no sentence that can be learnt from")
+    lengths = [len(example) for example in examples]
+    sizes, capacity = lengths, resolved.batch_tokens
+    if resolved.batch_sentences:
+        sizes, capacity = [1] * len(examples), resolved.batch_sentences
+    epochs = resolved.epochs
+    if epochs is None:
+        per_epoch = len(plan_epoch(sizes, capacity, resolved.seed, 0))
+        epochs = max(3, math.ceil(FEWEST_STEPS / per_epoch))
+    steps = [(epoch, step) for epoch in range(epochs) for step in plan_epoch(sizes, capacity, resolved.seed, epoch)]
+    resolved = replace(resolved, epochs=epochs)
+    placement = place(resolved, config, lengths, world)
+    return Job(resolved, why, splits, task, tokenizer, sentences, examples, skipped, steps, placement)

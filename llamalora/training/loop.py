@@ -1,0 +1,187 @@
+"""The training loop, from top to bottom: what `train.py` runs, and every cell of the paper's tables."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from ..cli import Interrupt
+from ..distributed.sharding import is_spread, merged
+from ..distributed.world import World
+from ..evaluation.answer import Answer, answer_sentences, select_sentences
+from ..evaluation.result import assess, format_report, read_result, write_result
+from ..model.llama import Llama
+from ..model.precision import autocast
+from ..runs.folder import describe_run, lock_folder, start_folder
+from ..runs.settings import ResolvedSettings, Settings
+from ..runs.setup import build_model, save_trained
+from ..runs.state import clean_partial, load_checkpoint, save_checkpoint, write_atomically
+from .batch import MicroBatch, deal, show
+from .job import Job, prepare
+from .memory import explained
+from .step import MovementCheck, Optimizer, backward, learning_rate
+from .steplog import StepLog, announce
+
+
+def train(settings: Settings, world: World, resume: bool = False) -> dict | None:
+    """Trains, evaluates and saves as the settings say.
+
+    Returns:
+        The scores on the development split of the best model; None without such a split.
+    """
+    job = prepare(settings, world, resume)
+    settings, folder, examples, steps = job.settings, job.folder, job.examples, job.steps
+    with explained(job.placement.plan, world.device):
+        model = build_model(settings, world, job.placement.parallel)
+    if not resume:
+        start_folder(folder, describe_run(settings, job.task, model), world)
+    lock = lock_folder(folder, world)  # noqa: F841  (held until the end)
+    announce(job, model, world)
+    world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], job.tokenizer)}\n")
+
+    optimizer = Optimizer(
+        model, settings.precision, world.device, settings.weight_decay, settings.clip, settings.loraplus
+    )
+    progress = load_progress(folder, optimizer, world) if resume else Progress()
+    moved = MovementCheck(optimizer.parameters) if progress.updates == 0 else None
+    warmup = round(settings.warmup * len(steps))
+
+    def leave() -> NoReturn:
+        """Ends all processes after a signal to one of them, the latest step saved."""
+        number = max(world.gather(interrupt.signal))
+        save_progress(folder, optimizer, progress, settings.keep, world)
+        save(model, settings, folder, "last", world)
+        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        sys.exit(128 + number)
+
+    model.train()
+    with (
+        explained(job.placement.plan, world.device),
+        Interrupt() as interrupt,
+        StepLog(folder, world, len(steps), progress.cursor) as log,
+    ):
+        while True:
+            if progress.evaluated < progress.cursor and job.is_evaluated(progress.cursor):
+                scored = evaluate_now(job, model, world, stop=lambda: interrupt.signal)
+                if scored is None:
+                    leave()
+                result, answers = scored
+                log.evaluation(progress.cursor, result)
+                if result["micro"]["f1"] > progress.best:
+                    progress.best = result["micro"]["f1"]
+                    save(model, settings, folder, "best", world)
+                    if world.is_main:
+                        write_result(result, answers, folder)
+                progress.evaluated = progress.cursor
+                save_progress(folder, optimizer, progress, settings.keep, world)
+            if progress.cursor == len(steps):
+                break
+
+            epoch, step = steps[progress.cursor]
+            started = time.perf_counter()
+            torch.manual_seed(dropout_seed(settings.seed, progress.cursor, world.rank))
+            supervised = sum(examples[index].supervised for index in step)
+            lr = learning_rate(settings.lr, progress.updates, len(steps), warmup, settings.schedule)
+            loss, computed = 0.0, 0.0
+            stand_in = min(step, key=job.lengths.__getitem__)  # without a share: under fsdp the others need its passes
+            for indices in deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]:
+                if not indices and not optimizer.sharded:
+                    continue
+                batch = MicroBatch.of([examples[index] for index in indices or [stand_in]], world.device)
+                counted = supervised if indices else math.inf
+                computed += batch.ids.numel()
+                loss += backward(model, batch, counted, optimizer.scaler, settings.precision, job.placement.recompute)
+            update = optimizer.step(lr, world)
+            loss, computed, stop = world.sum([loss, computed, interrupt.signal])
+
+            progress.cursor += 1
+            progress.updates += not update.skipped
+            if moved and progress.updates == moved.UPDATES:
+                moved(world)
+                moved = None
+            seconds = time.perf_counter() - started
+            log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], computed, seconds)
+
+            regular = settings.save_every and progress.cursor % settings.save_every == 0
+            if stop:
+                leave()
+            if regular or job.ends_epoch(progress.cursor):
+                save_progress(folder, optimizer, progress, settings.keep, world)
+                save(model, settings, folder, "last", world)
+
+    if "dev" not in job.splits:
+        save(model, settings, folder, "best", world)
+        world.say(f"no development split; the adapter is in {folder / 'best'}")
+        return None
+    result = world.from_main(read_result(folder, "dev") if world.is_main else None)
+    world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")
+    world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
+    return result
+
+
+def dropout_seed(seed: int, cursor: int, rank: int) -> int:
+    """What the dropout of a step is drawn from: its own for each step and process, the same in every Python."""
+    return random.Random(f"{seed}/{cursor}/{rank}").getrandbits(63)
+
+
+def evaluate_now(job: Job, model: Llama, world: World, stop: Callable[[], int]) -> tuple[dict, list[Answer]] | None:
+    """Scores and answers on the development split with the updates merged; afterwards the model is bitwise as
+    before. None if a signal to one of the processes (`stop`) cut it short."""
+    settings = job.settings
+    documents, asked = select_sentences(job.splits["dev"], settings.eval_limit)
+    model.eval()
+    with merged(model), autocast(settings.precision, world.device):
+        answers, speed = answer_sentences(
+            model, job.tokenizer, job.task, asked, world, settings.eval_batch, known=job.sentences, stop=stop
+        )
+    model.train()
+    if any(world.sum([stop()])):
+        return None
+    scores = assess(documents, answers, job.task.labels)
+    return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    cursor: int = 0  # steps of the plan that are done
+    updates: int = 0  # of the parameters; a skipped step makes none
+    evaluated: int = 0  # the step after which the model was last evaluated
+    best: float = -1.0  # F1 on the development split
+
+
+def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:
+    if world.is_main or optimizer.sharded:
+        tensors, state = optimizer.state()
+        state |= {"progress": asdict(progress)}
+        save_checkpoint(folder, progress.cursor, tensors, state, keep, keeps=world.is_main)
+    world.barrier()
+
+
+def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
+    if world.is_main:
+        clean_partial(folder)
+    world.barrier()
+    checkpoint = load_checkpoint(folder, world.say)
+    if checkpoint is None:
+        world.say(f"{folder} has no checkpoint yet: starting from the beginning")
+        return Progress()
+    tensors, state = checkpoint
+    optimizer.load_state(tensors, state)
+    progress = Progress(**state["progress"])
+    world.say(f"resuming after step {progress.cursor}")
+    return progress
+
+
+def save(model: Llama, settings: ResolvedSettings, folder: Path, name: str, world: World) -> None:
+    """Keeps the trained parameters as `best/` or `last/`."""
+    if world.is_main or is_spread(model):
+        write_atomically(folder / name, lambda target: save_trained(model, settings, target), keeps=world.is_main)
+    world.barrier()

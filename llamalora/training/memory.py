@@ -1,0 +1,193 @@
+"""How much GPU memory a training step takes, item by item, known before it is run."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import RunError
+from ..lora.inject import lora_layers, trainable_parameters
+from ..model.llama import Llama
+from ..model.packing import Packing
+from ..model.precision import DTYPES
+from .saved import Step, parameter_count
+
+GIB = 2**30
+CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
+REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
+USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
+
+# tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): the longest, and the deciles
+LENGTHS = (698, 175, 144, 123, 108, 97, 86, 75, 64, 50)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process of a run needs on its GPU.
+
+    Attributes:
+        parallel: `ddp`, a whole model on every GPU, or `fsdp`, all parameters sharded over them.
+        micro_tokens: tokens of a forward pass.
+        items: bytes by item; they add up to the peak.
+        capacity: bytes that the GPU reports.
+        largest_micro_tokens: the largest micro-batch that fits; 0 if not even the longest example does.
+    """
+
+    parallel: str
+    micro_tokens: int
+    items: dict[str, int]
+    capacity: int
+    largest_micro_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def usable(self) -> int:
+        return int(USABLE * self.capacity)
+
+    @property
+    def spare(self) -> int:
+        """Usable bytes left over; negative where the step does not fit."""
+        return self.usable - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+    def __str__(self) -> str:
+        """A line for each item, in GiB."""
+        lines = {**self.items, "total": self.total, f"{USABLE:.0%} of what the GPU reports": self.usable}
+        width = max(map(len, lines))
+        return "\n".join(f"{name:{width}}  {size / GIB:6.2f}" for name, size in lines.items())
+
+
+def plan_memory(
+    model: Llama,
+    parallel: str,
+    gpus: int,
+    capacity: int,
+    precision: str,
+    micro_tokens: int,
+    recompute: int = 0,
+    lengths: Sequence[int] = LENGTHS,
+) -> Plan:
+    """The memory of a training step on each of `gpus` GPUs.
+
+    Args:
+        model: with its LoRA layers, or with some or all of its own weights trainable; the meta device will do.
+        parallel: `ddp` or `fsdp`.
+        capacity: bytes that a GPU reports (`torch.cuda.get_device_properties(0).total_memory`).
+        precision: of the products: `fp32`, `fp16` or `bf16`.
+        recompute: activation checkpointing of every k-th block; 0: of none.
+        lengths: of examples of which a micro-batch is thought to be made, the longest among them. It is
+            never cut, so a micro-batch has at least its length.
+    """
+    sharded = parallel == "fsdp"
+    held = _held(model, sharded, gpus, DTYPES[precision].itemsize)
+
+    def at(tokens: int) -> Plan:
+        # a device that is no CPU: attention's rectangles are a GPU's
+        packing = Packing(micro_batch(tokens, lengths), torch.device("meta"))
+        step = Step(model, precision, packing, recompute, sharded)
+        peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}
+        return Plan(parallel, tokens, held | peaks | {"overhead": CONTEXT_BYTES}, capacity)
+
+    chosen = at(max(micro_tokens, max(lengths)))
+    fitting = max(lengths)
+    if not at(fitting).fits:
+        return chosen
+    failing = 2 * fitting
+    while at(failing).fits:
+        fitting, failing = failing, 2 * failing
+    while failing - fitting > fitting // 64:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if at(middle).fits else (fitting, middle)
+    return replace(chosen, largest_micro_tokens=fitting)
+
+
+def typical(lengths: Sequence[int]) -> tuple[int, ...]:
+    """The longest of many examples and the deciles below it, as in `LENGTHS`."""
+    ordered = sorted(lengths, reverse=True)
+    return tuple(ordered[len(ordered) * tenth // 10] for tenth in range(10))
+
+
+def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
+    """Lengths of a micro-batch of that many tokens: the longest example and the others in turn, as
+    `batch.deal` orders them."""
+    longest, *others = sorted(lengths, reverse=True)
+    chosen, others = [longest], others or [longest]
+    while (room := tokens - sum(chosen)) > 0:
+        chosen.append(min(others[len(chosen) % len(others)], room))
+    return sorted(chosen, reverse=True)
+
+
+def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
+    """Bytes by item of what lives from step to step: the base model, in the products' dtype under LoRA and else in
+    fp32; all that is trained in fp32, with its gradient, two moments and a step count."""
+    trainable = trainable_parameters(model)
+    learning = sum(parameter.numel() for parameter in trainable.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lora = learning if lora_layers(model) else 0
+    share = gpus if sharded else 1
+    return {
+        "base": ((total - lora) * width if lora else total * 4) // share,
+        "LoRA": lora * 4 // share,
+        "gradients": learning * 4 // share,
+        "optimizer": (learning * 8 + len(trainable) * 4) // share,
+        # DDP has no buckets here: World.sum_gradients works in place
+        "buckets or gathered layers": _gathered(model, width) if sharded else 0,
+    }
+
+
+def _gathered(model: Llama, width: int) -> int:
+    """Bytes that FSDP2 (`sharding.shard`) holds beside a rank's own shard, at the most of three moments.
+
+    All through a pass embedding, norm and head (one group, a tied matrix once), from the head's backward pass on
+    with their gradients. With them, when a block computes, this block, the all-gather of the next and its copy
+    into parameters, and in the backward pass the block's gradients, which become fp32 for the reduce-scatter;
+    at the start, their own all-gather and the first block's; at the end their own gradients' reduce-scatter.
+    """
+    blocks = model.model.layers
+    block, learning = max(map(parameter_count, blocks)), max(parameter_count(one, learning=True) for one in blocks)
+    ends = parameter_count(model) - sum(map(parameter_count, blocks))
+    ends_learning = parameter_count(model, learning=True) - sum(parameter_count(one, learning=True) for one in blocks)
+    return max(
+        width * (ends + ends_learning + 3 * block) + (width + 4) * learning,
+        width * (2 * ends + block),
+        width * (ends + ends_learning) + 4 * ends_learning,
+    )
+
+
+# ---- when it was not enough ----
+
+
+class OutOfMemory(RunError):
+    """A GPU's memory did not suffice; the message sets the plan beside what was measured."""
+
+
+@contextmanager
+def explained(plan: Plan | None, device: torch.device) -> Iterator[None]:
+    """Turns torch's error into one that says what was planned, what was measured and what to change.
+
+    Raises:
+        OutOfMemory
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if plan is None:
+            raise
+        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        share = "" if plan.parallel == "fsdp" else "--parallel fsdp with several processes, "
+        raise OutOfMemory(
+            f"the GPU's memory does not suffice. {error}\n\n"
+            f"planned, in GiB ({plan.parallel}, micro-batches of {plan.micro_tokens:,} tokens):\n{plan}\n\n"
+            f"measured: {held / GIB:.2f} GiB held by tensors at the peak, {reserved / GIB:.2f} by the allocator "
+            "(CUDA itself and other programs take the rest)\n\n"
+            f"what helps: --activation-checkpointing 1, a smaller --micro-tokens, {share}more processes, a lower "
+            "--rank; in an evaluation a smaller --eval-batch; where much is reserved and not held, the environment "
+            "variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        ) from error

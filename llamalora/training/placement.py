@@ -1,0 +1,113 @@
+"""How a run fits the memory it finds: ddp or fsdp, the micro-batch, what is recomputed. The memory plan decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..cli import UsageError
+from ..distributed.world import World
+from ..lora.inject import make_trainable
+from ..model.checkpoint import skeleton
+from ..model.config import LlamaConfig
+from ..model.llama import Llama
+from ..runs.settings import ResolvedSettings, Settings
+from .memory import GIB, Plan, plan_memory, typical
+
+CPU_MICRO_TOKENS = 2048
+SPARINGLY = (0, 4, 2, 1)  # which blocks are recomputed: none, every fourth, every second, all
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Attributes:
+        parallel: `ddp`, a whole model in every process, or `fsdp`, all parameters spread over them.
+        micro_tokens: tokens of a forward pass.
+        recompute: activations of every k-th block are recomputed; 0: of none.
+        plan: of a GPU's memory; None on a CPU.
+        why: the reason for `parallel`.
+    """
+
+    parallel: str
+    micro_tokens: int
+    recompute: int
+    plan: Plan | None
+    why: str
+
+    def __str__(self) -> str:
+        some = f", recomputing one block in {self.recompute}"
+        recomputed = {0: "", 1: ", recomputing every block"}.get(self.recompute, some)
+        words = f"{self.parallel} ({self.why}), micro-batches of up to {self.micro_tokens:,} tokens{recomputed}"
+        if self.plan is None:
+            return words
+        return f"{words}; {self.plan.total / GIB:.1f} of {self.plan.capacity / GIB:.1f} GiB planned on each GPU"
+
+
+def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int], world: World) -> Placement:
+    """What `auto` stands for on this machine, the same on every process.
+
+    Args:
+        lengths: of the training examples.
+
+    Raises:
+        UsageError: fsdp with a single process, or with DoRA in half precision.
+    """
+    if settings.parallel == "fsdp" and world.size == 1:
+        raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
+    if world.device.type == "cuda":
+        capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
+        model = make_trainable(skeleton(config), **settings.learning)
+        return _checked(fit(model, settings, lengths, world.size, capacity), settings)
+    chosen = {"parallel": "ddp", "micro_tokens": CPU_MICRO_TOKENS, "activation_checkpointing": 0}
+    chosen |= {name: value for name in chosen if (value := getattr(settings, name)) != "auto"}
+    why = "requested" if settings.parallel != "auto" else "one process" if world.size == 1 else "on the CPU"
+    return _checked(Placement(*chosen.values(), None, why), settings)
+
+
+def _checked(placement: Placement, settings: Settings) -> Placement:
+    if placement.parallel == "fsdp" and settings.dora and settings.precision != "fp32":
+        raise UsageError(
+            f"--dora: under fsdp ({placement.why}) its magnitudes, which need fp32, would be gathered in "
+            f"{settings.precision}; use --parallel ddp, --precision fp32, or leave it out"
+        )
+    return placement
+
+
+def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
+    """ddp where the leanest step fits, else fsdp; as little recomputation as lets a process's share of an
+    optimizer step through in one pass; and if all of it does not suffice, the largest micro-batch that fits.
+
+    Where nothing fits, the leanest, which the plan then says: it may be wrong by a little.
+
+    Args:
+        model: on the meta device.
+        lengths: of the training examples.
+        capacity: bytes that each GPU reports.
+    """
+    lengths = typical(lengths)
+    longest = max(lengths)
+    recomputed = SPARINGLY if settings.activation_checkpointing == "auto" else (settings.activation_checkpointing,)
+    step = settings.batch_tokens
+    if settings.batch_sentences:
+        step = settings.batch_sentences * sum(lengths) // len(lengths)
+    tokens = longest + step // gpus if settings.micro_tokens == "auto" else settings.micro_tokens
+    least = longest if settings.micro_tokens == "auto" else settings.micro_tokens
+
+    def planned(parallel: str, micro_tokens: int, recompute: int) -> Plan:
+        return plan_memory(model, parallel, gpus, capacity, settings.precision, micro_tokens, recompute, lengths)
+
+    parallel, why = settings.parallel, "requested"
+    if parallel == "auto":
+        leanest = planned("ddp", least, recomputed[-1])
+        parallel = "ddp" if leanest.fits or gpus == 1 else "fsdp"
+        why = f"ddp needs at least {leanest.total / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
+    for recompute in recomputed:
+        chosen = planned(parallel, tokens, recompute)
+        if chosen.fits:
+            break
+    if not chosen.fits and settings.micro_tokens == "auto":
+        chosen = planned(parallel, chosen.largest_micro_tokens, recompute)
+    if not chosen.fits:
+        why += f"; NOT ENOUGH MEMORY by {-chosen.spare / GIB:.1f} GiB as planned, trying"
+    return Placement(parallel, chosen.micro_tokens, recompute, chosen, why)

@@ -1,0 +1,206 @@
+"""What autograd keeps of a training step, tensor by tensor; a test counts what the model really saves and names the
+entry that is off.
+
+Dimensions: N tokens of a micro-batch, D hidden, F feed-forward, R rank, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from ..lora.inject import KINDS, lora_layers, trainable_parameters
+from ..lora.layers import LoRALinear
+from ..model.llama import Llama
+from ..model.packing import Packing
+from ..model.precision import DTYPES
+from .step import LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+
+Saved = dict[tuple[str, str], int]  # (module, tensor) -> bytes
+
+
+def parameter_count(module: nn.Module, learning: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
+
+
+def learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch through `training.backward`: what it holds beside parameters and their gradients.
+
+    Attributes:
+        packing: of the micro-batch.
+        recompute: activation checkpointing of every k-th block; 0: of none.
+        sharded: under FSDP all parameters compute in the products' dtype; else, without LoRA, they are
+            fp32, and so is the residual stream, and autocast converts at every product.
+    """
+
+    model: Llama
+    precision: str
+    packing: Packing
+    recompute: int = 0
+    sharded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.packing.positions.numel()
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in the products."""
+        return DTYPES[self.precision].itemsize
+
+    @cached_property
+    def converts(self) -> bool:
+        return not (lora_layers(self.model) or self.sharded or self.width == 4)
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a value of the residual stream."""
+        return 4 if self.converts else self.width
+
+    # ---- the three figures of a plan ----
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept from the forward to the backward pass."""
+        return sum(self.saved().values()) + (0 if self.recompute else self._converted)
+
+    @property
+    def logits(self) -> int:
+        """The most that the output head holds beside the activations, if every token is supervised.
+
+        Of each chunk the logits and their gradient, computed of a block in fp32, under DoRA that before m / norm as
+        well; hidden states and their gradient; the gradient of the head.
+        """
+        config = self.model.config
+        chunk, block = (
+            max(1, min(self.tokens, most // config.vocab_size)) * config.vocab_size
+            for most in (LOGITS_AT_ONCE, SOFTMAX_AT_ONCE[1])
+        )
+        dora = getattr(self.model.lm_head, "dora", False)
+        most = max(0 if self.width == 4 else 4 * block,
+                   dora * self.width * chunk + self._gradient_of(self.model.lm_head))  # fmt: skip
+        most += 2 * self.width * chunk
+        return most + 2 * self.width * config.hidden_size * self.tokens + (self._converted if self.recompute else 0)
+
+    @property
+    def backward(self) -> int:
+        """What the backward pass, which has its peak in the last block's MLP, holds beyond that.
+
+        Four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
+        `down` is freed; hidden states and their gradient; the gradient of one matrix. If that block is
+        recomputed, also all that it saves.
+        """
+        config, number = self.model.config, self.model.config.num_hidden_layers - 1
+        last = f"model.layers.{number}"
+        block, _ = self._block(last, reached=True)
+        held = 4 * self.width * config.intermediate_size * self.tokens
+        held -= block.get((f"{last}.mlp.down_proj", "input"), 0)
+        held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
+        if self._recomputes(number):
+            held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]
+        return max(0, held - self.logits)
+
+    def _recomputes(self, number: int) -> bool:
+        return bool(self.recompute) and number % self.recompute == 0
+
+    @property
+    def _converted(self) -> int:
+        """Half-precision copies: autocast keeps those of what learns, the backward pass those of frozen weights."""
+        return self.width * parameter_count(self.model, learning=self.recompute) if self.converts else 0
+
+    def _copies(self, *parameters: nn.Parameter) -> int:
+        """Of fp32 parameters, for the products."""
+        return self.width * sum(p.numel() for p in parameters) if self.width < 4 else 0
+
+    def _gradient_of(self, module: nn.Module) -> int:
+        """Of the largest matrix that learns, before it is added up, in fp32 unless sharded."""
+        largest = max((p.numel() for p in trainable_parameters(module).values()), default=0)
+        return largest * (self.width if self.sharded or self.width == 4 else self.width + 4)
+
+    # ---- what is saved between forward and backward ----
+
+    def saved(self) -> Saved:
+        """Bytes that autograd keeps of the backbone's forward pass, parameters excepted."""
+        config, tokens = self.model.config, self.tokens
+        found: Saved = {("model", "ids and places"): 16 * tokens}
+        found["model", "cosines and sines"] = 8 * config.head_dim * tokens
+        embedding = lora_layers(self.model).get("model.embed_tokens")
+        if embedding is not None:
+            found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
+            found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
+            if embedding.dora:  # the stretched rows are kept as the input of the first block
+                found["model.embed_tokens", "m / norm, and the norm"] = 8 * config.hidden_size
+        reached = learns(self.model.model.embed_tokens)  # does the block's input depend on anything that learns?
+        for number in range(config.num_hidden_layers):
+            name = f"model.layers.{number}"
+            block, reached = self._block(name, reached)
+            found |= {(name, "input"): self.stream * config.hidden_size * tokens} if self._recomputes(number) else block
+        if reached:
+            found |= self._norm("model.norm")
+        return found
+
+    def _block(self, name: str, reached: bool) -> tuple[Saved, bool]:
+        """What a block saves, and whether its output depends on anything that learns."""
+        config, tokens, width = self.model.config, self.tokens, self.width
+        heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        found: Saved = {}
+        if reached:
+            found |= self._norm(f"{name}.input_layernorm")
+        if self._linear(found, attention, ("q", "k", "v"), config.hidden_size) or reached:
+            reached = True
+            # A padded rectangle is a copy, and the row it is made of is kept beside it; one without padding
+            # is a view of the row. Keys and values are repeated for the queries that share them.
+            shapes = [(math.prod(one.shape), one.slots is not None) for one in self.packing.rectangles]
+            slots, padded = sum(size for size, _ in shapes), sum(size for size, is_padded in shapes if is_padded)
+            found[attention, "q"] = width * heads * (tokens + padded)
+            for tensor in ("k", "v"):
+                row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
+                if (f"{attention}.v_proj", "output") in found and tensor == "v":
+                    row = 0
+                found[attention, tensor] = width * (keys * row + heads * copy)
+            found[attention, "output"] = width * heads * slots
+            found[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
+        if self._linear(found, attention, ("o",), heads) or reached:
+            reached = True
+            found |= self._norm(f"{name}.post_attention_layernorm")
+        if self._linear(found, mlp, ("gate", "up"), config.hidden_size) or reached:
+            reached = True
+            for tensor in ("gate", "up"):
+                if (f"{mlp}.{tensor}_proj", "output") not in found:
+                    found[mlp, tensor] = width * config.intermediate_size * tokens
+        return found, self._linear(found, mlp, ("down",), config.intermediate_size) or reached
+
+    def _norm(self, name: str) -> Saved:
+        size = self.stream * self.model.config.hidden_size * self.tokens
+        found = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
+        return found | ({(name, "normalised input"): size} if learns(self.model.get_submodule(name)) else {})
+
+    def _linear(self, found: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
+        """Adds what layers save that have one input between them; returns whether any of them learns."""
+        names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
+        layers = {name: self.model.get_submodule(name) for name in names}
+        learning = [name for name in names if learns(layers[name])]
+        adapted = [name for name in learning if isinstance(layers[name], LoRALinear)]
+        dropping = [name for name in adapted if layers[name].dropout]
+        inputs = len(learning) - len(dropping)
+        if inputs:
+            found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
+        for name in adapted:
+            found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
+        for name in dropping:
+            found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
+            found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)
+        for name in adapted:
+            if layers[name].dora:
+                output = self.width * layers[name].out_features * self.tokens
+                kept = {"W0 x and B A x after dropout": 2 * output} if name in dropping else {"output": output}
+                found |= {(name, tensor): size for tensor, size in kept.items()}
+                found[name, "m / norm, and the norm"] = 8 * layers[name].out_features
+        return bool(learning)

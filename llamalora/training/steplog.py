@@ -1,0 +1,131 @@
+"""What a run reports: its first lines, then for each step one line for a person (tqdm) and one for a program (JSON)."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..distributed.world import World
+from ..files import naming, replace_file
+from ..lora.inject import count_parameters, what_learns
+from ..model.attention import attention_kernel
+from ..model.llama import Llama
+from ..model.precision import DTYPES
+from .batch import Example
+from .job import Job
+from .step import Update
+
+
+def announce(job: Job, model: Llama, world: World) -> None:
+    """The first lines of a run: which model, data and precision are in use, and why."""
+    settings, why, examples, task = job.settings, job.why, job.examples, job.task
+    counts = count_parameters(model)
+    share = 100 * counts["trainable"] / counts["base"]
+    on = f"{world.size} x {world.device.type}"
+    if world.device.type == "cuda":
+        heads = model.config.num_attention_heads, model.config.head_dim
+        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+    trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
+    if not settings.adapts and "targets" not in settings.idle and model.tied:
+        trained += " (embed and head are one matrix)"
+    step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
+    world.say(
+        f"model      {settings.model} ({why['model']}), {counts['base']:,} parameters\n"
+        f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
+        f"data       {settings.data} ({why['data']}), "
+        + ", ".join(f"{len(documents)} {name} documents" for name, documents in job.splits.items())
+        + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
+        + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
+        + f"\ntask       {settings.format} of {', '.join(task.labels)}"
+        + (" (one-label format)" if task.per_label else "")
+        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
+        f"parallel   {job.placement}\n"
+        f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
+        f"peak learning rate {settings.lr:g}\n"
+        f"output     {settings.out}\n"
+    )
+
+
+class StepLog:
+    """One line for a person (tqdm), one JSON line a step for programs (metrics.jsonl)."""
+
+    def __init__(self, folder: Path, world: World, total: int, done: int):
+        self.world = world
+        if not world.is_main:
+            return
+        metrics, self.evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
+        for path in (metrics, self.evaluations):
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
+            replace_file(path, "".join(line + "\n" for line in kept))
+        self.path, self.file = metrics, metrics.open("a", buffering=1)
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", leave=not world.quiet)
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.world.is_main:
+            self.bar.close()
+            with naming(self.path):
+                self.file.close()
+
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        lr: float,
+        update: Update,
+        examples: list[Example],
+        computed: float,
+        seconds: float,
+    ) -> None:
+        if not self.world.is_main:
+            return
+        tokens = sum(map(len, examples))
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+            "skipped": update.skipped,
+            "loss_scale": update.scale,
+            "tokens": tokens,
+            "supervised_tokens": sum(example.supervised for example in examples),
+            "padding": 1 - tokens / computed,  # of the tokens that went through the model
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(self.world.device),
+        }
+        with naming(self.path):
+            self.file.write(json.dumps(record) + "\n")
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens / seconds:.0f} tokens/s")
+
+    def evaluation(self, step: int, result: dict) -> None:
+        if self.world.is_main:
+            record = {"step": step} | {key: result[key] for key in ("micro", "types", "health", "speed")}
+            with naming(self.evaluations), self.evaluations.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            with self.bar.external_write_mode():
+                self.world.say(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSON line; infinity for one that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

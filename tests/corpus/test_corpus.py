@@ -1,0 +1,382 @@
+"""Readers, writer, sentences: what a file says is what a document holds; a bad file is named by its line."""
+
+import gzip
+import io
+import re
+
+import pytest
+
+from llamalora.corpus.documents import (
+    CorpusError,
+    Document,
+    Span,
+    corpus_statistics,
+    labels_of,
+    sentence_bounds,
+    sentences_of,
+)
+from llamalora.corpus.pubtator import write_pubtator
+from llamalora.corpus.read import find_splits, read_documents
+
+TABLE_5 = {"train": (4182, 5203), "dev": (4244, 5347), "test": (4424, 5385)}
+
+TITLE = "Zorbamycin gave one rat a fever."
+CLINIC = "St. Anne's clinic saw nausea \U0001f922 and e\u0301mesis, too."
+ABSTRACT = f"It slept (12 h). No α-zorbamycin was left. {CLINIC}"
+TEXT = f"{TITLE} {ABSTRACT}"
+
+
+def mention(id: str, string: str, label: str, *more: str) -> str:
+    start = TEXT.index(string)
+    return "\t".join([id, str(start), str(start + len(string)), string, label, *more])
+
+
+LINES = [
+    f"7|t|{TITLE}",
+    f"7|a|{ABSTRACT}",
+    mention("7", "Zorbamycin", "Chemical", "D001|D002", ""),
+    mention("7", "fever", "Disease", "-1"),
+    mention("7", "α-zorbamycin", "Chemical"),
+    mention("7", "nausea", "Disease", "D003", "a|b"),
+    mention("7", "e\u0301mesis", "Disease", "D003"),
+    "7\tCID\tD001\tD003",
+    "",
+    "8|t|A title alone",
+]
+
+
+def write(path, text: str | bytes):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def strings(document: Document) -> list[tuple[str, str]]:
+    return [(document.text[span.start : span.end], span.label) for span in document.spans]
+
+
+# ---- PubTator ----
+
+
+def test_pubtator(tmp_path):
+    first, second = read_documents(write(tmp_path / "x.PubTator.txt", "\n".join(LINES)))
+    assert first.text == TEXT and first.id == "7"
+    assert strings(first) == [
+        ("Zorbamycin", "Chemical"),
+        ("fever", "Disease"),
+        ("α-zorbamycin", "Chemical"),
+        ("nausea", "Disease"),
+        ("e\u0301mesis", "Disease"),
+    ]
+    assert second == Document("8", "A title alone", (), ((0, 13),))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.gz", "c.pubtator", "d.tsv", "nameless"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n\n\n",
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: "\n\n" + text.replace("\n", "\n\n"),
+        lambda text: gzip.compress(text.encode()),
+    ],
+    ids=["blank lines at the end", "CRLF", "BOM", "blank lines", "gzip"],
+)
+def test_pubtator_variants(tmp_path, name, change):
+    plain = read_documents(write(tmp_path / "plain.txt", "\n".join(LINES)))
+    assert read_documents(write(tmp_path / name, change("\n".join(LINES)))) == plain
+
+
+@pytest.mark.parametrize(
+    "line, lines, message",
+    [
+        (3, [*LINES[:2], "7\t0\t9\tZorbamycin\tChemical"], r"at 0 to 9 stands 'Zorbamyci', not 'Zorbamycin'"),
+        (3, [*LINES[:2], "7\t900\t909\tfever\tDisease"], "outside the text"),
+        (3, [*LINES[:2], "7\t5\t5\t\tDisease"], "empty"),
+        (3, [*LINES[:2], "7\t9\t5\tfever\tDisease"], "outside"),
+        (3, [*LINES[:2], "7\t-3\t5\tfever\tDisease"], "'-3' is not a whole number"),
+        (3, [*LINES[:2], "7\tx\t5\tfever\tDisease"], "'x' is not a whole number"),
+        (3, [*LINES[:2], "7\t1.0\t5\tfever\tDisease\t-1"], "'1.0' is not a whole number"),
+        (3, [*LINES[:2], f"7\t0\t{'9' * 5000}\tfever\tDisease\t-1"], "is not a whole number"),
+        (3, [*LINES[:2], "7\t0\t10\tZorbamycin\t"], "no label"),
+        (3, [*LINES[:2], "7\t0\t10\tZorbamycin"], "neither"),
+        (3, [*LINES[:2], "a second line of the abstract"], "neither"),
+        (1, LINES[2:], "no title line"),
+        (3, [*LINES[:2], "9" + LINES[2]], "document 97, which has no title line"),
+        (1, LINES[1:], "must follow its title"),
+        (4, [*LINES[:3], LINES[1]], "must follow its title"),
+        (4, [*LINES[:2], "", LINES[0]], "a second document 7"),
+    ],
+)
+def test_pubtator_errors(tmp_path, line, lines, message):
+    path = write(tmp_path / "bad.txt", "\n".join(lines))
+    with pytest.raises(CorpusError, match=message) as caught:
+        read_documents(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_predictions_may_be_mentions_alone(tmp_path):
+    gold = read_documents(write(tmp_path / "gold.txt", "\n".join(LINES)))
+    path = write(tmp_path / "predicted.txt", "\n".join(LINES[2:7]))
+    assert read_documents(path, gold) == gold[:1]
+    with pytest.raises(CorpusError, match=":1: a mention of document 7, which has no title"):
+        read_documents(path)
+    with pytest.raises(CorpusError, match=":1: a mention of document 7, which is not among the gold"):
+        read_documents(path, gold[1:])
+
+
+# ---- CoNLL ----
+
+IOB2 = """Zorba B-Chemical
+- I-Chemical
+mycin I-Chemical
+cured O
+fever B-Disease
+nausea B-Disease
+
+Nothing O
+left O
+"""
+SAME = {
+    # In IOB1 a B- only parts neighbours of one label.
+    "IOB1": IOB2.replace("Zorba B", "Zorba I").replace("fever B", "fever I"),
+    "BIOES": IOB2.replace("mycin I", "mycin E").replace("fever B", "fever S").replace("nausea B", "nausea S"),
+    "tabs": IOB2.replace(" ", "\t"),
+    "columns": IOB2.replace(" ", " X Y "),
+    "CRLF and blank lines": IOB2.replace("\n", "\r\n").replace("\r\n\r\n", "\r\n \r\n\r\n"),
+    "no line end at the end": IOB2.rstrip(),
+    "BOM": "\ufeff" + IOB2,
+}
+
+
+def test_conll(tmp_path):
+    first, second = read_documents(write(tmp_path / "dev.tsv", IOB2))
+    assert first.text == "Zorba - mycin cured fever nausea"
+    assert strings(first) == [("Zorba - mycin", "Chemical"), ("fever", "Disease"), ("nausea", "Disease")]
+    assert second == Document("dev-2", "Nothing left", (), ((0, 12),))
+    assert first.id == "dev-1"
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_conll_forms_agree(tmp_path, form):
+    for name in ("x.iob", "x.conll.gz", "x.bio", "x.txt"):
+        plain = read_documents(write(tmp_path / name, IOB2))
+        data = gzip.compress(SAME[form].encode()) if name.endswith("gz") else SAME[form]
+        assert read_documents(write(tmp_path / name, data)) == plain
+
+
+def test_conll_documents(tmp_path):
+    path = write(tmp_path / "a.b.conll", f"-DOCSTART- -X- O O\n\n{IOB2}\n-DOCSTART-\n\n-DOCSTART-\n{IOB2}")
+    first, second = read_documents(path)
+    assert (first.id, second.id) == ("a.b-1", "a.b-2")
+    assert first.text == "Zorba - mycin cured fever nausea Nothing left"
+    parts = [first.text[start:end] for start, end in first.sentences]
+    assert parts == ["Zorba - mycin cured fever nausea", "Nothing left"]
+    assert first.spans == second.spans and first.text == second.text
+
+
+@pytest.mark.parametrize(
+    "line, text, message",
+    [
+        (2, "fever O\nnausea\n", "only one column, 'nausea'"),
+        (2, "fever O\n\tO\n", "only one column"),
+        (1, "fever Disease\n", "'Disease' is no tag"),
+        (3, "fever O\n\nnausea B-\n", "'B-' is no tag"),
+        (1, "fever B\n", "'B' is no tag"),
+    ],
+)
+def test_conll_errors(tmp_path, line, text, message):
+    path = write(tmp_path / "bad.tsv", text)
+    with pytest.raises(CorpusError, match=message) as caught:
+        read_documents(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_conll_predictions_take_the_ids_of_the_gold(tmp_path):
+    gold = read_documents(write(tmp_path / "gold.tsv", IOB2))
+    assert read_documents(write(tmp_path / "mine.tsv", IOB2), gold) == gold
+    with pytest.raises(CorpusError, match="2 documents for 1 in the gold"):
+        read_documents(tmp_path / "mine.tsv", gold[:1])
+
+
+# ---- any file ----
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.PubTator.txt.gz"])
+def test_bad_bytes(tmp_path, name):
+    path = write(tmp_path / name, "7|t|é ok\n7|a|".encode() + b"caf\xe9\n")
+    with pytest.raises(CorpusError, match=re.escape("byte 17 (0xe9) is not UTF-8")) as caught:
+        read_documents(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_damaged_gzip(tmp_path):
+    data = gzip.compress("\n".join(LINES).encode())
+    for cut in range(2, len(data)):
+        with pytest.raises(CorpusError, match="gzip"):
+            read_documents(write(tmp_path / "cut.gz", data[:cut]))
+    for place in (20, len(data) // 2, len(data) - 6):
+        flipped = bytearray(data)
+        flipped[place] ^= 0xFF
+        with pytest.raises(CorpusError):
+            read_documents(write(tmp_path / "flipped.gz", bytes(flipped)))
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff", gzip.compress(b"", mtime=0)])
+def test_empty_file(tmp_path, text):
+    path = write(tmp_path / "empty.txt", text)
+    with pytest.raises(CorpusError, match="empty") as caught:
+        read_documents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_no_such_format(tmp_path):
+    with pytest.raises(CorpusError, match="x.json:1: neither PubTator"):
+        read_documents(write(tmp_path / "x.json", "{}"))
+    with pytest.raises(CorpusError, match="absent.txt: cannot be read"):
+        read_documents(tmp_path / "absent.txt")
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read_documents(tmp_path)
+    with pytest.raises(CorpusError, match="no sentence"):
+        read_documents(write(tmp_path / "x.conll", "-DOCSTART- O\n\n"))
+
+
+# ---- sentences ----
+
+
+def test_sentences_cover_the_text():
+    text = f"  {TEXT}  (See 3.5 mg)! Done?  "
+    parts = [text[start:end] for start, end in sentence_bounds(text)]
+    assert parts == [TITLE, "It slept (12 h).", "No α-zorbamycin was left.", CLINIC, "(See 3.5 mg)!", "Done?"]
+    assert sentence_bounds(" \n") == ()
+
+
+def test_sentence_spans_are_relative_and_outermost():
+    text = "Acute renal failure came. Then nausea. Vomiting too."
+    spans = [
+        Span(0, 19, "Disease"),
+        Span(6, 11, "Organ"),
+        Span(6, 19, "Disease"),
+        Span(31, 37, "Disease"),
+        Span(31, 47, "Disease"),
+    ]
+    document = Document("1", text, tuple(sorted(spans)), sentence_bounds(text))
+    first, second, third = sentences_of(document)
+    assert first.spans == (Span(0, 19, "Disease"),) and third.spans == ()
+    assert [text[second.start :][span.start : span.end] for span in second.spans] == ["nausea"]
+    counts = corpus_statistics([document])
+    assert (counts["overlapping"], counts["cut_by_sentence_end"]) == (2, 1)
+    assert counts["mentions"] == {"Disease": 4, "Organ": 1}
+
+
+def test_labels_in_the_papers_order():
+    spans = tuple(Span(0, 1, label) for label in ("Gene", "Chemical", "Anatomy", "Disease", "Gene"))
+    assert labels_of([Document("1", "x", spans, ())]) == ("Disease", "Chemical", "Anatomy", "Gene")
+
+
+# ---- writing ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "One sentence",
+        "",
+        "Two.  Spaces between.",
+        "A tab.\tThen. \n New lines.\r\nEnd.",
+        " Leads. And trails. ",
+        "Odd\u2028line. Ends\x0b here.\x85 Ok.",
+        "Nbsp.\u00a0Here. Then.",
+        "Trails. ",
+        "\n\n",
+        "\U0001f922. 高血压。 Ok.",
+    ],
+)
+def test_pubtator_round_trip(tmp_path, text):
+    spans = tuple(sorted({Span(k, k + 2, "Disease") for k in range(0, len(text) - 1, 3)}))
+    other = Document("8", "Other.", (), ((0, 6),))
+    handle = io.StringIO()
+    write_pubtator([Document("7-1", text, spans, sentence_bounds(text)), other], handle)
+    first, second = read_documents(write(tmp_path / "x.txt", handle.getvalue()))
+    assert first.text == re.sub(r"[\t\r\n]", " ", text)
+    assert (first.id, first.spans, second) == ("7-1", spans, other)
+
+
+def test_pubtator_ids_are_checked():
+    for id in ("", "a|b", "a\tb"):
+        with pytest.raises(CorpusError):
+            write_pubtator([Document(id, "x", (), ())], io.StringIO())
+
+
+def test_conll_to_pubtator(tmp_path):
+    documents = read_documents(write(tmp_path / "dev.tsv", IOB2))
+    handle = io.StringIO()
+    write_pubtator(documents, handle)
+    assert read_documents(write(tmp_path / "dev.txt", handle.getvalue())) == documents
+
+
+# ---- splits ----
+
+
+def test_find_splits(tmp_path):
+    names = {"train": "CDR_trainingset.pubtator.TXT.gz", "dev": "devel.tsv", "test": "Test.PubTator"}
+    for name in (*names.values(), "notes.txt", "train.csv"):
+        write(tmp_path / name, "x")
+    assert find_splits(tmp_path) == {split: tmp_path / name for split, name in names.items()}
+    write(tmp_path / "valid.conll.gz", "x")
+    with pytest.raises(CorpusError, match="two files for dev, devel.tsv and valid.conll.gz"):
+        find_splits(tmp_path)
+
+
+def test_no_splits(tmp_path):
+    with pytest.raises(CorpusError, match="no corpus file.*CDR_TrainingSet.*validation.*tsv") as caught:
+        find_splits(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    with pytest.raises(CorpusError, match="no such folder"):
+        find_splits(tmp_path / "absent")
+
+
+# ---- the official corpus ----
+
+
+def test_bc5cdr_is_table_5(bc5cdr):
+    for split, path in find_splits(bc5cdr).items():
+        counts = corpus_statistics(read_documents(path))
+        assert tuple(counts["mentions"].values()) == TABLE_5[split]
+        assert list(counts["mentions"]) == ["Disease", "Chemical"]
+        assert counts["documents"] == 500
+        assert counts["cut_by_sentence_end"] == counts["overlapping"] == 0
+
+
+def test_bc5cdr_sentences(bc5cdr):
+    for split, path in find_splits(bc5cdr).items():
+        documents = read_documents(path)
+        plain_rule = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9(\[])")
+        cuts = [(document, cut) for document in documents for cut in plain_rule.finditer(document.text)]
+        assert len(cuts) + len(documents) == {"train": 4580, "dev": 4592, "test": 4821}[split]
+        guarded = sum(document.text[: cut.start()].endswith("St.") for document, cut in cuts)
+        assert corpus_statistics(documents)["sentences"] == len(cuts) + len(documents) - guarded
+        for document in documents:
+            for sentence in sentences_of(document):
+                end = sentence.start + len(sentence.text)
+                assert document.text[sentence.start : end] == sentence.text == sentence.text.strip()
+
+
+def test_bc5cdr_round_trip(bc5cdr, tmp_path):
+    for path in find_splits(bc5cdr).values():
+        documents = read_documents(path)
+        handle = io.StringIO()
+        write_pubtator(documents, handle)
+        assert read_documents(write(tmp_path / "copy.txt", handle.getvalue())) == documents
+
+
+def test_bc5cdr_iob(bc5cdr_iob):
+    sizes = {"train": 4560, "dev": 4581, "test": 4797}
+    for split, path in find_splits(bc5cdr_iob).items():
+        documents = read_documents(path)
+        disease, chemical = TABLE_5[split]
+        assert len(documents) == sizes[split]
+        # The tokenised development split cuts two disease mentions in two.
+        expected = {"Disease": disease + 2 * (split == "dev"), "Chemical": chemical}
+        assert corpus_statistics(documents)["mentions"] == expected

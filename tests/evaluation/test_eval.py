@@ -1,0 +1,267 @@
+"""eval.py, predict and score as their users run them, on runs of the built-in checkpoint."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+
+import eval as evaluation
+import train
+from llamalora.__main__ import main as command
+from llamalora.cli import run_command
+from llamalora.corpus.documents import Document, Sentence, Span, sentences_of
+from llamalora.corpus.read import read_documents
+from llamalora.distributed.world import join_world
+from llamalora.evaluation.answer import Answer, answer_sentences, confidences, join_answers, select_sentences
+from llamalora.evaluation.constrain import Constraint
+from llamalora.evaluation.generate import generate
+from llamalora.evaluation.result import assess, predicted_documents, read_answers, read_result
+from llamalora.evaluation.systems import load_run
+from llamalora.runs.folder import read_task
+from llamalora.task.parse import parse
+from llamalora.task.prompt import Task, render_answer, render_prompt
+from llamalora.task.tokenizer import load_tokenizer
+
+HOME = Path(train.__file__).parent
+SIZE = ["--limit-train", "40", "--epochs", "1", "--eval-limit", "2"]
+FLAGS = ["--model", "weights/tiny", "--data", "data/sample", *SIZE]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in {"all": [], "Disease": ["--labels", "Disease"], "Chemical": ["--labels", "Chemical"]}.items():
+        run_command(train.main, [*FLAGS, *flags, "--out", str(folder / name)])
+    return folder
+
+
+def run_eval(capsys, *flags):
+    run_command(evaluation.main, [*map(str, flags), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_eval_agrees_with_score_on_its_own_predictions(runs, tmp_path, capsys):
+    predictions = tmp_path / "predictions.PubTator"
+    result = run_eval(capsys, "--run", runs / "all", "--split", "test", "--predictions", predictions)
+    assert result == json.loads((runs / "all" / "eval-test.json").read_text())
+    run_command(command, ["score", "data/sample/test.PubTator.txt", str(predictions), "--json"])
+    scored = json.loads(capsys.readouterr().out)
+    # entities that no source holds have no place in a PubTator file; apart from them the counts are the same
+    invented = result["health"]["not_in_source"]
+    for key, more in (("tp", 0), ("fn", 0), ("fp", invented)):
+        assert result["micro"][key] == scored["micro"][key] + more
+
+
+def test_a_peft_adapter_scores_like_its_run(runs, capsys):
+    run = run_eval(capsys, "--run", runs / "all", "--limit", 5, "--precision", "fp32")
+    flags = ("--model", "weights/tiny", "--adapter", runs / "all" / "best", "--data", "data/sample")
+    other = run_eval(capsys, *flags, "--limit", 5, "--precision", "fp32")
+    assert run["micro"] == other["micro"] and run["health"] == other["health"]
+    assert run["sentences"] == 5
+
+
+def test_drafts_and_batches_do_not_change_answers(runs, tmp_path, capsys):
+    written = []
+    for number, flags in enumerate((["--draft", "none"], ["--batch", 1], ["--batch", 7])):
+        file = tmp_path / f"{number}.PubTator"
+        flags = ("--run", runs / "all", "--limit", 12, "--precision", "fp32", "--predictions", file, *flags)
+        result = run_eval(capsys, *flags)
+        written.append((file.read_text(), result["micro"], result["health"]))
+    assert written[0] == written[1] == written[2]
+
+
+def test_one_label_runs_are_joined(runs, capsys):
+    flags = ("--run", runs / "Disease", "--run", runs / "Chemical", "--limit", 4)
+    result = run_eval(capsys, *flags)
+    assert list(result["types"]) == ["Disease", "Chemical"]
+    assert run_eval(capsys, *flags, "--order", "Chemical,Disease")["sentences"] == 4
+
+
+def test_predict_writes_json_lines_and_pubtator(runs, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Aspirin caused nausea. The patient died.\n\nNo drug was given.\n")
+    run_command(command, ["predict", "--run", str(runs / "all"), str(text)])
+    documents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [document["id"] for document in documents] == ["1", "3"]
+    for document in documents:
+        for entity in document["entities"]:
+            assert document["text"][entity["start"] : entity["end"]] == entity["text"]
+            assert 0 < entity["confidence"] <= 1
+    gold = HOME / "data/sample/test.PubTator.txt"
+    run_command(command, ["predict", "--run", str(runs / "all"), "--to", "pubtator", str(gold)])
+    out = tmp_path / "out.PubTator"
+    out.write_text(capsys.readouterr().out)
+    assert [d.text for d in read_documents(out)] == [d.text for d in read_documents(gold)]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--run", "nowhere"], "no such"),
+        (["--run", "RUN", "--limit", "0"], "--limit"),
+        (["--model", "weights/tiny"], "--data"),
+        (["--run", "RUN", "--run", "RUN"], "two systems answer"),
+        (["--model", "weights/tiny", "--adapter", "weights", "--data", "data/sample"], "adapter_config.json"),
+    ],
+)
+def test_bad_input_is_refused(runs, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        run_command(evaluation.main, [str(runs / "all") if flag == "RUN" else flag for flag in flags])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# ---- confidence ----
+
+
+def uniform(vocab_size: int):
+    """A model that finds every token equally probable."""
+    model = tiny_model(vocab_size=vocab_size, max_position_embeddings=512)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def test_confidence_is_the_probability_of_the_tokens_of_the_mention(tiny_bytelevel):
+    tokenizer = load_tokenizer(tiny_bytelevel)
+    output = "é [Disease]fever[/Disease], [Chemical]mesna[/Chemical]"
+    ids = tokenizer.encode_continuation(" " + output)
+    log_probs = [-0.01 * (place + 1) for place in range(len(ids))]
+    task = Task("tagging", ("Disease", "Chemical"), per_label=False)
+    parsed = parse(task, "é fever, mesna", output)
+    assert [output[first:last] for first, last in parsed.written] == [
+        "[Disease]fever[/Disease]", "[Chemical]mesna[/Chemical]",
+    ]  # fmt: skip
+    texts = [tokenizer.spellings[token].decode(errors="replace") for token in ids]
+    opening, closing = (next(i for i, text in enumerate(texts) if mark in text) for mark in ("[", "],"))
+    by_hand = math.exp(sum(log_probs[opening : closing + 1]))
+    assert confidences(tokenizer, ids, log_probs, parsed.written)[0] == pytest.approx(by_hand)
+
+
+def test_confidence_under_a_uniform_model_counts_its_choices(tiny_bytelevel):
+    """Under the constraint each token has probability 1 / (tokens allowed there)."""
+    tokenizer, task = load_tokenizer(tiny_bytelevel), Task("tagging", ("Disease",), per_label=True)
+    model, sentence = uniform(tokenizer.vocab_size), Sentence("1", 0, "ab c", ())
+    prompt = tokenizer.encode(render_prompt(task, sentence.text))
+    grammar = Constraint(tokenizer, task, [sentence.text], [60])
+    decoding = generate(model, [prompt], tokenizer.eos_id, 60, grammar=grammar)
+    state, expected = grammar.start(0), []
+    for token in decoding.outputs[0]:
+        moves = grammar.moves(state)
+        expected.append(-math.log(len(moves)))
+        state = moves[token]
+    assert decoding.log_probs[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("constrain", [False, True])
+def test_confidences_do_not_depend_on_batches_and_drafts(constrain, runs):
+    with join_world() as world:
+        system = load_run(runs / "all", "best", "fp32", world)
+        _, asked = select_sentences(read_documents(HOME / "data/sample/dev.PubTator.txt"), 12)
+        variants = [
+            answer_sentences(
+                system.model, system.tokenizer, system.task, asked, world, batch, draft, True, constrain=constrain
+            )[0]
+            for batch, draft in ((1, 0), (5, 0), (12, 40))
+        ]
+    if constrain:  # untrained, it tags hardly anything by itself
+        assert sum(len(item.confidence) for item in variants[0]) > 3
+    for other in variants[1:]:
+        for ours, theirs in zip(other, variants[0], strict=True):
+            assert ours.output == theirs.output
+            assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-4)
+            assert all(0 < sure <= 1 for sure in ours.confidence.values())
+            assert ours.parsed.exact_copy or not constrain
+
+
+def test_answers_keep_their_confidences(runs, tmp_path, capsys):
+    run_eval(capsys, "--run", runs / "all", "--limit", 12, "--constrain", "--out", tmp_path)
+    result = read_result(tmp_path, "dev")
+    assert result["health"]["exact_copy"] == 1 and result["health"]["truncated"] == 0
+    _, asked = select_sentences(read_documents(HOME / "data/sample/dev.PubTator.txt"), 12)
+    answers = read_answers(tmp_path, "dev", read_task(runs / "all"), asked)
+    assert any(item.confidence for item in answers)
+    assert all(item.confidence.keys() == set(item.parsed.spans) for item in answers)
+
+
+def test_the_constraint_is_for_tagging(tmp_path, capsys):
+    flags = "--model weights/tiny --data data/sample --format extraction --constrain --limit 1"
+    with pytest.raises(SystemExit) as stop:
+        run_command(evaluation.main, flags.split())
+    assert stop.value.code == 2 and "--constrain is for tagging" in capsys.readouterr().err
+
+
+def gold_answers(documents, task, change=lambda output: output):
+    """Answers of a model that knows the gold, after `change`."""
+    for document in documents:
+        for sentence in sentences_of(document):
+            output = change(render_answer(task, sentence.text, sentence.spans))
+            yield Answer(sentence, output, parse(task, sentence.text, output))
+
+
+def test_assess_counts_as_sets_of_document_offsets():
+    documents = read_documents(HOME / "data/sample/dev.PubTator.txt")
+    task = Task("tagging", ("Disease", "Chemical"), per_label=False)
+    perfect = assess(documents, list(gold_answers(documents, task)), task.labels)
+    assert perfect["micro"]["f1"] == 1 and perfect["health"]["exact_copy"] == 1
+    assert perfect["micro"]["tp"] == sum(len(document.spans) for document in documents)
+    assert perfect["secondary"]["string_set"]["micro"]["f1"] == 1
+
+    def only_first_tag(output):
+        return output.replace("[Chemical]", "").replace("[/Chemical]", "")
+
+    answers = list(gold_answers(documents, task, only_first_tag))
+    result = assess(documents, answers, task.labels)
+    gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans}
+    found = {(d.id, s.start, s.end, s.label) for d in predicted_documents(documents, answers) for s in d.spans}
+    assert result["micro"]["tp"] == len(gold & found)
+    assert result["micro"]["fn"] == len(gold - found) == result["types"]["Chemical"]["fn"]
+
+
+def test_an_entity_that_is_not_in_the_source_is_a_false_positive():
+    document = Document("1", "Nothing here.", (), ((0, 13),))
+    task = Task("extraction", ("Disease",), per_label=True)
+    (answer,) = gold_answers([document], task, lambda output: "fever")
+    result = assess([document], [answer], task.labels)
+    assert (result["micro"]["tp"], result["micro"]["fp"]) == (0, 1)
+    assert result["health"]["not_in_source"] == 1
+
+
+def test_select_keeps_only_the_gold_of_the_chosen_sentences():
+    documents = read_documents(HOME / "data/sample/dev.PubTator.txt")
+    for limit in (1, 5, 30):
+        kept, chosen = select_sentences(documents, limit)
+        inside = sum(len(sentence.spans) for sentence in chosen)
+        assert len(chosen) == limit and sum(len(document.spans) for document in kept) == inside
+    assert select_sentences(documents, None)[0] == documents
+
+
+def test_joined_answers_obey_the_order():
+    document = Document("1", "Lead poisoning kills.", (), ((0, 21),))
+    answers = {}
+    for label, mention in (("Disease", "Lead poisoning"), ("Chemical", "Lead")):
+        task = Task("extraction", (label,), per_label=True)
+        answers[label] = list(gold_answers([document], task, lambda output, mention=mention: mention))
+    (disease,) = join_answers(answers, ("Disease", "Chemical"))
+    (chemical,) = join_answers(answers, ("Chemical", "Disease"))
+    assert [span.label for span in disease.parsed.spans] == ["Disease"]
+    assert [span.label for span in chemical.parsed.spans] == ["Chemical"]
+
+
+def test_each_extracted_string_is_placed_once_under_the_other_convention():
+    text = "Fever came, and fever went; then Fever again."
+    document = Document("1", text, (Span(0, 5, "Disease"), Span(33, 38, "Disease")), ((0, 45),))
+    (sentence,) = sentences_of(document)
+    tagged = "[Disease]Fever[/Disease] came, and fever went; then [Disease]Fever[/Disease] again."
+    written = {"extraction": "Fever", "tagging": tagged}
+    counts = {}
+    for form, output in written.items():
+        task = Task(form, ("Disease",), per_label=False)
+        output = f"Disease: {output}" if form == "extraction" else output
+        answer = Answer(sentence, output, parse(task, text, output))
+        result = assess([document], [answer], ("Disease",))
+        counts[form] = [result["by_document"][name]["1"] for name in ("exact", "first_occurrence")]
+    assert counts == {"extraction": [[2, 0, 0], [1, 0, 1]], "tagging": [[2, 0, 0], [2, 0, 0]]}

@@ -1,0 +1,250 @@
+"""Token ids against transformers', continuations, and tokenizers that must be refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llamalora.corpus.documents import sentences_of
+from llamalora.corpus.read import read_documents
+from llamalora.task.tokenizer import JsonTokenizer, SentencePieceTokenizer, TokenizerError, check_fit, load_tokenizer
+
+STRINGS = (
+    "x",
+    "Input: Naïve T-cells (CD4⁺) — 5 µg/mL, β-blockers; 漢字かな 🙂 \u00a0e\u0301.",
+    "two  spaces,   three,\ttab",
+    " a space in front and one behind ",
+    "line\nnext\n\nInput: x\nAnswer:",
+    "[Chemical]pindolol[/Chemical]-induced @@fever##",
+    "0.4 mg/kg x 12",
+    "Ünïcödé ﬁ ½ Ⅳ １２",
+)
+KINDS = ("tiny_sentencepiece", "tiny_bytelevel")
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+def converted(folder: Path):
+    """transformers' form of a Llama `tokenizer.model`, as its LlamaConverter makes `tokenizer.json` for the hub.
+
+    LlamaTokenizer.from_pretrained on a bare tokenizer.model is no oracle for runs of spaces: transformers 5 ranks
+    merges by id, though these pieces have the lowest score.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = range(pieces.vocab_size())
+    vocabulary = {pieces.id_to_piece(i): i for i in ids}
+    merges = generate_merges(vocabulary, [(pieces.id_to_piece(i), pieces.get_score(i)) for i in ids])
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def training_sentences(folder: Path) -> list[str]:
+    documents = read_documents(folder / "train.tsv")
+    return [sentence.text for document in documents for sentence in sentences_of(document)]
+
+
+# ---- ids ----
+
+
+@pytest.mark.parametrize("name", ["tiny_sentencepiece", "llama2_tokenizer"])
+def test_sentencepiece_ids_are_those_of_transformers(name, request):
+    folder = request.getfixturevalue(name)
+    ours, theirs = load_tokenizer(folder), converted(folder)
+    assert isinstance(ours, SentencePieceTokenizer)
+    assert (ours.vocab_size, ours.eos_id) == (theirs.vocab_size, theirs.eos_token_id)
+    for text in STRINGS:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("name", ["tiny_bytelevel", "smollm2"])
+def test_byte_level_ids_are_those_of_transformers(name, request):
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue(name)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(ours, JsonTokenizer)
+    assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id)
+    for text in STRINGS:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_llama2_ids_on_the_whole_training_split(llama2_tokenizer, bc5cdr_iob):
+    """Against the class that a user of transformers gets from the same folder."""
+    from transformers import LlamaTokenizer
+
+    ours = load_tokenizer(llama2_tokenizer)
+    theirs = LlamaTokenizer.from_pretrained(llama2_tokenizer, add_bos_token=True)
+    texts = training_sentences(bc5cdr_iob)
+    assert len(texts) == 4560
+    expected = theirs(texts)["input_ids"]
+    assert expected[0][0] == theirs.bos_token_id
+    different = [text for text, ids in zip(texts, expected, strict=True) if ours.encode(text) != ids]
+    assert not different
+
+
+def test_smollm2_ids_on_the_whole_training_split(smollm2, bc5cdr_iob):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    texts = training_sentences(bc5cdr_iob)
+    expected = theirs(texts)["input_ids"]
+    different = [text for text, ids in zip(texts, expected, strict=True) if ours.encode(text) != ids]
+    assert not different
+
+
+def test_one_tokenizer_in_both_forms(tiny_sentencepiece, tmp_path):
+    """Llama's tokenizer.json prepends a space like its tokenizer.model: whole texts, continuations, decoding."""
+    converted(tiny_sentencepiece).save_pretrained(tmp_path)
+    model, json_form = load_tokenizer(tiny_sentencepiece), load_tokenizer(tmp_path)
+    assert isinstance(json_form, JsonTokenizer)
+    assert (model.vocab_size, model.eos_id) == (json_form.vocab_size, json_form.eos_id)
+    for text in STRINGS:
+        ids, more = model.encode(text), model.encode_continuation(" " + text)
+        assert json_form.encode(text) == ids
+        assert json_form.encode_continuation(" " + text) == more, text
+        assert json_form.decode(ids) == model.decode(ids)
+        assert json_form.decode(more) == model.decode(more)
+
+
+# ---- continuations and decoding ----
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_a_continuation_joins_at_its_space(tokenizer, text):
+    prompt = tokenizer.encode("Answer:")
+    assert tokenizer.decode(prompt + tokenizer.encode_continuation(" x")) == "Answer: x"
+    assert tokenizer.decode(prompt + tokenizer.encode_continuation(" " + text)) == "Answer: " + text
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_decoding_inverts_encoding(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode_continuation(" " + text)) == text
+    if not text.startswith(" "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_spellings_are_the_bytes_of_a_text(tokenizer, text):
+    ids = tokenizer.encode_continuation(" " + text)
+    assert b"".join(tokenizer.spellings[i] for i in ids).decode() == " " + text
+    assert len(tokenizer.spellings) == tokenizer.vocab_size
+    assert tokenizer.spellings[tokenizer.eos_id] is None
+
+
+def test_every_byte_has_a_token(tokenizer):
+    """What makes every text expressible, also one token at a time."""
+    single = {spelling for spelling in tokenizer.spellings if spelling and len(spelling) == 1}
+    assert {bytes([byte]) for byte in range(256)} <= single
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2_tokenizer"])
+def test_spellings_of_real_vocabularies(name, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(name))
+    for token, spelling in enumerate(tokenizer.spellings):
+        if spelling is not None and (text := spelling.decode(errors="ignore")).encode() == spelling:
+            assert "x" + text == tokenizer.decode([*tokenizer.encode_continuation(" x"), token])
+
+
+def test_an_empty_continuation(tokenizer):
+    ids = tokenizer.encode_continuation(" ")
+    assert tokenizer.decode(tokenizer.encode("Answer:") + ids).rstrip() == "Answer:"
+    assert tokenizer.decode(ids) == ""
+
+
+def test_special_tokens_are_not_text(tokenizer):
+    ids = tokenizer.encode_continuation(" x")
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "x"
+    assert tokenizer.eos_id not in tokenizer.encode("x y")
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
+    """A model may have more rows than its tokenizer has tokens, and choose one of them."""
+    ids = tokenizer.encode_continuation(" x")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 7]) == "x"
+
+
+# ---- folders ----
+
+
+def test_the_end_token_comes_from_the_model_where_the_tokenizer_names_none(tiny_bytelevel, tmp_path):
+    shutil.copy(tiny_bytelevel / "tokenizer.json", tmp_path)
+    with pytest.raises(TokenizerError, match="no eos token"):
+        load_tokenizer(tmp_path)
+    for eos in (7, [7, 8]):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert load_tokenizer(tmp_path).eos_id == 7
+
+
+def test_the_end_token_of_the_tokenizer_wins(tiny_bytelevel, tmp_path):
+    shutil.copytree(tiny_bytelevel, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert load_tokenizer(tmp_path).eos_id == load_tokenizer(tiny_bytelevel).eos_id != 7
+    written = {"eos_token": {"content": "<end>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(written))
+    assert load_tokenizer(tmp_path).eos_id == load_tokenizer(tiny_bytelevel).eos_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<fin>"}))
+    with pytest.raises(TokenizerError, match="lacks the eos token '<fin>'"):
+        load_tokenizer(tmp_path)
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(tiny_bytelevel, tmp_path):
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(tiny_bytelevel / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    shutil.copytree(tiny_bytelevel, tmp_path, dirs_exist_ok=True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text in STRINGS:
+        assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(tiny_bytelevel).encode(text)
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(TokenizerError, match=f"{tmp_path}.*neither tokenizer.model nor tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00garbage" * 50, "half"], ids=["empty", "garbage", "truncated"])
+@pytest.mark.parametrize("source, file", list(zip(KINDS, ("tokenizer.model", "tokenizer.json"), strict=True)))
+def test_a_corrupt_tokenizer_is_named(source, file, content, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(source), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(TokenizerError, match=file):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_corrupt_file_beside_the_tokenizer_is_named(file, content, tiny_bytelevel, tmp_path):
+    shutil.copytree(tiny_bytelevel, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(TokenizerError, match=file):
+        load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_must_fit_the_model(tokenizer):
+    size = tokenizer.vocab_size
+    for fitting in (size, size + 1, round(size / 0.92)):
+        check_fit(tokenizer, fitting, "folder")
+    for other in (size - 1, 2 * size):
+        with pytest.raises(TokenizerError, match=f"folder: the tokenizer has {size} tokens but the model {other}"):
+            check_fit(tokenizer, other, "folder")
