@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     print(f"wrote {shown}\n{report}\nnext: python train.py {flag} {shlex.quote(str(shown))}")
 
 
-def copy(stream: IO[bytes], path: Path, limit: int) -> str:
+def copy(stream: IO[bytes] | gzip.GzipFile, path: Path, limit: int) -> str:
     """Writes a stream to a new file and returns its SHA-256.
 
     Raises:

@@ -232,7 +232,7 @@ def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
 
 def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Path, ids: Tensor) -> dict:
     """Logits of the model with its update apart and of the merged one."""
-    keys = {}
+    keys: dict[str, str] = {}
     for name, layer in adapter.layers.items():
         keys |= zip((f"{name}.{part}" for part in PARTS), layer.keys, strict=False)
 

@@ -11,7 +11,7 @@ matrix (tied), and each process may call the head as often as it has chunks of l
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -39,7 +39,8 @@ def shard(model: Llama, world: World, dtype: torch.dtype) -> None:
         fully_shard(part, mesh=mesh, mp_policy=policy)
         part.set_gradient_divide_factor(1.0)  # FSDP would make means
         part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
-    model.compute = lambda function: function()
+    # a method of the model, so that FSDP can gather its outer group around whatever `within` runs
+    model.__dict__["compute"] = lambda function: function()
     register_fsdp_forward_method(model, "compute")
 
 
@@ -72,7 +73,7 @@ def is_spread(model: Llama) -> bool:
 
 def within(model: Llama, function: Callable[[], T]) -> T:
     """function(), which finds embedding, norm and head gathered if the model is sharded."""
-    return model.compute(function) if is_spread(model) else function()
+    return cast(Any, model).compute(function) if is_spread(model) else function()
 
 
 def in_step(model: Llama, world: World, decode: Callable[[], T]) -> T:
@@ -100,7 +101,7 @@ def in_step(model: Llama, world: World, decode: Callable[[], T]) -> T:
         return result
 
     result = within(model, together)
-    model.reshard()
+    cast(Any, model).reshard()
     return result
 
 

@@ -1,16 +1,19 @@
 """One process or many: the group, sums over it, and who may write. Started by torchrun or alone."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..errors import RunError
+
+T = TypeVar("T")
 
 
 class LostError(RunError):
@@ -47,15 +50,15 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def gather(self, item: object) -> list:
+    def gather(self, item: T) -> list[T]:
         """Every process's item, in the order of ranks, on every process."""
         if self.size == 1:
             return [item]
-        items = [None] * self.size
+        items: list = [None] * self.size
         dist.all_gather_object(items, item)
         return items
 
-    def from_main(self, item: object) -> object:
+    def from_main(self, item: T) -> T:
         """The main process's item, on every process."""
         if self.size == 1:
             return item
@@ -80,7 +83,7 @@ class World:
 
 
 @contextmanager
-def join_world(timeout_minutes: float = 30):
+def join_world(timeout_minutes: float = 30) -> Iterator[World]:
     """The `World` that torchrun's environment describes; alone without it.
 
     NCCL between GPUs, gloo between CPUs.

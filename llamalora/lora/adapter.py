@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.tensors import save_tensors
-from .inject import KINDS, adapt, kind_of, lora_layers
+from .inject import KINDS, Model, adapt, kind_of, lora_layers
 from .peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
 
 
@@ -27,7 +27,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
         raise InputError("the model has no LoRA layer to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= zip(factor_keys(name, layer.dora), layer.parts, strict=True)
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
@@ -68,7 +68,7 @@ def _target_modules(model: nn.Module) -> list[str]:
     return [KINDS[kind] for kind in KINDS if kind in whole] + [n for n in layers if kind_of(n) not in whole]
 
 
-def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = None) -> nn.Module:
+def load_adapter(model: Model, folder: str | Path, dropout: float | None = None) -> Model:
     """Injects LoRA layers as an adapter folder describes them and fills them, in place.
 
     Args:
@@ -80,7 +80,7 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
     """
     adapter = read_adapter(folder, model)
     for name in adapter.base:
-        adapter.check_base(name, model.get_submodule(name).weight)
+        adapter.check_base(name, model.get_parameter(f"{name}.weight"))
     dropout = float(adapter.config.get("lora_dropout") or 0.0) if dropout is None else dropout
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dropout, dora=adapter.dora)

@@ -64,19 +64,20 @@ def audit(model: Llama) -> Audit:
     kinds = {
         kind: Kind(
             len(layers),
-            tuple(model.get_submodule(layers[0]).weight.shape),
+            tuple(model.get_parameter(f"{layers[0]}.weight").shape),
             of_layer[layers[0]],
             sum(of_layer[layer] for layer in layers),
         )
         for kind, layers in groups.items()
         if layers
     }
-    adapter = {}
-    for name, layer in lora_layers(model).items():
-        adapter |= zip(factor_keys(name, layer.dora), (part.shape for part in layer.parts), strict=True)
-    state = {}
+    adapter: dict[str, tuple[int, ...]] = {}
+    for name, adapted in lora_layers(model).items():
+        shapes = (tuple(part.shape) for part in adapted.parts)
+        adapter |= zip(factor_keys(name, adapted.dora), shapes, strict=True)
+    state: dict[str, tuple[int, ...]] = {}
     for name, parameter in trainable.items():
-        state |= {f"{part}.{name}": parameter.shape for part in ("parameter", "exp_avg", "exp_avg_sq")}
+        state |= {f"{part}.{name}": tuple(parameter.shape) for part in ("parameter", "exp_avg", "exp_avg_sq")}
         state[f"step.{name}"] = ()
     return Audit(
         trainable=counts["trainable"],

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ KINDS = {
     "head": "lm_head",
 }
 _KIND_OF = {module: kind for kind, module in KINDS.items()}
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def kind_of(name: str) -> str | None:
 
 
 def make_trainable(
-    model: nn.Module,
+    model: Model,
     method: str = "lora",
     targets: str | Sequence[str] = "all",
     rank: int = 8,
@@ -70,7 +73,7 @@ def make_trainable(
     dropout: float = 0.0,
     seed: int = 0,
     dora: bool = False,
-) -> nn.Module:
+) -> Model:
     """Sets up, in place, what learns: by the method the updates that `inject_lora` puts in, the weights of the target
     layers, or every parameter. The model may be on the meta device.
 
@@ -94,7 +97,7 @@ def what_learns(method: str, targets: str, rank: int, dora: bool) -> str:
 
 
 def inject_lora(
-    model: nn.Module,
+    model: Model,
     targets: str | Sequence[str] = "all",
     rank: int = 8,
     alpha: float | None = None,
@@ -102,7 +105,7 @@ def inject_lora(
     dropout: float = 0.0,
     seed: int = 0,
     dora: bool = False,
-) -> nn.Module:
+) -> Model:
     """Freezes the model and puts a low-rank update on every layer of the target kinds, in place.
 
     Args:
@@ -123,7 +126,7 @@ def inject_lora(
     return model
 
 
-def train_weights(model: nn.Module, targets: str | Sequence[str]) -> nn.Module:
+def train_weights(model: Model, targets: str | Sequence[str]) -> Model:
     """Freezes the model but for the weights of the target kinds: what full fine-tuning of just these layers trains.
 
     Where embedding and head are one matrix, either target trains it, in both of its places.
@@ -134,7 +137,7 @@ def train_weights(model: nn.Module, targets: str | Sequence[str]) -> nn.Module:
     names = _layers_of(model, targets)
     model.requires_grad_(False)
     for name in names:
-        model.get_submodule(name).weight.requires_grad_(True)
+        model.get_parameter(f"{name}.weight").requires_grad_(True)
     return model
 
 
@@ -173,11 +176,12 @@ def adapt(
     too_wide = []
     for name, (rank, alpha) in layers.items():
         base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear | nn.Embedding), f"{name} is a {type(base).__name__}"
         if rank > min(base.weight.shape):
             too_wide.append(name)
-        cls = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+        adapted: type = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, cls(base, rank, alpha, rslora, dropout, generator, dora))
+        setattr(model.get_submodule(parent), child, adapted(base, rank, alpha, rslora, dropout, generator, dora))
     if too_wide:
         shown = ", ".join(too_wide[:4]) + (f" and {len(too_wide) - 4} more" if len(too_wide) > 4 else "")
         warnings.warn(f"the rank exceeds the smaller dimension of {shown}: it adds nothing there", stacklevel=2)
@@ -185,10 +189,10 @@ def adapt(
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     """The adapted layers by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)}
 
 
-def merge(model: nn.Module, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = None) -> nn.Module:
+def merge(model: Model, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = None) -> Model:
     """Applies every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
 
     Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
@@ -205,7 +209,7 @@ def merge(model: nn.Module, layers: "Iterable[LoRALinear | LoRAEmbedding] | None
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undoes `merge` bitwise: the original weights were kept, and are put back."""
     for layer in lora_layers(model).values():
         layer.restore()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model.tensors import is_sharded, placed, whole
+from ..model.tensors import is_sharded, own_rows, placed, whole
 from .dora import Stretch, initial_magnitude, normalise_, row_norms
 
 PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
@@ -61,20 +61,20 @@ class _FusedLinears(torch.autograd.Function):
         x, inner, *matrices = ctx.saved_tensors
         weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
         dtype, grad_x = ctx.dtype, None
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             scaled = [(B * scale).to(dtype) for B, scale in zip(Bs, ctx.scales, strict=True)]
-            grad_inner = torch.cat([grad @ B for grad, B in zip(grads, scaled, strict=True)], dim=1)  # (N, all R)
+            grad_inner = torch.cat([grad @ B for grad, B in zip(flat, scaled, strict=True)], dim=1)  # (N, all R)
             if ctx.needs_input_grad[0]:
                 grad_x = grad_inner @ torch.cat(As).to(dtype)
-                for grad, weight in zip(grads, weights, strict=True):
+                for grad, weight in zip(flat, weights, strict=True):
                     grad_x.addmm_(grad, weight.to(dtype))
                 grad_x = grad_x.view_as(x).to(x.dtype)
             grad_As = (grad_inner.T @ rows).to(As[0].dtype).split([len(A) for A in As])
             grad_Bs = [  # (R, O), and then transposed, in half the time of (O, R)
                 (part.T @ grad).T.to(B.dtype) * scale
-                for part, grad, B, scale in zip(_split(inner, As), grads, Bs, ctx.scales, strict=True)
+                for part, grad, B, scale in zip(_split(inner, As), flat, Bs, ctx.scales, strict=True)
             ]
         each = ((None, grad_A, grad_B) for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True))
         return grad_x, None, None, *chain.from_iterable(each)
@@ -88,7 +88,7 @@ def _split(inner: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
 class LoRALayer:
     """What both adapted layers share: the factors, merging and its exact undoing."""
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None  # (O,), with DoRA
@@ -147,7 +147,8 @@ class LoRALayer:
     @property
     def parts(self) -> list[nn.Parameter]:
         """A, B and, with DoRA, m."""
-        return [self.lora_A, self.lora_B, *([self.lora_magnitude] if self.dora else [])]
+        magnitude = [] if self.lora_magnitude is None else [self.lora_magnitude]
+        return [self.lora_A, self.lora_B, *magnitude]
 
     def delta(self) -> Tensor:
         """scale * B A in fp32, in the shape of the weight."""
@@ -167,6 +168,7 @@ class LoRALayer:
 
     def _gain(self) -> Tensor:
         """m / ||W0 + scale * B A||, (O,)."""
+        assert self.lora_magnitude is not None, "a layer with DoRA"
         return self.lora_magnitude / row_norms(self.turn(self.weight), self.lora_A, self.lora_B, self.scale)
 
     @torch.no_grad()
@@ -180,7 +182,7 @@ class LoRALayer:
             return
         merged = self.applied(whole(self.weight).to(self.lora_A.device)).to(self.weight.dtype)
         if is_sharded(self.weight):
-            self._original = self.weight.to_local().to("cpu", copy=True)
+            self._original = own_rows(self.weight).to("cpu", copy=True)
             self.weight.copy_(placed(merged, self.weight))
             return
         original = self.weight
@@ -197,7 +199,7 @@ class LoRALayer:
         if original is None:
             return
         if is_sharded(self.weight):
-            self.weight.to_local().copy_(original)
+            own_rows(self.weight).copy_(original)
         else:
             original.data = original.data.to(self.lora_A.device)
             self.weight = original
@@ -217,7 +219,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self, base: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, generator=None, dora: bool = False
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_parameter("bias", None)
         self.dropout = dropout
         self._init_lora(base, (rank, self.in_features), (self.out_features, rank), alpha, rslora, dora, generator)
 

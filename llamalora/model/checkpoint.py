@@ -189,7 +189,7 @@ def _save_shards(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: in
     if len(shards) == 1:
         save_tensors(shards[0], folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_tensors(shard, folder / file)

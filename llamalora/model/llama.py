@@ -102,8 +102,8 @@ class _SwiGLU(torch.autograd.Function):
 def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of x. Layers of a kind that can share the work say so by a `fan_out` of their own."""
     for layer in layers:
-        if hasattr(layer, "fan_out"):
-            return layer.fan_out(x, layers)
+        if shared := getattr(layer, "fan_out", None):
+            return shared(x, layers)
     return [layer(x) for layer in layers]
 
 
@@ -124,6 +124,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(self.layer, k, v, packing)
         if packing.continues:
+            assert cache is not None, "sequences that go on have a cache"
             y = attend_cached(q[0], cache, self.layer, packing)
         else:
             y = attend_packed(q[0], k[0], v[0], packing)

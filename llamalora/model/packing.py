@@ -62,12 +62,13 @@ class Packing:
         self.continues = starts is not None
         self.positions = (first[row] + offset)[None].to(device)  # (1, N)
         self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
-        if self.continues:
+        if starts is not None:
             order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
-            groups = _alike(order, lengths, 2) if device.type == "cpu" else [None]
-            self.reaches = [Reach(lengths, starts, members, device) for members in groups]
+            together: list[list[int]] | list[None] = _alike(order, lengths, 2) if device.type == "cpu" else [None]
+            self.reaches = [Reach(lengths, starts, members, device) for members in together]
         else:
-            groups = _alike(range(len(lengths)), lengths, 1.25) if device.type == "cpu" else [range(len(lengths))]
+            every = range(len(lengths))
+            groups = _alike(every, lengths, 1.25) if device.type == "cpu" else [list(every)]
             self.rectangles = [Rectangle([lengths[member] for member in members], device) for members in groups]
 
 

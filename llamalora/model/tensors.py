@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def _layout(entries: Entries) -> tuple[bytes, list[str]]:
     """The header of a safetensors file, byte by byte the library's, and the order of its tensors."""
     rank = {dtype: number for number, dtype in enumerate(_NAMES)}
     order = sorted(entries, key=lambda name: (rank[entries[name][0]], name))
-    header = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         dtype, shape = entries[name]
@@ -56,7 +57,7 @@ def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor])
         for name in order:
             content = tensor(name)
             assert (content.dtype, tuple(content.shape)) == tuple(entries[name]), name
-            file.write(content.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(content.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
@@ -93,17 +94,22 @@ def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
 # ---- tensors of which each process keeps some rows ----
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether each process keeps only some rows of the tensor (a DTensor, whose module takes a second to import)."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All rows of a tensor. Those of a sharded one are gathered, so every process must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def own_rows(tensor: Any) -> Tensor:
+    """The rows that this process keeps, which share their storage with the tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def placed(tensor: Tensor, like: Any) -> Tensor:
     """A whole tensor as another one is kept: on its device, in its dtype, of a sharded one this process's rows."""
     if not is_sharded(like):
         return tensor.to(like.device, like.dtype)

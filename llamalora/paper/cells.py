@@ -78,7 +78,8 @@ class Cell:
             if resume:  # with the number of epochs that was found at the start, and with ours of what is free
                 free = {name: getattr(settings, name) for name in (*Settings.FREE, "model", "data")}
                 settings = replace(read_settings(self.folder), **free)
-            result = train(settings, replace(world, quiet=True), resume)
+            trained = train(settings, replace(world, quiet=True), resume)
+            assert trained is not None, "a cell has a development split"
         except (RuntimeError, InputError) as error:
             result = failure(error)
             if not on_every_process(error, world):
@@ -87,9 +88,9 @@ class Cell:
         else:
             config = json.loads((self.folder / RUN_CONFIG).read_text())
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-            result |= {
+            result = trained | {
                 "trainable": config["parameters"]["trainable"],
-                "seconds": sum(step["seconds"] for step in steps) + result["speed"]["seconds"],
+                "seconds": sum(step["seconds"] for step in steps) + trained["speed"]["seconds"],
                 "curve": [round(step["loss"], 5) for step in steps],
             }
         result["settings"] = asdict(self.settings)

@@ -1,5 +1,7 @@
 """The paper's Tables 7 and 8 counted again: parameters that are trained, and what it takes to store them."""
 
+from typing import Any
+
 from ..lora.counts import audit
 from ..lora.inject import count_parameters, make_trainable
 from ..model.checkpoint import skeleton
@@ -35,9 +37,9 @@ def table8(config: LlamaConfig) -> dict:
     both = audits["lora"].base + audits["lora"].trainable
     result = {}
     for method, figures in audits.items():
-        printed = TABLE8[method] if config == LLAMA_2["llama-2-7b"] else None
+        printed: dict[str, Any] | None = TABLE8[method] if config == LLAMA_2["llama-2-7b"] else None
         count = figures.trainable
-        stored = {
+        stored: dict[str, int] = {
             "trained weights, fp16": 2 * count,
             "trained weights, fp32": 4 * count,
             "trained weights and two Adam moments, fp32": 12 * count,

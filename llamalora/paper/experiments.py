@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..lora.inject import KINDS, count_parameters, make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from .printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TARGETS
 
-Changes = Mapping[str, object]  # to the settings of train.py
+Changes = Mapping[str, Any]  # to the settings of train.py
 
 # what the tables vary themselves, and what each run of theirs has in common
 VARIED = ("out", "format", "labels", "instruction", "shots", "method", "targets", "rank", "rslora", "dora", "loraplus",
@@ -165,7 +166,7 @@ def recipe(rates: Iterable[float], rates_full: Iterable[float]) -> Table:
 
 def methods() -> Table:
     """LoRA beside its relatives, under one recipe."""
-    rows = {
+    rows: dict[str, Changes] = {
         "LoRA": {},
         "rsLoRA": {"rslora": True},
         "LoRA+ (B learns 4 times as fast)": {"loraplus": 4.0},

@@ -32,7 +32,7 @@ def summarise(table: Table, results: dict[tuple[str, ...], list[dict]]) -> dict:
 
 
 def _row(row: Row, results: Sequence[dict]) -> dict:
-    found = {"title": list(row.title), "paper": row.paper, "paper_deviation": row.deviation}
+    found: dict = {"title": list(row.title), "paper": row.paper, "paper_deviation": row.deviation}
     errors = [result["error"] for result in results if "error" in result]
     if errors or not results:
         return found | ({"error": errors[0]} if errors else {})
@@ -61,7 +61,7 @@ def _row(row: Row, results: Sequence[dict]) -> dict:
 def pool(results: Sequence[dict], convention: str) -> np.ndarray:
     """Counts of each document (documents, 3), summed over seeds: seeds are repetitions of one experiment, and what
     is drawn anew by the bootstrap is the documents."""
-    return sum(np.array(list(result["by_document"][convention].values())) for result in results)
+    return np.sum([list(result["by_document"][convention].values()) for result in results], axis=0)
 
 
 def judge(claim: Claim, a: dict, b: dict) -> dict:
@@ -71,7 +71,7 @@ def judge(claim: Claim, a: dict, b: dict) -> dict:
     equality holds where the interval is within `MARGIN` on either side of zero, and does not where it is
     outside of that. All else is not decided.
     """
-    judged = {"text": claim.text, "a": list(claim.a), "b": list(claim.b), "equal": claim.equal, "by": {}}
+    judged: dict = {"text": claim.text, "a": list(claim.a), "b": list(claim.b), "equal": claim.equal, "by": {}}
     for name in CONVENTIONS:
         if "f1" not in a or "f1" not in b:
             judged["by"][name] = {"verdict": "not decided (a cell has no result)"}
@@ -79,7 +79,7 @@ def judge(claim: Claim, a: dict, b: dict) -> dict:
         if a["f1"] == b["f1"] == 0:
             judged["by"][name] = {"verdict": "not decided (neither has learnt anything)"}
             continue
-        found = paired_bootstrap(*(np.array(row["by_document"][name]) for row in (a, b)))
+        found = paired_bootstrap(np.array(a["by_document"][name]), np.array(b["by_document"][name]))
         judged["by"][name] = found | {"verdict": verdict(claim.equal, found["low"], found["high"])}
     return judged
 

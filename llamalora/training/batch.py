@@ -119,7 +119,9 @@ class MicroBatch:
     @staticmethod
     def of(examples: Sequence[Example], device: torch.device) -> "MicroBatch":
         """The row is filled up to a multiple of `ROWS_AT_ONCE`, behind the last example, where no token sees it."""
-        ids, predictors, targets = [], [], []
+        ids: list[int] = []
+        predictors: list[int] = []
+        targets: list[int] = []
         for example in examples:
             first = len(ids) + example.prompt - 1
             predictors.extend(range(first, first + example.supervised))

@@ -119,7 +119,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         save(model, settings, folder, "best", world)
         world.say(f"no development split; the adapter is in {folder / 'best'}")
         return None
-    result = world.from_main(read_result(folder, "dev") if world.is_main else None)
+    result = world.from_main(read_result(folder, "dev") if world.is_main else {})
     world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")
     world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
     return result

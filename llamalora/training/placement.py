@@ -59,10 +59,12 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
         capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
         model = make_trainable(skeleton(config), **settings.learning)
         return _checked(fit(model, settings, lengths, world.size, capacity), settings)
-    chosen = {"parallel": "ddp", "micro_tokens": CPU_MICRO_TOKENS, "activation_checkpointing": 0}
-    chosen |= {name: value for name in chosen if (value := getattr(settings, name)) != "auto"}
-    why = "requested" if settings.parallel != "auto" else "one process" if world.size == 1 else "on the CPU"
-    return _checked(Placement(*chosen.values(), None, why), settings)
+    parallel, why = settings.parallel, "requested"
+    if parallel == "auto":
+        parallel, why = "ddp", "one process" if world.size == 1 else "on the CPU"
+    micro_tokens = settings.micro_tokens if isinstance(settings.micro_tokens, int) else CPU_MICRO_TOKENS
+    recompute = settings.activation_checkpointing if isinstance(settings.activation_checkpointing, int) else 0
+    return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings)
 
 
 def _checked(placement: Placement, settings: Settings) -> Placement:
@@ -87,12 +89,13 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
     """
     lengths = typical(lengths)
     longest = max(lengths)
-    recomputed = SPARINGLY if settings.activation_checkpointing == "auto" else (settings.activation_checkpointing,)
+    every, micro_tokens = settings.activation_checkpointing, settings.micro_tokens
+    recomputed = (every,) if isinstance(every, int) else SPARINGLY
     step = settings.batch_tokens
     if settings.batch_sentences:
         step = settings.batch_sentences * sum(lengths) // len(lengths)
-    tokens = longest + step // gpus if settings.micro_tokens == "auto" else settings.micro_tokens
-    least = longest if settings.micro_tokens == "auto" else settings.micro_tokens
+    tokens = micro_tokens if isinstance(micro_tokens, int) else longest + step // gpus
+    least = micro_tokens if isinstance(micro_tokens, int) else longest
 
     def planned(parallel: str, micro_tokens: int, recompute: int) -> Plan:
         return plan_memory(model, parallel, gpus, capacity, settings.precision, micro_tokens, recompute, lengths)

@@ -112,7 +112,7 @@ class Step:
     @property
     def _converted(self) -> int:
         """Half-precision copies: autocast keeps those of what learns, the backward pass those of frozen weights."""
-        return self.width * parameter_count(self.model, learning=self.recompute) if self.converts else 0
+        return self.width * parameter_count(self.model, learning=bool(self.recompute)) if self.converts else 0
 
     def _copies(self, *parameters: nn.Parameter) -> int:
         """Of fp32 parameters, for the products."""
@@ -187,20 +187,20 @@ class Step:
         names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
         layers = {name: self.model.get_submodule(name) for name in names}
         learning = [name for name in names if learns(layers[name])]
-        adapted = [name for name in learning if isinstance(layers[name], LoRALinear)]
-        dropping = [name for name in adapted if layers[name].dropout]
+        adapted = {name: layer for name in learning if isinstance(layer := layers[name], LoRALinear)}
+        dropping = {name: layer for name, layer in adapted.items() if layer.dropout}
         inputs = len(learning) - len(dropping)
         if inputs:
             found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
-        for name in adapted:
-            found[name, "x A^T"] = self.width * layers[name].rank * self.tokens
-        for name in dropping:
+        for name, layer in adapted.items():
+            found[name, "x A^T"] = self.width * layer.rank * self.tokens
+        for name, layer in dropping.items():
             found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
-            found[name, "A and B converted"] = self._copies(layers[name].lora_A, layers[name].lora_B)
-        for name in adapted:
-            if layers[name].dora:
-                output = self.width * layers[name].out_features * self.tokens
+            found[name, "A and B converted"] = self._copies(layer.lora_A, layer.lora_B)
+        for name, layer in adapted.items():
+            if layer.dora:
+                output = self.width * layer.out_features * self.tokens
                 kept = {"W0 x and B A x after dropout": 2 * output} if name in dropping else {"output": output}
                 found |= {(name, tensor): size for tensor, size in kept.items()}
-                found[name, "m / norm, and the norm"] = 8 * layers[name].out_features
+                found[name, "m / norm, and the norm"] = 8 * layer.out_features
         return bool(learning)

@@ -16,7 +16,7 @@ from ..lora.inject import lora_layers, trainable_parameters
 from ..lora.layers import LoRALinear
 from ..model.llama import Llama
 from ..model.precision import autocast
-from ..model.tensors import is_sharded, placed, whole
+from ..model.tensors import is_sharded, own_rows, placed, whole
 from .batch import MicroBatch
 
 LOGITS_AT_ONCE = 2**25  # logits held at a time: 64 MiB in half precision
@@ -163,7 +163,7 @@ class Optimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that a resumed run needs: parameters and moments by name, and JSON values."""
-        tensors = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+        tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
@@ -208,7 +208,7 @@ class MovementCheck:
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
         """Of what this process keeps of each parameter."""
-        kept = {name: p.to_local() if is_sharded(p) else p for name, p in self.parameters.items()}
+        kept = {name: own_rows(parameter) for name, parameter in self.parameters.items()}
         return {
             name: (values.sum(dtype=torch.float64).item(), values.norm(dtype=torch.float64).item())
             for name, values in kept.items()
