@@ -8,6 +8,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """`pytest -m quick`: what takes about a minute, for people who change something."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("slow", "faults")):
+            item.add_marker("quick")
+
+
 def _folder(what: str, probe: str, *places: Path) -> Path:
     for place in places:
         if any(place.glob(probe)):

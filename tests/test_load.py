@@ -23,6 +23,8 @@ from llamalora.task.parse import parse
 from llamalora.task.prompt import Task, render_answer
 from llamalora.task.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

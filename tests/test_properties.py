@@ -33,6 +33,8 @@ from llamalora.runs.settings import Settings
 from llamalora.task.parse import parse
 from llamalora.task.prompt import Task, render_answer
 
+pytestmark = pytest.mark.slow
+
 MANY = int(os.environ.get("EXAMPLES", "1"))
 
 

@@ -27,6 +27,8 @@ from llamalora.runs.settings import Settings
 from llamalora.runs.state import write_atomically
 from llamalora.task.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 400  # of the tokenizers in conftest.py
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

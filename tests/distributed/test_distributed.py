@@ -18,6 +18,8 @@ from llamalora.lora.inject import inject_lora, trainable_parameters
 from llamalora.training.batch import Example, MicroBatch, deal, plan_epoch
 from llamalora.training.step import Optimizer, backward
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 STEPS = 3
 EXAMPLES = [Example(tuple(random_ids(n, seed=n).tolist()), 1 + n % 5) for n in (12, 7, 30, 9, 22, 15, 40)]

@@ -32,6 +32,8 @@ from llamalora.training.batch import Example, MicroBatch, deal, plan_epoch
 from llamalora.training.loop import Progress, load_progress, save, save_progress
 from llamalora.training.step import MovementCheck, Optimizer, backward
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 LARGE = LlamaConfig(

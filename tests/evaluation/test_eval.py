@@ -25,6 +25,8 @@ from llamalora.task.parse import parse
 from llamalora.task.prompt import Task, render_answer, render_prompt
 from llamalora.task.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 HOME = Path(train.__file__).parent
 SIZE = ["--limit-train", "40", "--epochs", "1", "--eval-limit", "2"]
 FLAGS = ["--model", "weights/tiny", "--data", "data/sample", *SIZE]

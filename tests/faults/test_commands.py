@@ -13,6 +13,8 @@ from llamalora import __main__ as commands
 from llamalora.commands import merge
 from llamalora.corpus import read
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
 
 

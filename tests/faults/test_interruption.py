@@ -9,6 +9,8 @@ from faulty import STEPS, assert_same, at_step, at_write, cut_off, in_phase, kil
 
 from llamalora.runs.state import checkpoints_of, find_leftovers
 
+pytestmark = pytest.mark.slow
+
 WRITES = 56  # more than a resumed run makes; beyond its last one nothing strikes
 
 

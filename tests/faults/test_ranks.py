@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from faulty import assert_same, at_step, in_phase, metrics, poison, run, start
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

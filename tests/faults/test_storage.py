@@ -14,6 +14,8 @@ import eval as evaluation
 from llamalora import __main__ as commands
 from llamalora.runs.state import verify_folder
 
+pytestmark = pytest.mark.slow
+
 
 def changed(data: bytes, place: str, how: str) -> bytes:
     """One byte flipped or left out."""

@@ -38,6 +38,8 @@ from llamalora.paper.printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TABLE
 from llamalora.runs.settings import Settings
 from llamalora.training.step import DivergedError
 
+pytestmark = pytest.mark.slow
+
 HOME = Path(evaluation.__file__).parent
 SHORT = ("--model", "weights/tiny", "--data", "data/sample", "--limit-train", "16", "--limit-eval", "2",
          "--epochs", "1", "--precision", "fp32")  # fmt: skip

@@ -16,6 +16,8 @@ import train
 from llamalora.cli import run_command
 from llamalora.runs.folder import read_settings
 
+pytestmark = pytest.mark.slow
+
 HOME = Path(train.__file__).parent
 SHORT = (
     "--model", "weights/tiny", "--data", "data/sample", "--limit-train", "24", "--epochs", "2", "--batch-tokens", "512",
