@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tunes a Llama for named-entity recognition: `python train.py`, or under torchrun for several processes.
 
-The loop itself is `llamalora/loop.py`.
+The loop itself is `llamalora/training/loop.py`.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def present(result: dict) -> list[str]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """With so many significant digits, and never in the form 1e-3 unless it is tiny."""
+    """A number with so many significant digits, in the form 1e-5 only where it is tiny or huge."""
     value = float(f"{value:.{digits}g}") if abs(value) < 10**6 else value
     if value == int(value) and abs(value) < 10**6:
         return str(int(value))

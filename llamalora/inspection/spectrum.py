@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def singular_values(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Of scale * left right, for left (O, R) and right (R, I): (K,), falling."""
+    """The singular values of scale * left right, for left (O, R) and right (R, I): (K,), falling."""
     R_left, R_right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.T, mode="r").R
     return torch.linalg.svdvals(R_left @ R_right.T * scale)
 

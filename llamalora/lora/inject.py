@@ -88,7 +88,7 @@ def make_trainable(
 
 
 def what_learns(method: str, targets: str, rank: int, dora: bool) -> str:
-    """In words."""
+    """The parameters that learn, in words for a person."""
     if not METHODS[method].targeted:
         return "all parameters"
     if not METHODS[method].adapts:

@@ -21,7 +21,7 @@ PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; t
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
-    """What B A is multiplied by: alpha / rank (Hu et al. 2022), or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    """The factor in front of B A: alpha / rank (Hu et al. 2022), or alpha / sqrt(rank) (Kalajdzievski 2023)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -86,7 +86,7 @@ def _split(inner: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class LoRALayer:
-    """What both adapted layers share: the factors, merging and its exact undoing."""
+    """What both kinds of adapted layer share: the factors, merging, and undoing that exactly."""
 
     weight: Tensor
     lora_A: nn.Parameter
@@ -163,7 +163,7 @@ class LoRALayer:
         return updated
 
     def _stretch(self, y: Tensor) -> Tensor:
-        """With DoRA, (W0 + scale * B A) x (..., O) becomes the output of the layer."""
+        """What the layer gives for y = (W0 + scale * B A) x (..., O): with DoRA its entries are stretched, else y itself."""
         return Stretch.apply(y, self._gain()) if self.dora else y
 
     def _gain(self) -> Tensor:
@@ -247,7 +247,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return self.dropout > 0 and self.training
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """Of the products."""
+        """The dtype that the products run in."""
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
@@ -260,7 +260,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     @staticmethod
     def fan_out(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-        """What each of several layers makes of x. Those with an update share the work, unless somebody listens."""
+        """The output of each of several layers for x. Those with an update share the work, unless they have hooks."""
         sharing = [layer for layer in layers if isinstance(layer, LoRALinear) and layer._shares]
         outputs = iter(LoRALinear._side_by_side(x, sharing) if sharing else ())
         return [next(outputs) if layer in sharing else layer(x) for layer in layers]

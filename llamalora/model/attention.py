@@ -129,24 +129,29 @@ class _CausalProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
         scale = q.shape[-1] ** -0.5
+        # lay the heads' vectors out, rectangle after rectangle; at padding any vector will do, since no token sees it
         queries = q.flatten(0, 1).index_select(0, layout.queries)
         keys, values = (x.flatten(0, 1).index_select(0, layout.keys) for x in (k, v))
         y, weights = torch.empty_like(queries), []
+        # one product for all heads of a rectangle: scores with the causal mask added, their softmax, the mean of values
         for (one_y, one_q), (one_k, one_v), mask in layout.split([y, queries], [keys, values]):
             weights.append(torch.baddbmm(mask, one_q, one_k.mT, alpha=scale).softmax(-1))
             torch.bmm(weights[-1], one_v, out=one_y)
         ctx.save_for_backward(queries, keys, values, *weights)
         ctx.layout, ctx.scale, ctx.key_shape = layout, scale, k.shape
+        # and back into the order of the packed row, which drops what padding has computed
         return y.index_select(0, layout.packed_queries).view_as(q)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         queries, keys, values, *weights = ctx.saved_tensors
         layout, shape = ctx.layout, grad.shape
+        # padding took somebody's vector on the way in: its gradient must not reach that vector's keys and values
         grad = grad.flatten(0, 1).index_select(0, layout.queries).index_fill_(0, layout.padding, 0.0)
         grad_q, grad_k, grad_v = map(torch.empty_like, (queries, keys, values))
         parts = layout.split([grad, queries, grad_q], [keys, values, grad_k, grad_v])
         for ((g, q, to_q), (k, v, to_k, to_v), _), w in zip(parts, weights, strict=True):
+            # of the scores, by way of the softmax; then of both sides of q k^T, and of the values
             scores = torch._softmax_backward_data(torch.bmm(g, v.mT), w, -1, w.dtype).mul_(ctx.scale)
             torch.bmm(scores, k, out=to_q)
             torch.bmm(scores.mT, q, out=to_k)

@@ -100,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each layer makes of x. Layers of a kind that can share the work say so by a `fan_out` of their own."""
+    """The output of each layer for x. Layers that can share the work have a `fan_out` of their own, which does so."""
     for layer in layers:
         if shared := getattr(layer, "fan_out", None):
             return shared(x, layers)

@@ -188,7 +188,7 @@ class Runner:
         return assess(documents, join_answers(by_label, labels), labels) | together
 
     def _score(self, cells: list[Cell], split: str) -> dict:
-        """On another split, with the models that were the best on the development split; once."""
+        """The result on another split, of the models that were the best on the development split; computed once."""
         path = cells[0].path.with_suffix(f".{split}.json")
         if self.world.from_main(path.exists()):
             return json.loads(path.read_text())

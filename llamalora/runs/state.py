@@ -22,17 +22,17 @@ from ..model.tensors import CheckpointError, save_tensors
 MANIFEST = "manifest.json"
 
 
-def write_atomically(folder: Path, fill: Callable[[Path], None], keeps: bool = True) -> None:
+def write_atomically(folder: Path, fill: Callable[[Path], None], writes: bool = True) -> None:
     """Replaces `folder` by one that `fill` writes: complete with its manifest, or not at all.
 
     Args:
-        keeps: false on a process that only gives its rows of sharded tensors (`save_tensors`): what it fills is
-            thrown away.
+        writes: false on a process that only contributes its rows of sharded tensors (`save_tensors`): the folder that
+            it fills is thrown away.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, for one); the old one is as it was.
     """
-    if not keeps:
+    if not writes:
         with TemporaryDirectory() as scratch:
             fill(Path(scratch))
         return
@@ -96,12 +96,12 @@ def _cursor(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, keeps: bool = True
+    run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, writes: bool = True
 ) -> None:
     """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`.
 
     Args:
-        keeps: as in `write_atomically`.
+        writes: as in `write_atomically`.
     """
 
     def fill(folder: Path) -> None:
@@ -109,8 +109,8 @@ def save_checkpoint(
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     written = run / "checkpoints" / f"step-{cursor:06d}"
-    write_atomically(written, fill, keeps)
-    if not keeps:
+    write_atomically(written, fill, writes)
+    if not writes:
         return
     # one of a later step is what a fallback passed over: damaged, and its steps are being done again
     later = [path for path in checkpoints_of(run) if _cursor(path) > cursor]

@@ -46,7 +46,7 @@ def _needed(model, precision: str) -> dict[int, int]:
 
 
 def show(cells: list[dict]) -> str:
-    """As Markdown: what fits, with the GiB that it takes on each GPU."""
+    """The table as Markdown: what fits, with the GiB that it takes on each GPU."""
     lines = ["| | | " + " | ".join(CARDS) + " |", "|---|---|" + "---|" * len(CARDS)]
     for name in LLAMA_2:
         for method in METHODS:

@@ -45,7 +45,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return Path(self.settings.out)
 
     @cached_property

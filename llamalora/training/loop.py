@@ -126,7 +126,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
 
 
 def dropout_seed(seed: int, cursor: int, rank: int) -> int:
-    """What the dropout of a step is drawn from: its own for each step and process, the same in every Python."""
+    """The seed of a step's dropout: different for each step and process, the same in every version of Python."""
     return random.Random(f"{seed}/{cursor}/{rank}").getrandbits(63)
 
 
@@ -161,7 +161,7 @@ def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: 
     if world.is_main or optimizer.sharded:
         tensors, state = optimizer.state()
         state |= {"progress": asdict(progress)}
-        save_checkpoint(folder, progress.cursor, tensors, state, keep, keeps=world.is_main)
+        save_checkpoint(folder, progress.cursor, tensors, state, keep, writes=world.is_main)
     world.barrier()
 
 
@@ -183,5 +183,5 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
 def save(model: Llama, settings: ResolvedSettings, folder: Path, name: str, world: World) -> None:
     """Keeps the trained parameters as `best/` or `last/`."""
     if world.is_main or is_spread(model):
-        write_atomically(folder / name, lambda target: save_trained(model, settings, target), keeps=world.is_main)
+        write_atomically(folder / name, lambda target: save_trained(model, settings, target), writes=world.is_main)
     world.barrier()

@@ -143,7 +143,7 @@ def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
 
 
 def _gathered(model: Llama, width: int) -> int:
-    """Bytes that FSDP2 (`sharding.shard`) holds beside a rank's own shard, at the most of three moments.
+    """Bytes that FSDP2 (`distributed.sharding.shard`) holds beside a rank's own shard, at the most of three moments.
 
     All through a pass embedding, norm and head (one group, a tied matrix once), from the head's backward pass on
     with their gradients. With them, when a block computes, this block, the all-gather of the next and its copy

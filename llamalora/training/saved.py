@@ -30,7 +30,7 @@ def learns(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch through `training.backward`: what it holds beside parameters and their gradients.
+    """One micro-batch through `step.backward`: what it holds beside parameters and their gradients.
 
     Attributes:
         packing: of the micro-batch.
@@ -115,11 +115,11 @@ class Step:
         return self.width * parameter_count(self.model, learning=bool(self.recompute)) if self.converts else 0
 
     def _copies(self, *parameters: nn.Parameter) -> int:
-        """Of fp32 parameters, for the products."""
+        """Bytes of the copies of fp32 parameters that the products need in half precision."""
         return self.width * sum(p.numel() for p in parameters) if self.width < 4 else 0
 
     def _gradient_of(self, module: nn.Module) -> int:
-        """Of the largest matrix that learns, before it is added up, in fp32 unless sharded."""
+        """Bytes of the gradient of the largest matrix that learns, before it is added up: in fp32 unless sharded."""
         largest = max((p.numel() for p in trainable_parameters(module).values()), default=0)
         return largest * (self.width if self.sharded or self.width == 4 else self.width + 4)
 

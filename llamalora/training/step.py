@@ -207,7 +207,7 @@ class MovementCheck:
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
-        """Of what this process keeps of each parameter."""
+        """Sum and norm of the rows of each parameter that this process keeps."""
         kept = {name: own_rows(parameter) for name, parameter in self.parameters.items()}
         return {
             name: (values.sum(dtype=torch.float64).item(), values.norm(dtype=torch.float64).item())
