@@ -163,7 +163,7 @@ class LoRALayer:
         return updated
 
     def _stretch(self, y: Tensor) -> Tensor:
-        """What the layer gives for y = (W0 + scale * B A) x (..., O): with DoRA its entries are stretched, else y itself."""
+        """What the layer gives for y = (W0 + scale * B A) x (..., O): y itself, or with DoRA its entries stretched."""
         return Stretch.apply(y, self._gain()) if self.dora else y
 
     def _gain(self) -> Tensor:

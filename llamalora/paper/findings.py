@@ -32,13 +32,13 @@ def summarise(table: Table, results: dict[tuple[str, ...], list[dict]]) -> dict:
 
 
 def _row(row: Row, results: Sequence[dict]) -> dict:
-    found: dict = {"title": list(row.title), "paper": row.paper, "paper_deviation": row.deviation}
+    summary: dict = {"title": list(row.title), "paper": row.paper, "paper_deviation": row.deviation}
     errors = [result["error"] for result in results if "error" in result]
     if errors or not results:
-        return found | ({"error": errors[0]} if errors else {})
+        return summary | ({"error": errors[0]} if errors else {})
     f1 = [result["micro"]["f1"] for result in results]
     pooled = {name: pool(results, name) for name in CONVENTIONS}
-    found |= {
+    summary |= {
         "seeds": len(results),
         "f1": statistics.mean(f1),
         "deviation": statistics.stdev(f1) if len(f1) > 1 else None,
@@ -46,8 +46,8 @@ def _row(row: Row, results: Sequence[dict]) -> dict:
         "by_document": {name: counts.tolist() for name, counts in pooled.items()},
     }
     if "health" not in results[0]:  # predictions that were made elsewhere
-        return found
-    return found | {
+        return summary
+    return summary | {
         "secondary": {
             name: statistics.mean(result["secondary"][name]["micro"]["f1"] for result in results)
             for name in results[0]["secondary"]
@@ -79,8 +79,8 @@ def judge(claim: Claim, a: dict, b: dict) -> dict:
         if a["f1"] == b["f1"] == 0:
             judged["by"][name] = {"verdict": "not decided (neither has learnt anything)"}
             continue
-        found = paired_bootstrap(np.array(a["by_document"][name]), np.array(b["by_document"][name]))
-        judged["by"][name] = found | {"verdict": verdict(claim.equal, found["low"], found["high"])}
+        difference = paired_bootstrap(np.array(a["by_document"][name]), np.array(b["by_document"][name]))
+        judged["by"][name] = difference | {"verdict": verdict(claim.equal, difference["low"], difference["high"])}
     return judged
 
 

@@ -38,11 +38,11 @@ def table() -> list[dict]:
 
 def _needed(model, precision: str) -> dict[int, int]:
     """Number of GPUs -> bytes on each; on 1 with ddp, which takes as much on each of several."""
-    found = {}
+    needed = {}
     for gpus in (1, *GPUS):
         # of no capacity: the items do not depend on it, and the largest micro-batch is not sought
-        found[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).total
-    return found
+        needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).total
+    return needed
 
 
 def show(cells: list[dict]) -> str:

@@ -128,61 +128,61 @@ class Step:
     def saved(self) -> Saved:
         """Bytes that autograd keeps of the backbone's forward pass, parameters excepted."""
         config, tokens = self.model.config, self.tokens
-        found: Saved = {("model", "ids and places"): 16 * tokens}
-        found["model", "cosines and sines"] = 8 * config.head_dim * tokens
+        kept: Saved = {("model", "ids and places"): 16 * tokens}
+        kept["model", "cosines and sines"] = 8 * config.head_dim * tokens
         embedding = lora_layers(self.model).get("model.embed_tokens")
         if embedding is not None:
-            found["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
-            found["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
+            kept["model.embed_tokens", "rows of A"] = self.width * embedding.rank * tokens
+            kept["model.embed_tokens", "B converted"] = self._copies(embedding.lora_B)
             if embedding.dora:  # the stretched rows are kept as the input of the first block
-                found["model.embed_tokens", "m / norm, and the norm"] = 8 * config.hidden_size
+                kept["model.embed_tokens", "m / norm, and the norm"] = 8 * config.hidden_size
         reached = learns(self.model.model.embed_tokens)  # does the block's input depend on anything that learns?
         for number in range(config.num_hidden_layers):
             name = f"model.layers.{number}"
             block, reached = self._block(name, reached)
-            found |= {(name, "input"): self.stream * config.hidden_size * tokens} if self._recomputes(number) else block
+            kept |= {(name, "input"): self.stream * config.hidden_size * tokens} if self._recomputes(number) else block
         if reached:
-            found |= self._norm("model.norm")
-        return found
+            kept |= self._norm("model.norm")
+        return kept
 
     def _block(self, name: str, reached: bool) -> tuple[Saved, bool]:
         """What a block saves, and whether its output depends on anything that learns."""
         config, tokens, width = self.model.config, self.tokens, self.width
         heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        found: Saved = {}
+        kept: Saved = {}
         if reached:
-            found |= self._norm(f"{name}.input_layernorm")
-        if self._linear(found, attention, ("q", "k", "v"), config.hidden_size) or reached:
+            kept |= self._norm(f"{name}.input_layernorm")
+        if self._linear(kept, attention, ("q", "k", "v"), config.hidden_size) or reached:
             reached = True
             # A padded rectangle is a copy, and the row it is made of is kept beside it; one without padding
             # is a view of the row. Keys and values are repeated for the queries that share them.
             shapes = [(math.prod(one.shape), one.slots is not None) for one in self.packing.rectangles]
             slots, padded = sum(size for size, _ in shapes), sum(size for size, is_padded in shapes if is_padded)
-            found[attention, "q"] = width * heads * (tokens + padded)
+            kept[attention, "q"] = width * heads * (tokens + padded)
             for tensor in ("k", "v"):
                 row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
-                if (f"{attention}.v_proj", "output") in found and tensor == "v":
+                if (f"{attention}.v_proj", "output") in kept and tensor == "v":
                     row = 0
-                found[attention, tensor] = width * (keys * row + heads * copy)
-            found[attention, "output"] = width * heads * slots
-            found[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
-        if self._linear(found, attention, ("o",), heads) or reached:
+                kept[attention, tensor] = width * (keys * row + heads * copy)
+            kept[attention, "output"] = width * heads * slots
+            kept[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
+        if self._linear(kept, attention, ("o",), heads) or reached:
             reached = True
-            found |= self._norm(f"{name}.post_attention_layernorm")
-        if self._linear(found, mlp, ("gate", "up"), config.hidden_size) or reached:
+            kept |= self._norm(f"{name}.post_attention_layernorm")
+        if self._linear(kept, mlp, ("gate", "up"), config.hidden_size) or reached:
             reached = True
             for tensor in ("gate", "up"):
-                if (f"{mlp}.{tensor}_proj", "output") not in found:
-                    found[mlp, tensor] = width * config.intermediate_size * tokens
-        return found, self._linear(found, mlp, ("down",), config.intermediate_size) or reached
+                if (f"{mlp}.{tensor}_proj", "output") not in kept:
+                    kept[mlp, tensor] = width * config.intermediate_size * tokens
+        return kept, self._linear(kept, mlp, ("down",), config.intermediate_size) or reached
 
     def _norm(self, name: str) -> Saved:
         size = self.stream * self.model.config.hidden_size * self.tokens
-        found = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
-        return found | ({(name, "normalised input"): size} if learns(self.model.get_submodule(name)) else {})
+        kept = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
+        return kept | ({(name, "normalised input"): size} if learns(self.model.get_submodule(name)) else {})
 
-    def _linear(self, found: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
+    def _linear(self, kept: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
         """Adds what layers save that have one input between them; returns whether any of them learns."""
         names = [f"{parent}.{KINDS[kind]}" for kind in kinds]
         layers = {name: self.model.get_submodule(name) for name in names}
@@ -191,16 +191,16 @@ class Step:
         dropping = {name: layer for name, layer in adapted.items() if layer.dropout}
         inputs = len(learning) - len(dropping)
         if inputs:
-            found[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
+            kept[names[0], "input"] = self.width * features * self.tokens * (inputs if self.converts else 1)
         for name, layer in adapted.items():
-            found[name, "x A^T"] = self.width * layer.rank * self.tokens
+            kept[name, "x A^T"] = self.width * layer.rank * self.tokens
         for name, layer in dropping.items():
-            found[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
-            found[name, "A and B converted"] = self._copies(layer.lora_A, layer.lora_B)
+            kept[name, "input after dropout, and the mask"] = (self.width + 1) * features * self.tokens
+            kept[name, "A and B converted"] = self._copies(layer.lora_A, layer.lora_B)
         for name, layer in adapted.items():
             if layer.dora:
                 output = self.width * layer.out_features * self.tokens
-                kept = {"W0 x and B A x after dropout": 2 * output} if name in dropping else {"output": output}
-                found |= {(name, tensor): size for tensor, size in kept.items()}
-                found[name, "m / norm, and the norm"] = 8 * layer.out_features
+                what, size = ("W0 x and B A x after dropout", 2 * output) if name in dropping else ("output", output)
+                kept[name, what] = size
+                kept[name, "m / norm, and the norm"] = 8 * layer.out_features
         return bool(learning)
