@@ -56,8 +56,9 @@ def main(argv: list[str]) -> None:
             if interrupt.signal:
                 sys.exit(128 + interrupt.signal)
         if world.is_main:
+            name = "standard input" if arguments.file == "-" else arguments.file
             for note in told(notes):
-                print(f"{arguments.file}: {note}", file=sys.stderr)
+                print(f"{name}: {note}", file=sys.stderr)
 
 
 def unread(answers: Iterable[Answer]) -> dict[str, list[tuple[int, int]]]:
