@@ -61,7 +61,7 @@ def conll_documents(
 
 def is_conll(lines: Iterable[str]) -> bool:
     """Whether the first sentence of a file is one of tokens with tags. Reads no further than it has to."""
-    widths = []
+    widths: list[int] = []
     tabs = False
     for line in lines:
         columns = _split(line)
