@@ -3,12 +3,13 @@
 
 import argparse
 import json
+import sys
 from functools import partial
 from io import StringIO
 from pathlib import Path
 
 from llamalora.cli import UsageError, run_command
-from llamalora.corpus.documents import Document
+from llamalora.corpus.documents import Document, told
 from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
@@ -19,6 +20,7 @@ from llamalora.files import replace_file
 from llamalora.model.precision import DTYPES, choose_precision
 from llamalora.runs.folder import read_settings, read_task
 from llamalora.runs.settings import Settings
+from llamalora.task.prompt import listed_labels
 
 
 def main(argv: list[str]) -> None:
@@ -82,12 +84,16 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[Answe
     splits = find_splits(data)
     if arguments.split not in splits:
         raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
-    documents, asked = select_sentences(read_documents(splits[arguments.split]), arguments.limit)
+    read = read_documents(splits[arguments.split])
+    for note in told(read.notes) if world.is_main else ():
+        print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
+    documents, asked = select_sentences(read, arguments.limit)
     if not arguments.json:
         world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
-    order = arguments.order.split(",") if arguments.order else ()
+    order: tuple[str, ...] = ()
     if arguments.run:
         labels = joint_labels([read_task(Path(folder)) for folder in arguments.run])
+        order = listed_labels(arguments.order or "", labels)
         if len(arguments.run) > 1 and order and sorted(order) != sorted(labels):
             raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
         loaders = [partial(load_run, Path(f), arguments.which, precision, world) for f in arguments.run]

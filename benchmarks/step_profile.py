@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llamalora.corpus.documents import sentences_of
-from llamalora.corpus.read import find_splits, read_documents
+from llamalora.corpus.read import read_splits
 from llamalora.distributed.world import World
 from llamalora.evaluation.answer import answer_sentences, select_sentences
 from llamalora.evaluation.systems import load_system
@@ -35,7 +35,7 @@ def main() -> None:
     settings = Settings(
         model=arguments.model, data=arguments.data, targets="q,k,v,o,up,down,gate", rank=8, precision=precision
     )
-    splits = {name: read_documents(path) for name, path in find_splits(settings.data).items()}
+    splits = read_splits(settings.data)
     show(f"four steps of 8 sentences, {precision}", training(settings, splits, world))
     if arguments.adapter:
         system = load_system(settings, arguments.adapter, precision, world)

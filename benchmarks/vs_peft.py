@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from work import flops_per_token, need_peer, padded
 
 from llamalora.corpus.documents import sentences_of
-from llamalora.corpus.read import find_splits, read_documents
+from llamalora.corpus.read import read_splits
 from llamalora.distributed.world import World
 from llamalora.lora.adapter import save_adapter
 from llamalora.lora.inject import lora_layers, make_trainable
@@ -80,7 +80,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> list[Example]:
     settings = Settings(
         model=arguments.model, data=arguments.data, targets=KINDS, rank=arguments.rank, precision="fp32"
     )
-    splits = {name: read_documents(path) for name, path in find_splits(arguments.data).items()}
+    splits = read_splits(arguments.data)
     sentences = [s for document in splits["train"] for s in sentences_of(document)][: arguments.sentences]
     _, tokenizer = read_base(settings)
     model = build_model(settings, World(), "ddp")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -77,6 +78,9 @@ PUBTATOR = (
     "Chemical\tC1\n7\tCID\tC1\tD1\n\n8|t|Nausea.\n8|a|\n8\t0\t6\tNausea\tDisease\t-1\n"
 ).encode()
 CONLL = "Fever\tB-Disease\nafter\tO\nα-methyl\tB-Chemical\nacid\tI-Chemical\n\n-DOCSTART- O\n\nNo\tO\n".encode()
+LAYERS = (
+    b"#\thttp://a.b\n1-2\tzum\t_\tO\n1\tzu\tO\tO\n2\tTU\tB-ORG|B-X\tO\n3\tRom\tI-ORG|O\tB-LOC\n\n1\t#\tO\tO\n2\tx\tM-X\tO\n"
+)  # fmt: skip
 
 
 def read_or_refused(path) -> list[Document]:
@@ -94,7 +98,11 @@ def read_or_refused(path) -> list[Document]:
     return documents
 
 
-@pytest.mark.parametrize("name, valid", [("train.txt", PUBTATOR), ("train.tsv", CONLL)], ids=["pubtator", "conll"])
+@pytest.mark.parametrize(
+    "name, valid",
+    [("train.txt", PUBTATOR), ("train.tsv", CONLL), ("train.conllu", LAYERS)],
+    ids=["pubtator", "conll", "layers"],
+)
 def test_mutated_corpora(name, valid, place):
     """Documents, or a CorpusError with the file and mostly the line."""
 
@@ -116,7 +124,9 @@ def documents(draw):
     found = []
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(text) - 1))
-        found.append(Span(start, draw(st.integers(start + 1, len(text))), draw(st.sampled_from(["Disease", "X-1"]))))
+        end = draw(st.integers(start + 1, len(text)))
+        if text[start:end] == text[start:end].strip():
+            found.append(Span(start, end, draw(st.sampled_from(["Disease", "X-1"]))))
     return Document("17", text, tuple(sorted(set(found))), sentence_bounds(text))
 
 
@@ -139,15 +149,15 @@ def test_streams_to_predict(place, capsys):
     """Documents whose sentences lie inside them, written as both formats, or a CorpusError that names the file."""
 
     @tried(200)
-    @given(st.one_of(mutated(PUBTATOR), st.binary(max_size=100), TEXTS.map(str.encode)))
+    @given(st.one_of(mutated(PUBTATOR), mutated(CONLL), st.binary(max_size=100), TEXTS.map(str.encode)))
     def check(data):
         path = place / "stream.txt"
         path.write_bytes(data)
         try:
-            for document in stream_documents(str(path)):
+            for document in stream_documents(str(path), Counter()):
                 assert all(0 <= start < end <= len(document.text) for start, end in document.sentences)
-                predict.write([document], {}, "jsonl")
-                predict.write([document], {}, "pubtator")
+                predict.write([document], {}, {}, "jsonl")
+                predict.write([document], {}, {}, "pubtator")
         except CorpusError as error:
             assert str(path) in str(error)
         capsys.readouterr()
@@ -157,10 +167,11 @@ def test_streams_to_predict(place, capsys):
 
 # ---- outputs of models ----
 
+ODD_LABELS = ("T047,T033", "C++", "C", "Disease (rare)", "a;b", "a_b", "a: b", "[x]", "/x", "x", "@@", "##", "-")
 TASKS = [
     Task(form, labels, len(labels) == 1)
     for form in ("tagging", "extraction")
-    for labels in (("Disease",), ("Disease", "Chemical"))
+    for labels in (("Disease",), ("Disease", "Chemical"), ODD_LABELS, ("[x]",))
 ]
 MARKS = ["@@", "##", "[Disease]", "[/Disease]", "[Chemical]", "[/Chemical]", "Disease:", "Chemical: ", ", ", "; ", "\n"]
 SENTENCES = TEXTS.map(lambda text: " ".join(text.split())).filter(bool)

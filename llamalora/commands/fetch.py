@@ -258,7 +258,7 @@ def check_counts(origin: Path | str, folder: Path) -> str:
         try:
             counts = corpus_statistics(read_documents(folder / name))
         except CorpusError as error:
-            raise UsageError(f"{origin}: {str(error).removeprefix(f'{folder}{os.sep}')}") from None
+            raise UsageError(f"{origin}: {str(error).replace(f'{folder}{os.sep}', '')}") from None
         counts = {"documents": counts["documents"], **counts["mentions"]}
         lines.append(f"  {name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
         for what in expected | counts:

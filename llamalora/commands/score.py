@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from ..task.score import format_table, score_files
 
@@ -13,6 +14,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
     arguments = parser.parse_args(argv)
     result = score_files(arguments.gold, arguments.predicted)
+    for note in result["notes"]:
+        print(note, file=sys.stderr)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

@@ -1,43 +1,49 @@
 """CoNLL: one token and its tag a line."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
-from .documents import CorpusError, Document, Span
-from .lines import read_lines
+from .documents import CorpusError, Document, Reading, Span
 
-_TAG = re.compile(r"O|[BIESLU]-.+")
-CONLL_NAME = re.compile(r"\.(tsv|conll|iob|bio|txt)(\.gz)?$", re.IGNORECASE)
+TAG = r"(?:O|[BIESLUM]-[^\t]+)"  # of IOB1, IOB2, BIOES, BILOU and BMES
+ENDINGS = ("tsv", "conll", "conllu", "iob", "iob2", "bio", "bioes", "bmes", "txt")
+CONLL_NAME = re.compile(rf"\.({'|'.join(ENDINGS)})(\.gz)?$", re.IGNORECASE)
+# Phrases, which the third column of CoNLL-2003 holds. Beside a column of entities they are no entities.
+_PHRASES = set("NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP NC VC PC".split())
 
 
-def read_conll(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
-    """Reads CoNLL: a token first, its IOB1, IOB2 or BIOES tag last in a line, tabs or spaces between columns.
+@dataclass
+class _Row:
+    """A line that holds a token: where it stands, and its columns."""
 
-    A blank line ends a sentence. `-DOCSTART-` lines separate documents; without them each sentence is one.
-    The text is the tokens joined by single spaces. Ids are the file's stem and running number (`dev-17`), or
-    those of the `reference` in order (see `read`). Raises CorpusError.
+    where: str
+    columns: list[str]
+
+
+def conll_documents(
+    lines: Iterable[tuple[str, str]], path: str, reading: Reading, reference: Sequence[Document] = ()
+) -> list[Document]:
+    """Parses CoNLL: a token and its tag a line, tabs or spaces between columns. A blank line ends a sentence.
+
+    The tags stand in the last column. Further columns of tags are further layers of mentions, unless they are phrases;
+    a cell may hold several tags (`B-X|B-Y`). Numbers before the token that count tokens or sentences are skipped, and
+    so are comments (`# ...`). `-DOCSTART-` lines separate documents; without them each sentence is one. The text is
+    the tokens joined by single spaces. Ids are the path's stem and a running number (`dev-17`), or those of the
+    `reference` in order (see `read_documents`).
+
+    Args:
+        lines: each with its `file:line`.
+        reading: takes notes, and what is wrong with single lines.
+
+    Raises:
+        CorpusError: no sentence, or more documents than the reference has.
     """
-    path = Path(path)
-    groups: list[list[list[tuple[str, str]]]] = [[]]  # documents of sentences of (token, tag)
-    sentence: list[tuple[str, str]] = []
-    marked = False
-    for where, line in chain(read_lines(path), [("", "")]):
-        fields = re.split(r" *\t *" if "\t" in line else " +", line.strip("\t "))
-        if line.strip() and fields[0] != "-DOCSTART-":
-            sentence.append(_token(where, fields))
-            continue
-        if sentence:
-            groups[-1].append(sentence)
-            sentence = []
-        if line.strip():
-            marked = True
-            groups.append([])
-    if not marked:
-        groups = [[sentence] for sentence in groups[0]]
-    groups = [group for group in groups if group]
+    groups = _grouped(lines, reading)
     if not groups:
         raise CorpusError(f"{path}: no sentence in it; a line holds a token and its tag")
     if reference and len(groups) > len(reference):
@@ -45,34 +51,189 @@ def read_conll(path: str | Path, reference: Sequence[Document] = ()) -> list[Doc
             f"{path}: {len(groups)} documents for {len(reference)} in the gold; "
             "predictions must keep the documents of the gold in their order"
         )
-    stem = CONLL_NAME.sub("", path.name)
+    sentences = [sentence for group in groups for sentence in group]
+    _skip_numbers(sentences, reading)
+    layers = _layers([row for sentence in sentences for row in sentence], path, reading)
+    stem = CONLL_NAME.sub("", Path(path).name)
     ids = [document.id for document in reference] or [f"{stem}-{index + 1}" for index in range(len(groups))]
-    return [_from_tokens(id, group) for id, group in zip(ids, groups, strict=False)]
+    return [_document(id, group, layers, reading) for id, group in zip(ids, groups, strict=False)]
 
 
-def _token(where: str, fields: list[str]) -> tuple[str, str]:
-    if len(fields) < 2:
-        raise CorpusError(f"{where}: only one column, {fields[0]!r}; a line holds a token and its tag")
-    if not _TAG.fullmatch(fields[-1]):
-        raise CorpusError(f"{where}: {fields[-1]!r} is no tag; the last column must be like O or B-Disease")
-    return fields[0], fields[-1]
+def is_conll(lines: Iterable[str]) -> bool:
+    """Whether the first sentence of a file is one of tokens with tags. Reads no further than it has to."""
+    widths: list[int] = []
+    tabs = False
+    for line in lines:
+        columns = _split(line)
+        if not line.strip():
+            if widths:
+                break
+        elif line.startswith("#") or "-DOCSTART-" in columns[:2]:
+            continue
+        elif not any(map(_tags, columns[1:] if "\t" in line else columns[1:][-1:])):
+            return False
+        else:
+            widths.append(len(columns))
+            tabs |= "\t" in line
+    return len(set(widths)) == 1 and (tabs or len(widths) > 1)
 
 
-def _from_tokens(id: str, group: list[list[tuple[str, str]]]) -> Document:
+def _split(line: str) -> list[str]:
+    line = line.strip(" ").rstrip("\t ")
+    return re.split(r" *\t *" if "\t" in line else " +", line)
+
+
+@lru_cache(maxsize=10_000)
+def _tags(cell: str) -> tuple[str, ...]:
+    """The tags of a cell, mostly one; none where it holds something else."""
+    parts = re.split(r"[|;,/+&#]", cell)
+    if all(re.fullmatch(TAG, part) for part in parts):
+        return tuple(parts)
+    return (cell,) if re.fullmatch(TAG, cell) else ()
+
+
+# ---- lines -> rows, by sentence and document ----
+
+
+def _grouped(lines: Iterable[tuple[str, str]], reading: Reading) -> list[list[list[_Row]]]:
+    rows = [_Row(where, _split(line) if line.strip() else []) for where, line in lines]
+    width = _width(row for row in rows if row.columns and not row.columns[0].startswith("#"))
+    groups: list[list[list[_Row]]] = [[]]
+    sentence: list[_Row] = []
+    marked = False
+    for row in [*rows, _Row("", [])]:
+        columns = row.columns
+        if columns and columns[0].startswith("#") and not (len(columns) == width and any(map(_tags, columns[1:]))):
+            reading.notes["comment lines skipped"] += 1
+        elif columns and "-DOCSTART-" not in columns[:2]:
+            sentence.append(row)
+        else:
+            if sentence:
+                groups[-1].append(sentence)
+                sentence = []
+            if columns:
+                marked = True
+                groups.append([])
+    if not marked:
+        groups = [[sentence] for sentence in groups[0]]
+    return [group for group in groups if group]
+
+
+def _width(rows: Iterable[_Row]) -> int:
+    """The number of columns that most rows have."""
+    counts = Counter(len(row.columns) for row in rows)
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+# ---- which columns count ----
+
+
+def _skip_numbers(sentences: Sequence[list[_Row]], reading: Reading) -> None:
+    """Takes away first columns that hold but numbers which never fall within a sentence: nobody writes such texts."""
+    while _width(row for sentence in sentences for row in sentence) > 2 and all(map(_counts_up, sentences)):
+        for sentence in sentences:
+            words = [row for row in sentence if row.columns[0].isdigit()]
+            reading.notes["lines whose running number was skipped"] += len(words)
+            if more := len(sentence) - len(words):
+                reading.notes["lines that are no words (numbered as 1-2 or 8.1), skipped"] += more
+            sentence[:] = words
+            for row in sentence:
+                row.columns = row.columns[1:] or row.columns
+
+
+def _counts_up(sentence: Sequence[_Row]) -> bool:
+    matches = [re.fullmatch(r"([0-9]{1,9})([-.][0-9]+)?", row.columns[0]) for row in sentence]
+    numbers = [int(match[1]) for match in matches if match]
+    return len(numbers) == len(sentence) and numbers == sorted(numbers)
+
+
+def _layers(rows: Sequence[_Row], path: str, reading: Reading) -> list[int]:
+    """The columns that mostly hold tags, counted from the end of the line (-1); the last if there are none.
+
+    Phrases count only where nothing else does. Two columns that mostly agree are a fault: it is one layer twice,
+    perhaps gold and predictions.
+    """
+    width = _width(rows)
+    whole = [row.columns for row in rows if len(row.columns) == width]
+    columns = {column: [cells[column] for cells in whole] for column in range(-1, -width, -1)}
+    layers = {column: cells for column, cells in columns.items() if 2 * sum(map(bool, map(_tags, cells))) > len(cells)}
+    for column, cells in list(layers.items()):
+        labels = {cell[2:] for cell in cells if cell != "O"}
+        if ("NP" in labels or labels and labels <= _PHRASES) and list(layers) != [-1]:
+            del layers[column]
+            reading.notes["tags of phrases (such as NP) in another column, left out"] += len(cells)
+    for one, other in combinations(layers, 2):
+        pairs = list(zip(layers[one], layers[other], strict=True))
+        fewest = min(sum(cell != "O" for cell in layers[column]) for column in (one, other))
+        if fewest and 2 * sum(a == b != "O" for a, b in pairs) >= fewest:
+            reading.faults.append(
+                f"{path}: of {width} columns, {width + other + 1} and {width + one + 1} hold mostly the same tags, "
+                "perhaps gold and predictions; keep one of them"
+            )
+    if layers and -1 not in layers:
+        reading.notes["lines whose tag stands before the last column"] += len(whole)
+    if width > 1 and (ragged := len(rows) - len(whole)):
+        what = "lines with another number of columns than most, of which the first and last count"
+        reading.notes[what] += ragged
+    return list(layers) or [-1]
+
+
+# ---- rows -> documents ----
+
+
+def _document(id: str, group: Sequence[Sequence[_Row]], layers: Sequence[int], reading: Reading) -> Document:
+    text = " ".join(row.columns[0] for sentence in group for row in sentence)
     spans: list[Span] = []
     bounds = []
     position = 0  # where the next token starts
-    for sentence in group:
-        bounds.append((position, position + sum(len(token) + 1 for token, _ in sentence) - 1))
-        open_label = None  # IOB1: an I- tag that does not continue a mention of its label starts one
-        for token, tag in sentence:
+    for sentence in filter(None, group):
+        tokens = []
+        for row in sentence:
+            _check(row, layers, reading)
+            tokens.append((position, position + len(row.columns[0])))
+            position = tokens[-1][1] + 1
+        bounds.append((tokens[0][0], tokens[-1][1]))
+        for column in layers:
+            cells = [row.columns[column] if len(row.columns) > -column else "O" for row in sentence]
+            found = [Span(tokens[first][0], tokens[last][1], label) for first, last, label in _mentions(cells)]
+            spans += filter(None, (reading.trimmed(text, span) for span in found))
+            if column != layers[0] and found:
+                reading.notes["mentions from a further column of tags"] += len(found)
+            if several := sum(len(_tags(cell)) > 1 for cell in cells):
+                reading.notes["tokens with several tags in one cell, all read"] += several
+    return Document(id, text, tuple(sorted(set(spans))), tuple(bounds))
+
+
+def _check(row: _Row, layers: Sequence[int], reading: Reading) -> None:
+    fault = None
+    if len(row.columns) < 2:
+        fault = f"only one column, {row.columns[0]!r}; a line holds a token and its tag"
+    elif not row.columns[0]:
+        fault = "no token in the first column; a line holds a token and its tag"
+    elif wrong := [row.columns[n] for n in layers if len(row.columns) > -n and not _tags(row.columns[n])]:
+        fault = f"{wrong[0]!r} is no tag; a tag is like O or B-Disease"
+    if fault:
+        reading.faults.append(f"{row.where}: {fault}")
+
+
+def _mentions(cells: Sequence[str]) -> list[tuple[int, int, str]]:
+    """The mentions of a sentence: first token, last token, label. In IOB1 a tag I- that continues no mention of its
+    label starts one."""
+    found: list[tuple[int, int, str]] = []
+    running: list[int] = []  # the mentions that the token before left open
+    for place, cell in enumerate(cells):
+        still = []
+        for tag in _tags(cell):
             prefix, _, label = tag.partition("-")
-            end = position + len(token)
-            if prefix in "IEL" and label == open_label:
-                spans[-1] = replace(spans[-1], end=end)
-            elif prefix != "O":
-                spans.append(Span(position, end, label))
-            open_label = label if prefix in "BI" else None
-            position = end + 1
-    text = " ".join(token for sentence in group for token, _ in sentence)
-    return Document(id, text, tuple(spans), tuple(bounds))
+            if prefix == "O":
+                continue
+            mine = next((i for i in running if prefix in "IMEL" and found[i][2] == label), len(found))
+            if mine < len(found):
+                running.remove(mine)
+                found[mine] = (found[mine][0], place, label)
+            else:
+                found.append((place, place, label))
+            if prefix in "BIM":
+                still.append(mine)
+        running = still
+    return found

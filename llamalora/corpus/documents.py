@@ -5,8 +5,8 @@ Offsets count Unicode code points from 0; ends are exclusive.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..errors import InputError
 
@@ -42,6 +42,53 @@ class Sentence:
 
 class CorpusError(InputError):
     """A file that is no corpus. The message starts with `file:line: ` (or the file or folder alone)."""
+
+
+class Documents(list[Document]):
+    """The documents of a file, and what of it was not taken as it stands: `notes`, each with its count."""
+
+    def __init__(self, documents: Iterable[Document] = (), notes: Mapping[str, int] | None = None):
+        super().__init__(documents)
+        self.notes = dict(notes or {})
+
+
+@dataclass
+class Reading:
+    """What the reader of a file meets beside documents.
+
+    Attributes:
+        notes: what it takes, but not as it stands, and how often.
+        faults: what it cannot take, each with its `file:line`.
+    """
+
+    notes: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    MOST = 20  # faults that are told
+
+    def check(self) -> None:
+        """Raises a CorpusError that tells the faults, if there are any."""
+        if self.faults:
+            lines = {fault: int(match[1]) for fault in self.faults if (match := re.search(r":(\d+): ", fault))}
+            faults = sorted(self.faults, key=lambda fault: lines.get(fault, 0))
+            more = len(faults) - self.MOST
+            raise CorpusError("\n  ".join(faults[: self.MOST] + [f"and {more} more faults"] * (more > 0)))
+
+    def trimmed(self, text: str, span: Span) -> Span | None:
+        """The span without whitespace at its ends, which no answer can mark; None if there is nothing else in it."""
+        stretch = text[span.start : span.end]
+        start, end = span.end - len(stretch.lstrip()), span.start + len(stretch.rstrip())
+        if start >= end:
+            self.notes["mentions of nothing but whitespace, left out"] += 1
+            return None
+        if (start, end) != (span.start, span.end):
+            self.notes["mentions trimmed of whitespace at their ends"] += 1
+        return Span(start, end, span.label)
+
+
+def told(notes: Mapping[str, int]) -> list[str]:
+    """Notes as phrases, such as `comment lines skipped: 3`."""
+    return [f"{what}: {count:,}" for what, count in notes.items()]
 
 
 # ---- sentences and counts ----

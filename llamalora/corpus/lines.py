@@ -1,6 +1,7 @@
 """The lines of text files, gzipped or not, each with the place at which it stands."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,25 +19,27 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
-    """The lines of UTF-8 text, gzipped or not, each with its `name:number`, without their ends: LF or CRLF, with or
+    """The lines of UTF-8 text, gzipped or not, each with its `name:number`, without their ends (LF, CRLF or CR) and
     without a BOM. They are not cut at other characters that may stand inside a text, such as U+2028.
 
     Raises:
         CorpusError: a damaged gzip file, or bytes that are not UTF-8.
     """
-    start = 0  # of the line, in bytes
+    start = number = 0  # of the line: its first byte, its number
     try:
         if file.peek(2)[:2] == b"\x1f\x8b":
             file = gzip.open(file)  # noqa: SIM115  (its caller closes the file beneath)
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise CorpusError(
-                    f"{name}:{number}: byte {start + error.start} ({line[error.start]:#04x}) is not UTF-8; "
-                    "convert the file to UTF-8"
-                ) from error
-            start += len(line)
-            yield f"{name}:{number}", text.removesuffix("\n").removesuffix("\r")
+        for block in file:
+            for line in filter(None, re.split(rb"(?<=\r)(?!\r*\n)", block)):
+                number += 1
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    raise CorpusError(
+                        f"{name}:{number}: byte {start + error.start} ({line[error.start]:#04x}) is not UTF-8; "
+                        "convert the file to UTF-8"
+                    ) from error
+                start += len(line)
+                yield f"{name}:{number}", text.rstrip("\r\n").removeprefix("\ufeff")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(f"{name}: a truncated or damaged gzip file ({error}); fetch it again") from error

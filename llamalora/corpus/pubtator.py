@@ -3,18 +3,20 @@
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TextIO
 
-from .documents import CorpusError, Document, Span, sentence_bounds
-from .lines import read_lines
+from .conll import TAG
+from .documents import CorpusError, Document, Reading, Span, sentence_bounds
 
 # ---- reading ----
 
 _TEXT_LINE = re.compile(r"([^|\t]+)\|([ta])\|(.*)")
-_MENTION_LINE = re.compile(r"[^\t]+\t\d+\t\d+\t[^\t]+\t(?!(?:O|[BIESLU]-[^\t]+)\s*$)[^\t]+")
-# `id CID chemical disease`, and the fifth column of BioRED. Anything else with tabs has to be a mention.
-_RELATION_LINE = re.compile(r"[^\t]+\t[A-Za-z][\w-]*\t[^\t]+\t[^\t]+(\t(Novel|No))?\s*")
+_MENTION_LINE = re.compile(rf"[^\t]+\t\d+\t\d+\t[^\t]+\t(?!{TAG}\s*$)[^\t]+")
+# `id CID chemical disease`, and the fifth column of BioRED: a name and two concepts, which have a number somewhere.
+# Anything else with tabs has to be a mention.
+_CONCEPT = r"\t(-|[^\t ]*[0-9][^\t ]*)"
+_RELATION_LINE = re.compile(rf"[^\t]+\t[A-Za-z][A-Za-z_-]+({_CONCEPT}){{2}}(\t(Novel|No))?\s*")
+_MENTION_FORM = "`id start end text label` with tabs between its columns"
 
 
 def is_pubtator(line: str) -> bool:
@@ -27,27 +29,28 @@ class Record:
     """Lines of a PubTator file that stand together and belong to one document.
 
     Attributes:
-        where: `file:line` of the first.
         text: title and abstract; None where mention lines stand without them.
         mentions: the columns of each mention line, with its `file:line`.
     """
 
-    where: str
     id: str
     text: str | None
     mentions: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
-def pubtator_records(lines: Iterable[tuple[str, str]]) -> Iterator[Record]:
+def pubtator_records(
+    lines: Iterable[tuple[str, str]], reading: Reading, known: Collection[str] = ()
+) -> Iterator[Record]:
     """Parses PubTator as it comes: `id|t|title`, `id|a|abstract`, then mentions `id start end text label`, tabbed.
 
-    The text is title + one space + abstract, as the standard counts its offsets. Relations are skipped.
+    The text is title + one space + abstract, as the standard counts its offsets; a tab in it is read as a space,
+    since it cannot be written back. Relations are skipped.
 
     Args:
         lines: each with its `file:line`.
-
-    Raises:
-        CorpusError: a line that is none of these, an abstract without its title, a second document of one id.
+        reading: takes notes, and what is wrong: a line that is none of these, an abstract without its title, a second
+            document of one id, mentions without a text.
+        known: ids of documents whose mentions may stand without a text.
     """
     seen: set[str] = set()
     record = None
@@ -57,76 +60,91 @@ def pubtator_records(lines: Iterable[tuple[str, str]]) -> Iterator[Record]:
             continue
         if match := _TEXT_LINE.fullmatch(line):
             id, part, content = match.groups()
+            if tabs := content.count("\t"):
+                reading.notes["tabs in texts, read as spaces"] += tabs
+                content = content.replace("\t", " ")
             if part == "t":
                 if id in seen:
-                    raise CorpusError(f"{where}: a second document {id}; ids must be unique in a file")
+                    reading.faults.append(f"{where}: a second document {id}; ids must be unique in a file")
                 if record:
                     yield record
                 seen.add(id)
-                record, awaits_abstract = Record(where, id, content), True
+                record, awaits_abstract = Record(id, content), True
             elif record and awaits_abstract and record.id == id:
                 record.text, awaits_abstract = f"{record.text} {content}" if content else record.text, False
             else:
-                raise CorpusError(f"{where}: the abstract of {id} must follow its title line `{id}|t|...`")
+                reading.faults.append(f"{where}: the abstract of {id} must follow its title line `{id}|t|...`")
             continue
         awaits_abstract = False
         if _RELATION_LINE.fullmatch(line):
             continue
         columns = line.split("\t")
         if len(columns) < 5:
-            raise CorpusError(
-                f"{where}: neither `id|t|title`, `id|a|abstract` nor a mention "
-                "`id start end text label` with tabs between its columns"
-            )
+            what = f"neither `id|t|title`, `id|a|abstract` nor a mention {_MENTION_FORM}"
+            reading.faults.append(f"{where}: {what}")
+            continue
         if record is None or record.id != columns[0]:
             if record:
                 yield record
-            record = Record(where, columns[0], None)
+            record = Record(columns[0], None)
+            if record.id not in seen and record.id not in known:
+                lacking = "is not among the gold documents" if known else "has no title line before this one"
+                reading.faults.append(f"{where}: a mention of document {record.id}, which {lacking}")
         record.mentions.append((where, columns))
     if record:
         yield record
 
 
-def read_pubtator(path: str | Path, reference: Sequence[Document] = ()) -> list[Document]:
-    """Reads a PubTator file, see `pubtator_records`; `reference` and errors as of `read`."""
+def pubtator_documents(
+    lines: Iterable[tuple[str, str]], reading: Reading, reference: Sequence[Document] = ()
+) -> list[Document]:
+    """The documents of a PubTator file, see `pubtator_records`; `reference` as of `read_documents`."""
     known = {document.id: document.text for document in reference}
     texts: dict[str, str] = {}
     spans: dict[str, set[Span]] = {}
-    for record in pubtator_records(read_lines(Path(path))):
+    for record in pubtator_records(lines, reading, known):
         text = record.text if record.text is not None else texts.get(record.id, known.get(record.id))
         if text is None:
-            raise _without_title(record.where, record.id, known)
+            continue  # which is a fault
         texts[record.id] = text
-        found = spans.setdefault(record.id, set())
-        found.update(_mention(where, columns, text) for where, columns in record.mentions)
+        found = (_mention(where, columns, text, reading) for where, columns in record.mentions)
+        spans.setdefault(record.id, set()).update(filter(None, found))
     return [Document(id, text, tuple(sorted(spans[id])), sentence_bounds(text)) for id, text in texts.items()]
 
 
-def _without_title(where: str, id: str, known: Collection[str] = ()) -> CorpusError:
-    lacking = "is not among the gold documents" if known else "has no title line before this one"
-    return CorpusError(f"{where}: a mention of document {id}, which {lacking}")
-
-
-def _mention(where: str, fields: list[str], text: str) -> Span:
-    start, end, written, label = fields[1:5]
+def _mention(where: str, columns: list[str], text: str, reading: Reading) -> Span | None:
+    """The mention of a line, or None and a fault. Its text may differ from that of the document as `_core` allows:
+    the offsets count, and curators write as they like."""
+    start, end, written, label = columns[1:5]
+    label = label.strip()
+    fault = None
     for offset in (start, end):
         if not re.fullmatch("[0-9]{1,18}", offset):
-            raise CorpusError(f"{where}: the offset {offset!r} is not a whole number; write digits")
-    span = Span(int(start), int(end), label.strip())
-    if not span.label:
-        raise CorpusError(f"{where}: the mention {written!r} has no label in its fifth column")
-    if not span.start < span.end <= len(text):
-        raise CorpusError(
-            f"{where}: offsets {start} to {end} lie outside the text of {fields[0]} "
-            f"({len(text)} characters) or are empty; count characters, not bytes"
+            fault = f"the offset {offset[:40]!r} is not a whole number; write digits"
+    if not fault and not label:
+        fault = f"the mention {written!r} has no label in its fifth column"
+    if not fault and not int(start) < int(end) <= len(text):
+        fault = (
+            f"offsets {start} to {end} lie outside the text of {columns[0]} ({len(text)} characters) or are empty; "
+            "count characters, not bytes"
         )
-    stands = text[span.start : span.end]
-    if stands != written:
-        raise CorpusError(
+    if fault:
+        reading.faults.append(f"{where}: {fault}")
+        return None
+    stands = text[int(start) : int(end)]
+    if _core(stands) != _core(written):
+        reading.faults.append(
             f"{where}: at {start} to {end} stands {stands!r}, not {written!r}; "
             "count characters, not bytes, of title + one space + abstract"
         )
-    return span
+        return None
+    if stands.strip() != written.strip():
+        reading.notes["mentions whose text has other case, spaces or quotes, taken by their offsets"] += 1
+    return reading.trimmed(text, Span(int(start), int(end), label))
+
+
+def _core(text: str) -> str:
+    return re.sub(r"[\s\"'`´‘’‚‛“”„‟′″«»]+", "", text).casefold()
 
 
 # ---- writing, and finding the splits of a corpus ----

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
 
@@ -155,12 +155,17 @@ def new_tokens(tokenizer: Tokenizer, task: Task, text: str, room: int, constrain
 
 
 def join_answers(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:
-    """The answers of one-label models about the same sentences as one: a character carries one label, that
-    which comes first in `order`."""
+    """The answers of models for different labels about the same sentences as one: a character carries one label,
+    that which comes first in `order`."""
+
+    def joined(systems: Iterable[Sequence[Span]]) -> tuple[Span, ...]:
+        spans = [span for each in systems for span in each]
+        return join_labels({label: [span for span in spans if span.label == label] for label in order}, order)
+
     together = []
     for answers in zip(*by_label.values(), strict=True):
         parsed = [item.parsed for item in answers]
-        spans = join_labels(dict(zip(by_label, (p.spans for p in parsed), strict=True)), order)
+        spans = joined(p.spans for p in parsed)
         outputs = [item.output for item in answers]
         offsets = accumulate((len(output) + 1 for output in outputs), initial=0)
         places = {
@@ -182,7 +187,7 @@ def join_answers(by_label: dict[str, list[Answer]], order: Sequence[str]) -> lis
                     unbalanced=any(p.unbalanced for p in parsed),
                     truncated=any(p.truncated for p in parsed),
                     unaligned=sum(p.unaligned for p in parsed),
-                    first=join_labels(dict(zip(by_label, (p.first for p in parsed), strict=True)), order),
+                    first=joined(p.first for p in parsed),
                 ),
                 any(item.overlong for item in answers),
                 {span: confidence[span] for span in spans if span in confidence},

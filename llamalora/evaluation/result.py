@@ -1,11 +1,12 @@
 """Answers -> scores, and the files that keep both."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..corpus.documents import Document, Sentence, Span
+from ..corpus.documents import Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
 from ..task.parse import parse
 from ..task.prompt import Task
@@ -32,29 +33,35 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
     """Scores of answers against documents' own mentions of these labels, ready for JSON.
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
-    as a false positive. `secondary` has two other conventions: each string placed at its first
+    as a false positive. Such an entity has no offsets, so that no file of predictions can tell of it: `placed` is the
+    score without it, that which `python -m llamalora score` gives those files. `unscored` counts gold mentions of
+    other labels, which nobody asked for. `secondary` has two other conventions: each string placed at its first
     occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
     false positives and false negatives of each document for the headline, and for the first of the others,
     so that results can be compared document by document.
     """
     gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
-    exact, first, strings, gold_strings = set(), set(), set(), set()
+    placed, invented, first, strings, gold_strings = set(), set(), set(), set(), set()
     for item in answers:
         sentence, parsed = item.sentence, item.parsed
         here, text = (sentence.document, sentence.start), sentence.text
         named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
-        invented = {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
-        exact |= invented | {_key(sentence, span) for span in parsed.spans}
-        first |= invented | {_key(sentence, span) for span in parsed.first}
+        invented |= {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
+        placed |= {_key(sentence, span) for span in parsed.spans}
+        first |= {_key(sentence, span) for span in parsed.first}
         strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
         }
+    exact, first = placed | invented, first | invented
+    unscored = Counter(s.label for d in documents for s in d.spans if s.label not in labels)
     ids = [document.id for document in documents]
     by_document = document_counts(gold, exact, ids)
     return {
         **score(gold, exact, labels),
         "interval": bootstrap(by_document),
+        "placed": score(gold, placed, labels),
+        "unscored": {label: unscored[label] for label in label_order(unscored)},
         "secondary": {
             "first_occurrence": score(gold, first, labels),
             "string_set": score(gold_strings, strings, labels),
@@ -137,6 +144,15 @@ def format_report(result: dict) -> str:
             for name in ("unbalanced", "truncated", "unaligned", "not_in_source", "overlong")
         ),
     ]
+    if state["not_in_source"] and "placed" in result:
+        placed, headline = result["placed"]["micro"], result["micro"]
+        lines.append(
+            f"{headline['fp'] - placed['fp']} of the false positives stand nowhere in their sentence, so files of "
+            f"predictions lack them; `score` gives those F1 {100 * placed['f1']:.2f}"
+        )
+    if result.get("unscored"):
+        counts = ", ".join(f"{label} {number:,}" for label, number in result["unscored"].items())
+        lines.append(f"gold mentions of labels that the model is not asked for, which count nowhere: {counts}")
     if "speed" in result:
         speed = result["speed"]
         lines.append(

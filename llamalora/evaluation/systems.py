@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..corpus.documents import CorpusError, Document, Sentence, all_sentences, label_order
-from ..corpus.read import find_splits, read_documents
+from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
@@ -45,7 +45,7 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
     instruction, shots)."""
     tokenizer = load_tokenizer(settings.model)
     check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
-    splits = {name: read_documents(path) for name, path in find_splits(settings.data).items()}
+    splits = read_splits(settings.data)
     task = make_task(settings, splits)
     model = load_model(settings.model, DTYPES[precision], world.device)
     if adapter:

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,7 @@ class Cell:
         idle = {*Settings.FREE, "model", "data", *settings.idle}
         deciding = {name: value for name, value in asdict(settings).items() if name not in idle}
         content = json.dumps([deciding, fingerprints(settings)], sort_keys=True)
-        what = [settings.format, settings.labels.replace(",", "+")]
+        what = [settings.format, re.sub(r"[^\w+-]+", "_", settings.labels.replace(",", "+"))]
         what += ["prompt"] if settings.instruction or settings.shots else []
         what += [variant for variant in ("rslora", "dora") if getattr(settings, variant)]
         what += ["loraplus"] if settings.loraplus != 1 else []

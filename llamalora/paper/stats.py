@@ -4,10 +4,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from ..cli import UsageError
-from ..corpus.documents import Document, all_sentences, corpus_statistics, label_order, labels_of
-from ..corpus.read import find_splits, read_documents
+from ..corpus.documents import Document, Documents, all_sentences, corpus_statistics, label_order, labels_of, told
+from ..corpus.read import read_splits
+from ..task.parse import parse
 from ..task.prompt import Task, render_answer
+from ..task.score import score, span_keys
 from ..task.tokenizer import Tokenizer, load_tokenizer
 from ..text_table import aligned
 from .printed import SPLITS, TABLE5
@@ -20,14 +21,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
     tokenizer = load_tokenizer(arguments.model) if arguments.model else None
-    splits = {name: read_documents(path) for name, path in find_splits(arguments.data).items()}
-    result = statistics(splits, tokenizer)
+    result = statistics(read_splits(arguments.data), tokenizer)
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 
 
-def statistics(splits: dict[str, list[Document]], tokenizer: Tokenizer | None = None) -> dict[str, dict]:
-    """`corpus.statistics` of every split, and beside it
+def statistics(splits: dict[str, Documents], tokenizer: Tokenizer | None = None) -> dict[str, dict]:
+    """`corpus_statistics` of every split, and beside it
 
+    `notes`: what its reader did not take as it stands, each with its count;
+    `ceiling`: for each format the F1 of the right answers, above which no model can come: mentions that overlap or are
+    cut are in no answer, and a list does not say which occurrence of a string it means;
     `table5`: for a corpus of just Disease and Chemical, the paper's number of mentions by label;
     `tokens`: with a tokenizer, mean and maximum of a sentence and of its tagged form for all labels,
     which is what the model writes.
@@ -35,7 +38,9 @@ def statistics(splits: dict[str, list[Document]], tokenizer: Tokenizer | None = 
     labels = labels_of(document for documents in splits.values() for document in documents)
     result = {}
     for name, documents in splits.items():
-        result[name] = corpus_statistics(documents)
+        result[name] = corpus_statistics(documents) | {"notes": documents.notes}
+        if labels:
+            result[name]["ceiling"] = {form: ceiling(documents, labels, form) for form in ("tagging", "extraction")}
         if set(labels) == set(TABLE5):
             column = SPLITS.index(name)
             result[name]["table5"] = {label: TABLE5[label][column] for label in labels}
@@ -44,14 +49,21 @@ def statistics(splits: dict[str, list[Document]], tokenizer: Tokenizer | None = 
     return result
 
 
+def ceiling(documents: Sequence[Document], labels: tuple[str, ...], form: str) -> float:
+    """The micro F1 of answers that are right."""
+    task = Task(form, labels, per_label=False)
+    found = set()
+    for sentence in all_sentences(documents):
+        spans = parse(task, sentence.text, render_answer(task, sentence.text, sentence.spans)).spans
+        found |= {(sentence.document, sentence.start + s.start, sentence.start + s.end, s.label) for s in spans}
+    return score(span_keys(documents), found)["micro"]["f1"]
+
+
 def _tokens(documents: Sequence[Document], labels: tuple[str, ...], tokenizer: Tokenizer) -> dict[str, dict]:
     sentences = all_sentences(documents)
     texts = {"sentence": [sentence.text for sentence in sentences]}
     if labels:
-        try:
-            task = Task("tagging", labels, per_label=False)
-        except ValueError as error:
-            raise UsageError(f"--model: the corpus cannot be tagged ({error})") from None
+        task = Task("tagging", labels, per_label=False)
         texts["answer"] = [render_answer(task, sentence.text, sentence.spans) for sentence in sentences]
     return {
         what: _mean_and_max([len(tokenizer.encode_continuation(f" {text}")) for text in those])
@@ -78,8 +90,13 @@ def show(result: dict[str, dict]) -> str:
         lengths["tokens of it tagged"] = [split["tokens"]["answer"] for split in splits]
     for title, values in lengths.items():
         rows.append([f"{title}, mean (max)", *(f"{length['mean']:.1f} ({length['max']:,})" for length in values)])
-    note = "\n\n✓ as in Table 5 of the paper" if "✓" in str(rows) else ""
-    return aligned(rows) + note
+    if labels:
+        for form in ("tagging", "extraction"):
+            values = (f"{100 * split['ceiling'][form]:.2f}" if split["mentions"] else "" for split in splits)
+            rows.append([f"F1 of right answers, {form}", *values])
+    notes = [f"{name}: {note}" for name, split in result.items() for note in told(split["notes"])]
+    notes += ["✓ as in Table 5 of the paper"] * ("✓" in str(rows))
+    return "\n".join([aligned(rows), *[""] * bool(notes), *notes])
 
 
 def _beside_table5(split: dict, label: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from ..cli import UsageError, add_flags
 from ..corpus.documents import Span, labels_of
-from ..corpus.read import find_splits, read_documents
+from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World, join_world
 from ..files import replace_file, write_json
 from ..model.checkpoint import read_config
@@ -99,7 +99,7 @@ def numbers(text: str, flag: str, kind: type) -> tuple:
 
 def define(name: str, arguments: argparse.Namespace, base: Settings) -> Table:
     if name in ("1", "2"):
-        labels = labels_of(d for path in find_splits(base.data).values() for d in read_documents(path))
+        labels = labels_of(document for documents in read_splits(base.data).values() for document in documents)
         if not labels:
             raise UsageError(f"--data {base.data}: the corpus holds no mention, so there is no label to learn")
         if name == "1":
@@ -143,7 +143,7 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
 def counted(name: str, base: Settings) -> str:
     """Tables 5 to 8 as Markdown."""
     if name == "5":
-        splits = {split: read_documents(path) for split, path in find_splits(base.data).items()}
+        splits = read_splits(base.data)
         title, text = f"Mentions by label ({Path(base.data).name})", stats.show(stats.statistics(splits))
     elif name == "6":
         title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())

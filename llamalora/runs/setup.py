@@ -16,7 +16,7 @@ from ..model.checkpoint import load_model, model_files, read_config, save_model,
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
-from ..task.prompt import Task, draw_demonstrations
+from ..task.prompt import Task, draw_demonstrations, listed_labels
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .folder import TOKENIZER_FILES, read_settings, trained_folder
 from .settings import ResolvedSettings, Settings
@@ -32,7 +32,7 @@ def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
     if settings.labels == "all":
         labels, per_label = known, False
     else:
-        labels = tuple(label.strip() for label in settings.labels.split(",") if label.strip())
+        labels = listed_labels(settings.labels, known)
         per_label = len(labels) == 1
         unknown = [label for label in labels if label not in known]
         if unknown or not labels:

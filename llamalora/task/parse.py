@@ -165,9 +165,10 @@ def _parse_extraction(task: Task, text: str, output: str, truncated: bool) -> Pa
     if task.per_label:
         outside, lists = "", [(task.labels[0], output)]
     else:
-        heads = "|".join(map(re.escape, task.labels))
+        meaning = {name: label for label, name in task.names.items()}
+        heads = "|".join(map(re.escape, meaning))
         outside, *pieces = re.split(rf"(?:^|;)\s*({heads}):(?=\s|$)", output.strip())
-        lists = list(zip(pieces[::2], pieces[1::2], strict=True))
+        lists = [(meaning[name], items) for name, items in zip(pieces[::2], pieces[1::2], strict=True)]
     written = [(label, string) for label, items in lists for string in _items(text, items)]
     entities = tuple(dict.fromkeys(written))
     missing = tuple((label, string) for label, string in entities if not _occurrences(text, string))

@@ -4,8 +4,12 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain, count
 
 from ..corpus.documents import Sentence, Span
+
+_NAME = re.compile(r"(?![\s/])[^\[\]@#:;,\n\r\t]+(?<!\s)")  # a label that tags and lists can hold as it is
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,8 @@ class Task:
             raise ValueError(f"format is {self.format!r}, must be 'tagging' or 'extraction'")
         if not isinstance(self.labels, tuple) or not self.labels or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels must be a tuple of one or more different labels, not {self.labels!r}")
-        for label in self.labels:
-            if not re.fullmatch(r"\w([^\[\]@#:;,\n]*\w)?", label):
-                raise ValueError(f"label {label!r} must begin and end with letter or digit, without []@#:;,")
+        if not all(isinstance(label, str) and label.strip() for label in self.labels):
+            raise ValueError(f"labels must be words, not {self.labels!r}")
         if self.per_label and len(self.labels) != 1:
             raise ValueError(f"a per-label task has exactly one label, not {', '.join(self.labels)}")
 
@@ -47,9 +50,22 @@ class Task:
         pairs = tuple((text, answer) for text, answer in values.get("demonstrations", ()))
         return cls(**{**values, "labels": tuple(values["labels"]), "demonstrations": pairs})
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What prompts and answers call each label: the label itself, unless it holds what the formats need for
+        themselves. Such characters become `_`, and a number follows where that is another label's name."""
+        names = {label: label for label in self.labels if _NAME.fullmatch(label)}
+        for label in self.labels:
+            if label not in names:
+                plain = re.sub(r"[\[\]@#:;,\s]+|^/", "_", label)
+                numbered = (f"{plain}_{number}" for number in count(2))
+                names[label] = next(name for name in chain([plain], numbered) if name not in names.values())
+        return {label: names[label] for label in self.labels}
+
     def tags(self, label: str) -> tuple[str, str]:
         """The opening and the closing tag of a label."""
-        return ("@@", "##") if self.per_label else (f"[{label}]", f"[/{label}]")
+        name = self.names[label]
+        return ("@@", "##") if self.per_label else (f"[{name}]", f"[/{name}]")
 
 
 # ---- writing: prompt and answer ----
@@ -63,20 +79,22 @@ def render_prompt(task: Task, text: str) -> str:
 
 
 def _instruction(task: Task) -> str:
-    names = _listed(task.labels)
+    names = _listed([*task.names.values()])
     start = f"The task is to identify {names} entities in the input. Please "
     if task.format == "tagging" and task.per_label:
         return start + (
             f"rewrite the input text and surround the start and end of {names} entities with @@ and ##, respectively."
         )
     if task.format == "tagging":
-        marks = _listed([f"{label} entities with {' and '.join(task.tags(label))}" for label in task.labels])
+        marks = _listed(
+            [f"{name} entities with {' and '.join(task.tags(label))}" for label, name in task.names.items()]
+        )
         return start + f"rewrite the input text and surround the start and end of {marks}, respectively."
     if task.per_label:
         return start + f"list the {names} entities of the input text, separated by commas."
     return start + (
         "list the entities of the input text by type, in the form "
-        + "; ".join(f"{label}: entity, entity" for label in task.labels)
+        + "; ".join(f"{name}: entity, entity" for name in task.names.values())
         + "."
     )
 
@@ -104,8 +122,23 @@ def render_answer(task: Task, text: str, spans: Iterable[Span]) -> str:
     for label in task.labels:
         strings = dict.fromkeys(text[span.start : span.end] for span in spans if span.label == label)
         if strings:
-            lists.append(("" if task.per_label else f"{label}: ") + ", ".join(strings))
+            lists.append(("" if task.per_label else f"{task.names[label]}: ") + ", ".join(strings))
     return "; ".join(lists)
+
+
+def listed_labels(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The labels that a comma list names. Commas of known labels do not part them, so `T047,T033` may be one label;
+    a space behind a comma tells a list from such a label."""
+    known = set(known)
+    parts = text.split(",")
+    found = []
+    while parts:
+        joined = [",".join(parts[:size]) for size in range(len(parts), 0, -1)]
+        label = next((label for label in joined if label.strip() in known), parts[0])
+        del parts[: label.count(",") + 1]
+        if label.strip():
+            found.append(label.strip())
+    return tuple(found)
 
 
 def draw_demonstrations(task: Task, sentences: Sequence[Sentence], k: int, seed: int) -> tuple[tuple[str, str], ...]:

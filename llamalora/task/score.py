@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..corpus.documents import CorpusError, Document, label_order, labels_of
+from ..corpus.documents import CorpusError, Document, label_order, labels_of, told
 from ..corpus.read import read_documents
 from ..text_table import aligned
 
@@ -111,7 +111,8 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def score_files(gold_path: str | Path, predicted_path: str | Path) -> dict:
-    """`score` of two files, with the number of `documents` and of those `missing` in the predictions.
+    """`score` of two files, with the number of `documents`, of those `missing` in the predictions, and `notes` on what
+    of the files was not taken as it stands.
 
     What is missing counts as missed. PubTator predictions may be mention lines alone. Raises CorpusError for
     predictions about other documents, or about other texts, than the gold's.
@@ -129,7 +130,9 @@ def score_files(gold_path: str | Path, predicted_path: str | Path) -> dict:
                 f"{gold_path}; offsets mean nothing across different texts"
             )
     result = score(span_keys(gold), span_keys(predicted), labels_of(gold))
-    return {**result, "documents": len(gold), "missing": len(gold) - len(predicted)}
+    files = {gold_path: gold, predicted_path: predicted}
+    notes = [f"{path}: {note}" for path, documents in files.items() for note in told(documents.notes)]
+    return {**result, "documents": len(gold), "missing": len(gold) - len(predicted), "notes": notes}
 
 
 def _some(ids: Iterable[str]) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..corpus.documents import CorpusError, Document, Sentence, all_sentences
-from ..corpus.read import find_splits, read_documents
+from ..corpus.documents import CorpusError, Documents, Sentence, all_sentences
+from ..corpus.read import read_splits
 from ..distributed.world import World
 from ..runs.folder import check_resumable
 from ..runs.settings import ResolvedSettings, Settings, resolve
@@ -34,7 +34,7 @@ class Job:
 
     settings: ResolvedSettings
     why: dict[str, str]
-    splits: dict[str, list[Document]]
+    splits: dict[str, Documents]
     task: Task
     tokenizer: Tokenizer
     sentences: list[Sentence]
@@ -74,7 +74,7 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day
     if resume:
         check_resumable(Path(resolved.out), resolved)
-    splits = {name: read_documents(path) for name, path in find_splits(resolved.data).items()}
+    splits = read_splits(resolved.data)
     if "train" not in splits:
         raise CorpusError(f"{resolved.data}: has no training split")
     task = make_task(resolved, splits)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..corpus.documents import told
 from ..distributed.world import World
 from ..files import naming, replace_file
 from ..lora.inject import count_parameters, what_learns
@@ -37,6 +38,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
         f"data       {settings.data} ({why['data']}), "
         + ", ".join(f"{len(documents)} {name} documents" for name, documents in job.splits.items())
+        + "".join(f"\n           {name}: {note}" for name, those in job.splits.items() for note in told(those.notes))
         + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
         + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+from collections import Counter
 
 import pytest
 
@@ -16,7 +17,7 @@ from llamalora.corpus.documents import (
     sentences_of,
 )
 from llamalora.corpus.pubtator import write_pubtator
-from llamalora.corpus.read import find_splits, read_documents
+from llamalora.corpus.read import find_splits, read_documents, stream_documents
 
 TABLE_5 = {"train": (4182, 5203), "dev": (4244, 5347), "test": (4424, 5385)}
 
@@ -52,6 +53,22 @@ def write(path, text: str | bytes):
 
 def strings(document: Document) -> list[tuple[str, str]]:
     return [(document.text[span.start : span.end], span.label) for span in document.spans]
+
+
+NOTE = {
+    "number": "lines whose running number was skipped",
+    "no word": "lines that are no words (numbered as 1-2 or 8.1), skipped",
+    "comment": "comment lines skipped",
+    "layer": "mentions from a further column of tags",
+    "phrase": "tags of phrases (such as NP) in another column, left out",
+    "several": "tokens with several tags in one cell, all read",
+    "before": "lines whose tag stands before the last column",
+    "width": "lines with another number of columns than most, of which the first and last count",
+    "trimmed": "mentions trimmed of whitespace at their ends",
+    "blank": "mentions of nothing but whitespace, left out",
+    "tab": "tabs in texts, read as spaces",
+    "written": "mentions whose text has other case, spaces or quotes, taken by their offsets",
+}
 
 
 # ---- PubTator ----
@@ -125,6 +142,98 @@ def test_predictions_may_be_mentions_alone(tmp_path):
         read_documents(path, gold[1:])
 
 
+@pytest.mark.parametrize(
+    "line, mention, notes",
+    [
+        ("7\t0\t12\tfamilialFMF\tDisease", "Familial FMF", ["written"]),
+        ('7\t0\t12\t"familial" FMF\tDisease', "Familial FMF", ["written"]),
+        ("7\t18\t25\tp53\tGene\t7157", "`p53` ‘", ["written"]),
+        ("7\t8\t12\tFMF\tDisease", "FMF", ["trimmed"]),
+        ("7\t8\t13\tfmf\tDisease", "FMF", ["written", "trimmed"]),
+        ("7\t9\t12\t FMF \tDisease", "FMF", []),
+        ("7\t12\t13\t \tDisease", None, ["blank"]),
+        ("7\t18\t23\t`p53`\tProteinMutation\ttmVar:p|SUB|R;RS#:6025\t2153\t", "`p53`", []),
+        ("7\tCID\tD001\t-1", None, []),
+        ("7\tPositive_Correlation\t7157\tD003\tNovel", None, []),
+        ("7\tassociate\tGene|7157\tDisease|MESH:D003\tNo", None, []),
+    ],
+)
+def test_official_lines(tmp_path, line, mention, notes):
+    """NCBI Disease, tmVar, GNormPlus and BioRED: what curators wrote in their own way is where the offsets say."""
+    text = f"7|t|Familial FMF and  `p53` ‘x’\n7|a|\n{line}\n"
+    (document,) = documents = read_documents(write(tmp_path / "x.txt", text))
+    assert [string for string, _ in strings(document)] == ([mention] if mention else [])
+    assert documents.notes == {NOTE[name]: 1 for name in notes}
+
+
+@pytest.mark.parametrize("line", ["7\tx0\t3\tFlu", "7\tx\t3\tFlu2", "7\t0\t3\tFlu", "7\tO\t3\tFlu", "7\tab\tFlu\tD1"])
+def test_a_malformed_mention_is_no_relation(tmp_path, line):
+    with pytest.raises(CorpusError, match=":3: neither"):
+        read_documents(write(tmp_path / "x.txt", f"7|t|Flu\n7|a|\n{line}\n"))
+
+
+def test_a_tab_in_a_text_is_a_space_to_every_reader(tmp_path):
+    """Otherwise `score` finds another text in the predictions, which cannot hold the tab."""
+    path = write(tmp_path / "x.txt", "7|t|A\tfever\n7|a|So\tit\tis.\n7\t2\t7\tfever\tDisease\n")
+    (document,) = documents = read_documents(path)
+    assert (document.text, strings(document)) == ("A fever So it is.", [("fever", "Disease")])
+    assert documents.notes == {NOTE["tab"]: 3}
+    handle = io.StringIO()
+    write_pubtator(documents, handle)
+    assert read_documents(write(tmp_path / "predicted.txt", handle.getvalue()), documents) == documents
+    notes = Counter()
+    assert [d.text for d in stream_documents(str(path), notes)] == [document.text] and notes == documents.notes
+
+
+# ---- streams ----
+
+
+def streamed(path) -> list[tuple[str, str]]:
+    return [(document.id, document.text) for document in stream_documents(str(path), Counter())]
+
+
+def test_a_stream_refuses_what_the_reader_refuses(tmp_path):
+    """Two documents of one id gave mentions of one to the other."""
+    path = write(tmp_path / "x.txt", "\n7|t|A fever that lasts.\n7|a|\n\n7|t|Rash.\n7|a|\n")
+    for read in (read_documents, streamed):
+        with pytest.raises(CorpusError, match=":5: a second document 7; ids must be unique"):
+            read(path)
+
+
+def test_a_stream_takes_mentions_that_stand_apart(tmp_path):
+    lines = [*LINES[:2], *LINES[8:], *LINES[2:8]]
+    path = write(tmp_path / "x.txt", "\n".join(lines))
+    assert streamed(path) == [(d.id, d.text) for d in read_documents(path)]
+    with pytest.raises(CorpusError, match=":11: a mention of document 9, which has no title line"):
+        streamed(write(path, "\n".join([*lines, "9\t0\t1\tx\tGene"])))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.tsv", "x.conll.gz", "nameless"])
+@pytest.mark.parametrize("head", ["", "\n", "-DOCSTART- -X- O\n\n", "# a comment\n", "###MEDLINE:1\n\n"])
+def test_a_stream_knows_conll(tmp_path, name, head):
+    """Each line was a document of its own."""
+    data = (head + IOB2).encode()
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    notes = Counter()
+    documents = list(stream_documents(str(path), notes))
+    expected = read_documents(write(tmp_path / "x.iob", data))
+    assert [(d.text, d.sentences, d.spans) for d in documents] == [(d.text, d.sentences, ()) for d in expected]
+    assert notes["documents read as CoNLL (a token and its tag a line)"] == len(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["Vitamin O\n\nNone.\n", "We gave B-12 to her.\nIt was O in it.\n", "# Notes\n\nNo fever.\n", "a\tb\n"]
+)
+def test_a_stream_of_text_stays_text(tmp_path, text):
+    lines = enumerate(text.splitlines(), start=1)
+    assert streamed(write(tmp_path / "x.txt", text)) == [(str(number), line) for number, line in lines if line]
+
+
+def test_a_stream_of_what_is_named_conll_is_conll(tmp_path):
+    with pytest.raises(CorpusError, match="x.conll:2: only one column, 'fever'"):
+        streamed(write(tmp_path / "x.conll", "A O\nfever\n"))
+
+
 # ---- CoNLL ----
 
 IOB2 = """Zorba B-Chemical
@@ -179,7 +288,7 @@ def test_conll_documents(tmp_path):
     "line, text, message",
     [
         (2, "fever O\nnausea\n", "only one column, 'nausea'"),
-        (2, "fever O\n\tO\n", "only one column"),
+        (2, "fever O\n\tO\n", "no token in the first column"),
         (1, "fever Disease\n", "'Disease' is no tag"),
         (3, "fever O\n\nnausea B-\n", "'B-' is no tag"),
         (1, "fever B\n", "'B' is no tag"),
@@ -199,7 +308,95 @@ def test_conll_predictions_take_the_ids_of_the_gold(tmp_path):
         read_documents(tmp_path / "mine.tsv", gold[:1])
 
 
+@pytest.mark.parametrize(
+    "text, mentions, notes",
+    [
+        # columns that count: in each sentence from 0 or 1, on through the file, sentences before tokens
+        ("0\tAda\tB-PER\n1\tfell\tO\n\n0\tBo\tB-PER\n", "Ada fell (PER Ada) Bo (PER Bo)", {"number": 3}),
+        ("1 Ada B-PER\n2 fell O\n\n3 Bo B-PER\n", "Ada fell (PER Ada) Bo (PER Bo)", {"number": 3}),
+        ("7 1 Ada B-PER\n7 2 fell O\n", "Ada fell (PER Ada)", {"number": 4}),
+        ("1984 CD O\nwas VB O\n2001 CD O\n", "1984 was 2001", {}),
+        ("2 O\n3 B-NUM\n", "2 3 (NUM 3)", {}),
+        # as in CoNLL-U, with the tag before columns that hold none
+        (
+            "# text = B-12 in O\n1-2\tinm\t_\t_\n1\tin\tO\t_\n2\tRome\tB-LOC\t_\n2.1\tx\t_\t_\n3\t.\tO\t_\n",
+            "in Rome . (LOC Rome)",
+            {"comment": 1, "number": 3, "no word": 2, "before": 3},
+        ),
+        # GermEval 2014: two layers; its comments hold a tab
+        (
+            "#\thttp://a.b [2009-10-17]\n1\tTU\tB-ORG\tO\n2\tRome\tI-ORG\tB-LOC\n",
+            "TU Rome (ORG TU Rome) (LOC Rome)",
+            {"comment": 1, "number": 2, "layer": 1},
+        ),
+        # MultiCoNER; a token may be a number sign
+        ("# id 4e2 domain=en\nAda _ _ B-PER\n# _ _ O\n", "Ada # (PER Ada)", {"comment": 1}),
+        ("###MEDLINE:1\n\nIL-2\tB-DNA\ngene\tI-DNA\n", "IL-2 gene (DNA IL-2 gene)", {"comment": 1}),
+        # CoNLL-2003: its phrases are no mentions; a corpus of phrases alone is one
+        ("EU NNP B-NP B-ORG\nrejects VBZ B-VP O\n", "EU rejects (ORG EU)", {"phrase": 2}),
+        ("EU NNP B-NP\nrejects VBZ B-VP\n", "EU rejects (NP EU) (VP rejects)", {}),
+        # several tags in a cell, each mention going on by itself; a label may look like a list
+        ("a B-X|B-Y\nb I-X|O\nc I-Y\n", "a b c (Y a) (X a b) (Y c)", {"several": 2}),
+        ("a B-X|B-X\nb I-X\n", "a b (X a) (X a b)", {"several": 1}),
+        ("a B-X,B-Y\nb O\n", "a b (X a) (Y a)", {"several": 1}),
+        ("a B-T047,T033\nb I-T047,T033\n", "a b (T047,T033 a b)", {}),
+        # BMES
+        ("中 B-LOC\n国 M-LOC\n人 E-LOC\n京 S-LOC\n人 M-PER\n", "中 国 人 京 人 (LOC 中 国 人) (LOC 京) (PER 人)", {}),
+        ("EU NNP O\nrejects O\nit PRP O\n", "EU rejects it", {"width": 1}),
+        ("\u00a0x\tB-D\n\u2003\tI-D\ny\tO\n\u00a0\tB-D\n", "\u00a0x \u2003 y \u00a0 (D x)", {"trimmed": 1, "blank": 1}),
+    ],
+)  # fmt: skip
+def test_other_people_s_conll(tmp_path, text, mentions, notes):
+    """Numbers are no tokens, no label is invented, no layer vanishes without a word."""
+    documents = read_documents(write(tmp_path / "x.tsv", text))
+    found = [" ".join([d.text, *(f"({s.label} {d.text[s.start : s.end]})" for s in d.spans)]) for d in documents]
+    assert " ".join(found) == mentions
+    assert documents.notes == {NOTE[name]: count for name, count in notes.items()}
+
+
+def test_gold_beside_predictions_is_refused(tmp_path):
+    """As layers they would be read together, and each counted as the other."""
+    path = write(tmp_path / "x.tsv", "Ada NN B-PER B-PER\nfell VB O O\nRome NN B-LOC B-PER\n")
+    with pytest.raises(CorpusError, match="of 4 columns, 3 and 4 hold mostly the same tags"):
+        read_documents(path)
+
+
 # ---- any file ----
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path):
+    lines = [*LINES[:2], "7\tx0\t3\tFlu", "7\t1\t2\tFlu\tDisease", LINES[2], "7\t900\t901\tx\tGene", "8|a|y"]
+    path = write(tmp_path / "bad.txt", "\n".join(lines))
+    with pytest.raises(CorpusError) as caught:
+        read_documents(path)
+    told = [line.strip().removeprefix(f"{path}:") for line in str(caught.value).splitlines()]
+    assert [line[:20] for line in told] == [
+        "3: neither `id|t|tit", "4: at 1 to 2 stands ", "6: offsets 900 to 90", "7: the abstract of 8",
+    ]  # fmt: skip
+    path = write(tmp_path / "bad.tsv", "x Y\n" * 33)
+    with pytest.raises(CorpusError) as caught:
+        read_documents(path)
+    told = str(caught.value).splitlines()
+    assert len(told) == 21 and told[19].strip().startswith(f"{path}:20: ") and told[20].strip() == "and 13 more faults"
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\r\r\n"])
+def test_line_ends(tmp_path, end):
+    """Bare CR made a whole file one title, and CR CR LF a sentence of each token."""
+    for name, text in (("x.txt", "\n".join(LINES)), ("x.tsv", IOB2)):
+        plain = read_documents(write(tmp_path / name, text))
+        assert read_documents(write(tmp_path / name, text.replace("\n", end))) == plain
+        assert read_documents(write(tmp_path / name, text.replace("\n", end) + end + "\n")) == plain
+    with pytest.raises(CorpusError, match=r"x.txt:3: byte 12 \(0xe9\)"):
+        read_documents(write(tmp_path / "x.txt", b"7|t|a\r7|a|b\r\xe9"))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\u00a0", "\x0b", "\x1c"])
+def test_characters_that_end_no_line(tmp_path, mark):
+    (document,) = read_documents(write(tmp_path / "x.txt", f"7|t|A{mark}fever\n7|a|\n7\t2\t7\tfever\tDisease\n"))
+    assert (document.text, strings(document)) == (f"A{mark}fever", [("fever", "Disease")])
+    (document,) = read_documents(write(tmp_path / "x.tsv", f"A{mark}b O\nfever B-Disease\n"))
+    assert (document.text, strings(document)) == (f"A{mark}b fever", [("fever", "Disease")])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.PubTator.txt.gz"])
@@ -294,7 +491,8 @@ def test_labels_in_the_papers_order():
     ],
 )
 def test_pubtator_round_trip(tmp_path, text):
-    spans = tuple(sorted({Span(k, k + 2, "Disease") for k in range(0, len(text) - 1, 3)}))
+    places = (k for k in range(0, len(text) - 1, 3) if text[k : k + 2] == text[k : k + 2].strip())
+    spans = tuple(Span(k, k + 2, "Disease") for k in places)
     other = Document("8", "Other.", (), ((0, 6),))
     handle = io.StringIO()
     write_pubtator([Document("7-1", text, spans, sentence_bounds(text)), other], handle)

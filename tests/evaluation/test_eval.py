@@ -18,7 +18,7 @@ from llamalora.distributed.world import join_world
 from llamalora.evaluation.answer import Answer, answer_sentences, confidences, join_answers, select_sentences
 from llamalora.evaluation.constrain import Constraint
 from llamalora.evaluation.generate import generate
-from llamalora.evaluation.result import assess, predicted_documents, read_answers, read_result
+from llamalora.evaluation.result import assess, format_report, predicted_documents, read_answers, read_result
 from llamalora.evaluation.systems import load_run
 from llamalora.runs.folder import read_task
 from llamalora.task.parse import parse
@@ -51,7 +51,8 @@ def test_eval_agrees_with_score_on_its_own_predictions(runs, tmp_path, capsys):
     assert result == json.loads((runs / "all" / "eval-test.json").read_text())
     run_command(command, ["score", "data/sample/test.PubTator.txt", str(predictions), "--json"])
     scored = json.loads(capsys.readouterr().out)
-    # entities that no source holds have no place in a PubTator file; apart from them the counts are the same
+    # entities that no source holds have no place in a PubTator file; `placed` counts without them
+    assert result["placed"] == {key: scored[key] for key in ("micro", "types")}
     invented = result["health"]["not_in_source"]
     for key, more in (("tp", 0), ("fn", 0), ("fp", invented)):
         assert result["micro"][key] == scored["micro"][key] + more
@@ -97,6 +98,90 @@ def test_predict_writes_json_lines_and_pubtator(runs, tmp_path, capsys):
     out = tmp_path / "out.PubTator"
     out.write_text(capsys.readouterr().out)
     assert [d.text for d in read_documents(out)] == [d.text for d in read_documents(gold)]
+
+
+def run_predict(capsys, *flags) -> tuple[str, str]:
+    run_command(command, ["predict", *map(str, flags)])
+    return capsys.readouterr()
+
+
+def test_predict_refuses_two_documents_of_one_id(runs, tmp_path, capsys):
+    """It gave mentions of the first to the second, outside its text."""
+    text = tmp_path / "text.txt"
+    text.write_text("7|t|Aspirin caused nausea and a fever that lasted.\n7|a|\n\n7|t|It did.\n7|a|\n")
+    with pytest.raises(SystemExit) as stop:
+        run_predict(capsys, "--run", runs / "all", text)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{text}:4: a second document 7" in err
+
+
+def test_predict_reads_conll_as_sentences(runs, tmp_path, capsys):
+    """Each line was a document. What it writes can be scored."""
+    gold = tmp_path / "gold.tsv"
+    gold.write_text("1\tAspirin\tB-Chemical\n2\tcaused\tO\n3\tnausea\tB-Disease\n\n1\tNone\tO\n2\tdied\tO\n")
+    out, err = run_predict(capsys, "--run", runs / "all", gold)
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["Aspirin caused nausea", "None died"]
+    assert f"{gold}: documents read as CoNLL (a token and its tag a line): 2" in err
+    assert f"{gold}: lines whose running number was skipped: 5" in err
+    predicted = tmp_path / "out.PubTator"
+    predicted.write_text(run_predict(capsys, "--run", runs / "all", "--to", "pubtator", gold)[0])
+    run_command(command, ["score", str(gold), str(predicted), "--json"])
+    out, err = capsys.readouterr()
+    scored = json.loads(out)
+    assert scored["micro"]["tp"] + scored["micro"]["fn"] == 2 and scored["missing"] == 0
+    assert scored["notes"] == [f"{gold}: lines whose running number was skipped: 5"] == err.splitlines()
+
+
+def test_predictions_about_a_text_with_a_tab_can_be_scored(runs, tmp_path, capsys):
+    gold, predicted = tmp_path / "gold.txt", tmp_path / "out.txt"
+    gold.write_text("7|t|Aspirin\tcaused nausea.\n7|a|\n7\t0\t7\tAspirin\tChemical\n")
+    predicted.write_text(run_predict(capsys, "--run", runs / "all", "--to", "pubtator", gold)[0])
+    run_command(command, ["score", str(gold), str(predicted), "--json"])
+    assert json.loads(capsys.readouterr().out)["documents"] == 1
+
+
+@pytest.mark.parametrize("form", ["jsonl", "pubtator"])
+def test_predict_says_which_sentences_it_has_not_read(runs, tmp_path, capsys, form):
+    long = "and " * 2000 + "so on."
+    text = tmp_path / "text.txt"
+    text.write_text(f"No drug was given. {long.capitalize()} He died.\nNone.\n")
+    out, err = run_predict(capsys, "--run", runs / "all", "--to", form, text)
+    assert f"document 1: the sentence from 19 to {19 + len(long)} may lack mentions: longer than the model's" in err
+    if form == "jsonl":
+        first, second = (json.loads(line)["unread"] for line in out.splitlines())
+        assert [19, 19 + len(long)] in first and [19, 19 + len(long)] not in second
+
+
+def test_gold_of_labels_that_the_model_does_not_know_is_told(runs, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dev.tsv").write_text("Rome\tB-PLACE\nfell\tO\nAda\tB-PER\n\nA\tO\nfever\tB-Disease\nBo\tB-PER\n")
+    flags = ("--run", runs / "all", "--data", data, "--out", tmp_path)
+    result = run_eval(capsys, *flags)
+    assert result["unscored"] == {"PER": 2, "PLACE": 1}
+    assert result["micro"]["tp"] + result["micro"]["fn"] == 1
+    run_command(evaluation.main, list(map(str, flags)))
+    assert "which count nowhere: PER 2, PLACE 1" in capsys.readouterr().out
+
+
+def test_any_label_set_is_trained_and_scored(tmp_path, capsys):
+    """Labels that tags cannot hold were refused, with a word about --labels, which nobody had given."""
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = "1\tAspirin\tB-C++\n2\tcaused\tO\n3\tnausea\tB-T047,T033\n4\there\tB-T047\n\n"
+    for split in ("train", "dev"):
+        (data / f"{split}.tsv").write_text(lines * 3)
+    size = ["--epochs", "1", "--model", "weights/tiny", "--data", str(data)]
+    run_command(train.main, [*size, "--out", str(tmp_path / "all")])
+    out = capsys.readouterr().out
+    assert "tagging of C++, T047, T047,T033" in out and "[T047_T033]nausea[/T047_T033]" in out
+    assert out.count("lines whose running number was skipped: 12") == 2
+    result = read_result(tmp_path / "all", "dev")
+    assert list(result["types"]) == ["C++", "T047", "T047,T033"] and result["unscored"] == {}
+    run_command(train.main, [*size, "--out", str(tmp_path / "one"), "--labels", "T047,T033", "--limit-train", "2"])
+    assert read_task(tmp_path / "one") == Task("tagging", ("T047,T033",), per_label=True)
+    assert read_result(tmp_path / "one", "dev")["unscored"] == {"C++": 3, "T047": 3}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +314,9 @@ def test_an_entity_that_is_not_in_the_source_is_a_false_positive():
     (answer,) = gold_answers([document], task, lambda output: "fever")
     result = assess([document], [answer], task.labels)
     assert (result["micro"]["tp"], result["micro"]["fp"]) == (0, 1)
+    assert result["placed"]["micro"]["fp"] == 0
+    told = "1 of the false positives stand nowhere in their sentence, so files of predictions lack them"
+    assert told in format_report(result)
     assert result["health"]["not_in_source"] == 1
 
 
@@ -251,6 +339,21 @@ def test_joined_answers_obey_the_order():
     (chemical,) = join_answers(answers, ("Chemical", "Disease"))
     assert [span.label for span in disease.parsed.spans] == ["Disease"]
     assert [span.label for span in chemical.parsed.spans] == ["Chemical"]
+
+
+def test_joined_answers_keep_every_label_of_each_system():
+    """Those of a system of two labels were lost."""
+    document = Document("1", "Lead in Rome kills.", (), ((0, 19),))
+    outputs = {
+        ("Disease", "Chemical"): "[Chemical]Lead[/Chemical] in Rome [Disease]kills[/Disease].",
+        ("PLACE", "PER"): "Lead in [PLACE]Rome[/PLACE] [PER]kills[/PER].",
+    }
+    answers = {
+        "+".join(labels): list(gold_answers([document], Task("tagging", labels, False), lambda _, o=output: o))
+        for labels, output in outputs.items()
+    }
+    (joined,) = join_answers(answers, ("Disease", "Chemical", "PER", "PLACE"))
+    assert [span.label for span in joined.parsed.spans] == ["Chemical", "PLACE", "Disease"]
 
 
 def test_each_extracted_string_is_placed_once_under_the_other_convention():

@@ -1,13 +1,14 @@
 """Corpus statistics: against the paper's Table 5, and against counts made another way."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from llamalora.__main__ import main
 from llamalora.cli import run_command
-from llamalora.corpus.documents import sentences_of
+from llamalora.corpus.documents import Documents, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.paper.stats import statistics
 from llamalora.task.prompt import Task, render_answer
@@ -81,7 +82,7 @@ def test_a_corpus_without_mentions(tmp_path, tiny_sentencepiece, capsys):
     (tmp_path / "train.txt").write_text("Nothing O\nhere O\n")
     text = printed(capsys, "--data", tmp_path, "--model", tiny_sentencepiece)
     assert "tokens of a sentence" in text and "tagged" not in text
-    assert statistics({"train": []})["train"]["sentences"] == 0
+    assert statistics({"train": Documents()})["train"]["sentences"] == 0
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -96,10 +97,25 @@ def test_bad_input_ends_with_code_2(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_labels_that_no_tag_can_hold(tmp_path, tiny_sentencepiece, capsys):
+def test_any_label_can_be_tagged(tmp_path, tiny_sentencepiece, capsys):
+    """Before, the labels of this corpus were refused."""
     (tmp_path / "train.txt").write_text("Rome B-a;b\n")
-    assert stats(capsys, "--data", tmp_path)["train"]["mentions"] == {"a;b": 1}
-    with pytest.raises(SystemExit) as ended:
-        run_command(main, ["stats", "--data", str(tmp_path), "--model", str(tiny_sentencepiece)])
-    assert ended.value.code == 2
-    assert "cannot be tagged" in capsys.readouterr().err
+    result = stats(capsys, "--data", tmp_path, "--model", tiny_sentencepiece)["train"]
+    assert result["mentions"] == {"a;b": 1}
+    assert result["tokens"]["answer"]["max"] > result["tokens"]["sentence"]["max"]
+
+
+def test_the_ceiling_of_each_format(tmp_path, capsys):
+    """Two of three mentions of a string that is tagged once in two of its places; of nested ones the outer alone."""
+    lines = "Art B-LAW\n5 I-LAW\nand O\nArt O\n5 O\n\nArt B-LAW\n7 I-LAW\n"
+    (tmp_path / "train.txt").write_text(lines)
+    result = stats(capsys, "--data", tmp_path)["train"]["ceiling"]
+    assert result == {"tagging": 1.0, "extraction": pytest.approx(4 / 5)}  # 2 found, 1 too many
+    nested = "TU\tB-ORG\tO\nRome\tI-ORG\tB-LOC\n"
+    (tmp_path / "train.txt").write_text(nested)
+    result = stats(capsys, "--data", tmp_path)["train"]
+    assert result["ceiling"] == {"tagging": pytest.approx(2 / 3), "extraction": pytest.approx(2 / 3)}
+    assert result["overlapping"] == 1 and result["notes"] == {"mentions from a further column of tags": 1}
+    text = printed(capsys, "--data", tmp_path)
+    assert re.search(r"^F1 of right answers, extraction +66.67$", text, re.MULTILINE)
+    assert "\n\ntrain: mentions from a further column of tags: 1" in text
