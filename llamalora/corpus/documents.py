@@ -109,7 +109,7 @@ def sentences_of(document: Document) -> list[Sentence]:
     """The document's sentences with their mentions.
 
     Of overlapping mentions the longest stays; a mention that crosses a sentence end is in no sentence
-    (`statistics` counts both).
+    (`corpus_statistics` counts both).
     """
     result = []
     for start, end in document.sentences:
@@ -148,7 +148,7 @@ def labels_of(documents: Iterable[Document]) -> tuple[str, ...]:
 def corpus_statistics(documents: Sequence[Document]) -> dict:
     """Counts of a corpus: `mentions` is Table 5; lengths are in characters.
 
-    `cut_by_sentence_end` and `overlapping` are the mentions that `sentences` leaves out: those that cross a
+    `cut_by_sentence_end` and `overlapping` are the mentions that `sentences_of` leaves out: those that cross a
     sentence end, and those that overlap a longer one.
     """
     mentions = Counter(span.label for document in documents for span in document.spans)

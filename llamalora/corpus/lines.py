@@ -3,14 +3,19 @@
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from .documents import CorpusError
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """`decoded_lines` of a file.
+
+    Raises:
+        CorpusError: as there, or a file that cannot be read.
+    """
     try:
         with path.open("rb") as file:
             yield from decoded_lines(file, str(path))
@@ -18,7 +23,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+def decoded_lines(file: BufferedReader, name: str) -> Iterator[tuple[str, str]]:
     """The lines of UTF-8 text, gzipped or not, each with its `name:number`, without their ends (LF, CRLF or CR) and
     without a BOM. They are not cut at other characters that may stand inside a text, such as U+2028.
 
@@ -27,9 +32,8 @@ def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
     """
     start = number = 0  # of the line: its first byte, its number
     try:
-        if file.peek(2)[:2] == b"\x1f\x8b":
-            file = gzip.open(file)  # noqa: SIM115  (its caller closes the file beneath)
-        for block in file:
+        blocks: Iterable[bytes] = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        for block in blocks:
             for line in filter(None, re.split(rb"(?<=\r)(?!\r*\n)", block)):
                 number += 1
                 try:

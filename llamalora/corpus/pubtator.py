@@ -147,11 +147,11 @@ def _core(text: str) -> str:
     return re.sub(r"[\s\"'`´‘’‚‛“”„‟′″«»]+", "", text).casefold()
 
 
-# ---- writing, and finding the splits of a corpus ----
+# ---- writing ----
 
 
 def write_pubtator(documents: Iterable[Document], file: TextIO) -> None:
-    """Writes PubTator that `read_pubtator` reads back with the same id, text and spans; concept ids are `-1`.
+    """Writes PubTator that `pubtator_documents` reads back with the same id, text and spans; concept ids are `-1`.
 
     Tabs and line ends in a text become spaces, one for one, since the format cannot hold them.
     """

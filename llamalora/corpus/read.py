@@ -8,8 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import BufferedReader
 from itertools import chain, tee
 from pathlib import Path
+from typing import cast
 
 from .conll import CONLL_NAME, ENDINGS, conll_documents, is_conll
 from .documents import CorpusError, Document, Documents, Reading, sentence_bounds
@@ -63,7 +65,7 @@ def stream_documents(path: str, notes: Counter[str]) -> Iterator[Document]:
         CorpusError: text that is not UTF-8, or malformed PubTator or CoNLL.
     """
     name = "standard input" if path == "-" else path
-    lines = decoded_lines(sys.stdin.buffer, name) if path == "-" else read_lines(Path(path))
+    lines = decoded_lines(cast(BufferedReader, sys.stdin.buffer), name) if path == "-" else read_lines(Path(path))
     ahead, lines = tee(lines)
     texts = (line for _, line in ahead)  # read no further than it takes to know the format
     first = next((line for line in texts if line.strip()), "")
