@@ -32,7 +32,8 @@ def decoded_lines(file: BufferedReader, name: str) -> Iterator[tuple[str, str]]:
     """
     start = number = 0  # of the line: its first byte, its number
     try:
-        blocks: Iterable[bytes] = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        blocks: Iterable[bytes] = gzip.GzipFile(fileobj=file) if packed else file
         for block in blocks:
             for line in filter(None, re.split(rb"(?<=\r)(?!\r*\n)", block)):
                 number += 1
