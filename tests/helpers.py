@@ -51,9 +51,7 @@ def transformers_config(config: LlamaConfig):
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        rope |= vars(config.rope_scaling)
-    if rope["rope_type"] == "linear":
-        rope = {name: rope[name] for name in ("rope_type", "rope_theta", "factor")}
+        rope |= {name: value for name, value in vars(config.rope_scaling).items() if value is not None}
     shape = {name: value for name, value in vars(config).items() if not name.startswith("rope")}
     return Theirs(**shape, rope_parameters=rope, attn_implementation="eager", pad_token_id=0)
 

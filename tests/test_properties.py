@@ -290,7 +290,8 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=3)),
     max_leaves=6,
 )
-CONFIG = tiny_config().to_dict() | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIG = tiny_config().to_dict() | {"rope_scaling": SCALING, "rope_parameters": None}
 
 
 @tried(400)
