@@ -66,11 +66,12 @@ def transformers_twin(model: Llama):
     return twin
 
 
-def peft_model(base, targets: Sequence[str], rank: int, alpha: float, **options):
+def peft_model(base, targets: str | Sequence[str], rank: int, alpha: float, **options):
     """`base` (transformers') with peft's LoRA on these module names, kept from asking the network."""
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a tied layer has an update is what is tested
         return peft.get_peft_model(base, config).eval()
