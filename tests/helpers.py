@@ -51,9 +51,7 @@ def transformers_config(config: LlamaConfig):
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        rope |= vars(config.rope_scaling)
-    if rope["rope_type"] == "linear":
-        rope = {name: rope[name] for name in ("rope_type", "rope_theta", "factor")}
+        rope |= {name: value for name, value in vars(config.rope_scaling).items() if value is not None}
     shape = {name: value for name, value in vars(config).items() if not name.startswith("rope")}
     return Theirs(**shape, rope_parameters=rope, attn_implementation="eager", pad_token_id=0)
 
@@ -68,11 +66,12 @@ def transformers_twin(model: Llama):
     return twin
 
 
-def peft_model(base, targets: Sequence[str], rank: int, alpha: float, **options):
+def peft_model(base, targets: str | Sequence[str], rank: int, alpha: float, **options):
     """`base` (transformers') with peft's LoRA on these module names, kept from asking the network."""
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a tied layer has an update is what is tested
         return peft.get_peft_model(base, config).eval()

@@ -5,6 +5,7 @@ Each is read, or ends in the error that names it. EXAMPLES=10 tries ten times as
 
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import read_documents, stream_documents
 from llamalora.lora.adapter import load_adapter, save_adapter
 from llamalora.lora.inject import inject_lora
+from llamalora.lora.peft_config import read_peft_config
 from llamalora.model.checkpoint import load_model, read_config, save_model
 from llamalora.model.config import ConfigError, LlamaConfig
 from llamalora.model.llama import Llama
@@ -303,7 +305,8 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=3)),
     max_leaves=6,
 )
-CONFIG = tiny_config().to_dict() | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIG = tiny_config().to_dict() | {"rope_scaling": SCALING, "rope_parameters": None}
 
 
 @tried(400)
@@ -316,6 +319,26 @@ def test_any_config(changes):
         return
     numbers = [config.vocab_size, config.hidden_size, config.num_hidden_layers, config.head_dim, config.rope_theta]
     assert min(numbers) > 0 and config.num_attention_heads % config.num_key_value_heads == 0
+
+
+ADAPTER = {"target_modules": ["q_proj"], "exclude_modules": [], "layers_to_transform": [0], "layers_pattern": "layers",
+           "rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*": 3}, "lora_dropout": 0.1, "use_rslora": True,
+           "use_dora": False, "bias": "none", "init_lora_weights": "eva", "other": None}  # fmt: skip
+
+
+@tried(400)
+@given(st.dictionaries(st.sampled_from(["r", "lora_alpha", *ADAPTER]), JSON, min_size=1, max_size=3))
+def test_any_adapter_config(place, changes):
+    """A CheckpointError that names the file, or rules that can be asked."""
+    path = place / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | ADAPTER | changes))
+    try:
+        config = read_peft_config(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        for name in ("lm_head", "model.layers.0.self_attn.q_proj"):
+            assert config.targets(name) in (True, False) and config.rank(name) > 0 and config.alpha(name) < math.inf
 
 
 DEEP = "[" * 10**5  # as deep as Python's reader of JSON does not go

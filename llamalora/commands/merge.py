@@ -7,6 +7,7 @@ The arithmetic is `lora.merge`'s: fp32, rounded once to the dtype that the base 
 import argparse
 import ctypes
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ..files import is_occupied, new_folder
 from ..lora.inject import KINDS, adapt, kind_of
 from ..lora.layers import PARTS
 from ..lora.peft_format import Adapter, read_adapter
-from ..model.checkpoint import load_model, read_json, skeleton, tensor_files
+from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..runs.folder import read_settings, trained_folder
@@ -87,19 +88,20 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         the largest logit difference and the share of positions whose most likely token changed.
 
     Raises:
-        CheckpointError: what `load_model` and `read_adapter` refuse, or a folder that cannot be written.
+        CheckpointError: what `load_model` and `read_adapter` refuse, a merged weight that is not finite, or a folder
+            that cannot be written.
         UsageError: `out` exists, or is the base model's.
         TokenizerError: a probe, but no tokenizer beside the base model.
     """
     if is_occupied(out):
         raise UsageError(f"--out {out}: exists and is not an empty folder")
     _return_freed_memory()
-    model = load_model(base, device="meta")
+    model = skeleton(read_config(base))
+    files = model_files(base, model)
     adapter = read_adapter(adapter_folder, model)
     ids = None if probe is None else _probe_ids(base, probe, model.config.vocab_size)
     tied = model.config.tie_word_embeddings
     untied = tied and any(kind_of(name) in ("embed", "head") for name in adapter.layers)
-    files = tensor_files(base)
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dora=adapter.dora)
     kinds = _Kinds()
@@ -145,32 +147,38 @@ def _write_merged(
 ) -> None:
     """The safetensors files, named and cut as the base model's. What it stores beside its parameters (rotary
     frequencies, a second copy of a tied matrix) is left out."""
-    weights = {name: tensor for name, tensor in model.named_parameters() if not name.endswith(PARTS)}
-    if untied:
-        weights[HEAD] = weights[EMBEDDING]
-    sources = {name: (files.get(name, files[EMBEDDING]), name if name in files else EMBEDDING) for name in weights}
+    names = [name for name, _ in model.named_parameters() if not name.endswith(PARTS)] + [HEAD] * untied
+    stored, sources = entries_of(files), {name: name if name in files else EMBEDDING for name in names}
     shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = defaultdict(dict)
-    for name, weight in weights.items():
-        shards[sources[name][0].name][name] = (weight.dtype, tuple(weight.shape))
+    for name, source in sources.items():
+        shards[files[source].name][name] = stored[source]
 
-    progress = tqdm(total=len(weights), desc="merging", unit="tensor", leave=False)
+    progress = tqdm(total=len(names), desc="merging", unit="tensor", leave=False)
 
     def merged(name: str) -> Tensor:
         progress.update()
-        weight = read_tensor(*sources[name])
+        weight = _read_frozen(adapter, files, name)
         layer = name.removesuffix(".weight")
         if layer not in adapter.layers:
             return weight
-        adapter.check_base(layer, weight)
-        return kinds.merge(model.get_submodule(layer), layer, weight, adapter.layers[layer].read())
+        weight = kinds.merge(model.get_submodule(layer), layer, weight, adapter.layers[layer].read())
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
+        return weight
 
     with progress:
         for file, entries in shards.items():
             write_tensors(folder / file, entries, merged)
     if set(shards) != {"model.safetensors"}:
-        sizes = (weight.nbytes for weight in weights.values())
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: f for f, s in shards.items() for n in s}}
+        total = sum(dtype.itemsize * math.prod(shape) for file in shards.values() for dtype, shape in file.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, s in shards.items() for n in s}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read_frozen(adapter: Adapter, files: dict[str, Path], name: str) -> Tensor:
+    """A parameter of the base model, or what the adapter brings along in its place."""
+    source = name if name in files else EMBEDDING
+    return adapter.frozen(name.removesuffix(".weight"), read_tensor(files[source], source))
 
 
 class _Kinds:
@@ -239,8 +247,7 @@ def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Pat
     def apart(name: str) -> Tensor:
         if name in keys:
             return read_tensor(adapter.path, keys[name])
-        name = name if name in files else EMBEDDING
-        return read_tensor(files[name], name)
+        return _read_frozen(adapter, files, name)
 
     merged_files = tensor_files(folder)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..lora.inject import KINDS, kind_of
 from ..lora.peft_format import Adapter, Factors, block_of
 from ..model.checkpoint import tensor_files
-from ..model.tensors import CheckpointError, read_tensor
+from ..model.tensors import CheckpointError, read_tensor, tensor_entries
 from .spectrum import (
     decompose,
     directions,
@@ -128,6 +128,10 @@ def measure(
             )
     spectra = frozenset(spectra)
     files = None if model is None else tensor_files(model)
+    if files is not None:  # nothing is measured in them, but what the adapter replaces is checked, and said
+        for name in adapter.base.keys() - adapter.layers.keys():
+            _, shape = tensor_entries(adapter.path)[adapter.base[name]]
+            adapter.frozen(name, read_weight(files, name, shape))
     if other is not None:
         check_comparable(adapter, other)
     matrices, threads = [], torch.get_num_threads()
@@ -158,8 +162,7 @@ def _inspect_layer(
         found = describe(singular_values(left, right, scale), layer.rank)
     else:
         U, S, Vh = decompose(left, right, scale)
-        weight = read_weight(files, name, layer.shape)
-        adapter.check_base(name, weight)
+        weight = adapter.frozen(name, read_weight(files, name, layer.shape))
         found = describe(S, layer.rank) | compare_with_base(weight, U, S, Vh)
         if intruders is not None:
             found |= compare_with_spectrum(weight, U, S, Vh, layer.rank, *intruders)
@@ -187,7 +190,7 @@ def check_comparable(adapter: Adapter, other: Adapter) -> None:
         raise CheckpointError(f"{other.path}: has no layer in common with {adapter.path}")
 
 
-def read_weight(files: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor:
+def read_weight(files: Mapping[str, Path], name: str, shape: tuple[int, ...]) -> Tensor:
     """W0 of a layer in fp32, (O, I); the head of a tied model is its embedding.
 
     Raises:

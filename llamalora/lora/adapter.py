@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..model.llama import Llama
 from ..model.tensors import save_tensors
-from .inject import KINDS, Model, adapt, kind_of, lora_layers
+from .inject import KINDS, adapt, kind_of, lora_layers
 from .peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
 
 
@@ -68,28 +69,31 @@ def _target_modules(model: nn.Module) -> list[str]:
     return [KINDS[kind] for kind in KINDS if kind in whole] + [n for n in layers if kind_of(n) not in whole]
 
 
-def load_adapter(model: Model, folder: str | Path, dropout: float | None = None) -> Model:
+def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None) -> Llama:
     """Injects LoRA layers as an adapter folder describes them and fills them, in place.
+
+    Frozen weights that the folder brings along (a resized or trained embedding or head) take the place of the model's,
+    as in PEFT, with a warning where they differ; `save_adapter` does not save them again.
 
     Args:
         dropout: in place of the configuration's.
 
     Raises:
-        CheckpointError: what `read_adapter` refuses, tensors that are not finite, or copies of frozen
-            weights that are not the model's.
+        CheckpointError: what `read_adapter` refuses, or tensors that are not finite.
     """
     adapter = read_adapter(folder, model)
-    for name in adapter.base:
-        adapter.check_base(name, model.get_parameter(f"{name}.weight"))
-    dropout = float(adapter.config.get("lora_dropout") or 0.0) if dropout is None else dropout
+    frozen = {name: adapter.frozen(name, model.get_parameter(f"{name}.weight")) for name in adapter.base}
+    dropout = adapter.config.lora_dropout if dropout is None else dropout
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dropout, dora=adapter.dora)
-    _fill(model, adapter.layers)
+    _fill(model, adapter.layers, frozen)
     return model
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, layers: dict[str, Factors]) -> None:
+def _fill(model: nn.Module, layers: dict[str, Factors], frozen: dict[str, Tensor]) -> None:
+    for name, weight in frozen.items():
+        model.get_submodule(name).weight.copy_(weight)
     for name, layer in lora_layers(model).items():
         for part, tensor in zip(layer.parts, layers[name].read(), strict=True):
             part.copy_(tensor)

@@ -5,7 +5,7 @@ embedding's (wide, tall). DoRA's magnitude is (tall,).
 """
 
 import re
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,27 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.checkpoint import read_json, skeleton
+from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
-from ..model.tensors import CheckpointError, read_tensor, tensor_shapes
+from ..model.llama import Llama
+from ..model.tensors import CheckpointError, read_tensor, tensor_entries
 from .inject import kind_of
 from .layers import lora_scale
+from .peft_config import PeftConfig, read_peft_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ENDS = ("model.embed_tokens", "lm_head")
 _SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)$")
-# fields of LoraConfig that change what the tensors mean, and that must be unset to be read here
-_UNSUPPORTED = (
-    "use_qalora",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-)
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -63,12 +54,7 @@ class Factors:
         Raises:
             CheckpointError: a value that is not finite.
         """
-        tensors = []
-        for key in self.keys:
-            tensors.append(read_tensor(self.path, key))
-            if not torch.isfinite(tensors[-1]).all():
-                raise CheckpointError(f"{self.path}: {key} holds NaN or infinity")
-        return tuple(tensors)
+        return tuple(_finite(read_tensor(self.path, key), self.path, key) for key in self.keys)
 
 
 @dataclass(frozen=True)
@@ -77,40 +63,65 @@ class Adapter:
 
     Attributes:
         path: of the file of tensors.
-        config: the contents of its `adapter_config.json`.
+        config: what its `adapter_config.json` says.
         layers: module name -> its factors; in the model's order, where a model was given.
         alphas: module name -> alpha.
-        base: module name -> the key of a copy of its frozen weight, which PEFT stores for embedding and head.
+        base: module name -> the key of the frozen weight that the file brings along. PEFT stores embedding and head
+            where they are adapted, resized or trained, and puts them in the place of the base model's.
     """
 
     path: Path
-    config: dict
+    config: PeftConfig
     layers: dict[str, Factors]
     alphas: dict[str, float]
     base: dict[str, str]
 
     @property
     def rslora(self) -> bool:
-        return bool(self.config.get("use_rslora"))
+        return self.config.use_rslora
 
     @property
     def dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
+        return self.config.use_dora
 
     def scale(self, name: str) -> float:
         """What B A of this layer is multiplied by."""
         return lora_scale(self.alphas[name], self.layers[name].rank, self.rslora)
 
-    def check_base(self, name: str, weight: Tensor) -> None:
-        """Compares the stored copy of the layer's frozen weight, if there is one, with the base model's.
+    def frozen(self, name: str, weight: Tensor) -> Tensor:
+        """The weight that the layer's update belongs to: the one that the file brings along, else the base model's.
+
+        Warns where rows of the two differ by more than rounding, to bf16 or to fp16's smallest number.
+
+        Args:
+            weight: the base model's, whose dtype and device are kept.
 
         Raises:
-            CheckpointError: they differ by more than the rounding to bf16, in which either may be stored.
+            CheckpointError: a value that is not finite.
         """
-        if name in self.base:
-            stored = read_tensor(self.path, self.base[name]).to(weight.device, torch.float32)
-            if stored.shape != weight.shape or torch.norm(stored - weight.float()) > 2**-8 * torch.norm(stored):
-                raise CheckpointError(f"{self.path}: {self.base[name]} is not the base model's {name}.weight")
+        if name not in self.base:
+            return weight
+        key = self.base[name]
+        stored = _finite(read_tensor(self.path, key).to(weight.device, weight.dtype), self.path, key)
+        changed = sum(map(_changed_rows, stored.split(4096), weight.split(4096)))
+        if changed:
+            warnings.warn(
+                f"{self.path}: brings along its own {name}.weight, which takes the place of the base model's, as in "
+                f"PEFT; {changed:,} of {len(stored):,} rows differ",
+                stacklevel=2,
+            )
+        return stored
+
+
+def _changed_rows(stored: Tensor, weight: Tensor) -> int:
+    same = torch.isclose(stored.float(), weight.float(), rtol=2**-7, atol=2**-24)
+    return int((~same).any(dim=1).sum())
+
+
+def _finite(tensor: Tensor, path: Path, key: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {key} holds NaN or infinity")
+    return tensor
 
 
 def factor_keys(name: str, dora: bool = False) -> tuple[str, ...]:
@@ -120,83 +131,95 @@ def factor_keys(name: str, dora: bool = False) -> tuple[str, ...]:
     return tuple(f"{_PREFIX}{name}.{part}" for part in parts)
 
 
-def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
+def read_adapter(folder: str | Path, model: Llama | None = None) -> Adapter:
     """What an adapter folder holds.
 
-    Which layers, and their ranks, follow from the tensors in the file; alpha, rsLoRA and DoRA from the
-    configuration, which must agree with the file.
+    Shapes and ranks follow from the tensors in the file; which layers, alpha, rsLoRA and DoRA from the configuration,
+    with which the file must agree.
 
     Args:
         model: the base model (the meta device will do), whose layers and shapes must be the adapter's;
             without it any Llama's will do.
 
     Raises:
-        CheckpointError: no such folder, an adapter of another kind (QALoRA, modules_to_save, ...), or
-            tensors that are missing, unexpected, or of shapes that fit neither each other nor the model.
+        CheckpointError: no such folder, what `read_peft_config` refuses, or tensors that are missing, unexpected, no
+            floating-point numbers, or of shapes that fit neither each other nor the model.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such adapter folder")
-    config = read_json(folder / ADAPTER_CONFIG)
-    _refuse_unsupported(folder / ADAPTER_CONFIG, config)
+    config = read_peft_config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         hint = "; pickled weights are not read" if (folder / "adapter_model.bin").is_file() else ""
         raise CheckpointError(f"{path}: no such file{hint}")
-    layers, base = read_layout(path, model, bool(config.get("use_dora")))
-    try:
-        alphas = {name: float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])) for name in layers}
-        ranks = {name: int(_pattern(config.get("rank_pattern"), name, config["r"])) for name in layers}
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: r or lora_alpha is missing or malformed ({error!r})"
-        ) from None
+    layers, base = read_layout(path, model, config.use_dora)
     for name, layer in layers.items():
-        if layer.rank != ranks[name]:
+        if layer.rank != config.rank(name):
             raise CheckpointError(f"{path}: {name} has rank {layer.rank}, which {ADAPTER_CONFIG} does not say")
     if model is None:
         _check_uniform(layers)
         blocks = 1 + max(block_of(name) or 0 for name in layers)
         names = [_in_block(name, block) for block in range(blocks) for name in _names_of_one_block()]
     else:
-        names = _adaptable(model)
+        names = list(_adaptable(model))
     for name in names:
-        # its update would be missing without a word
-        if name not in layers and _targeted(config, name):
+        # one update would be missing, the other one too many, without a word
+        if config.targets(name) and name not in layers:
             raise CheckpointError(f"{path}: lacks {factor_keys(name)[0]}, though {ADAPTER_CONFIG} targets its layer")
-    return Adapter(path, config, layers, alphas, base)
+        if name in layers and not config.targets(name):
+            raise CheckpointError(f"{path}: holds {layers[name].keys[0]}, but {ADAPTER_CONFIG} targets no such layer")
+    return Adapter(path, config, layers, {name: config.alpha(name) for name in layers}, base)
 
 
 def read_layout(
-    path: Path, model: nn.Module | None = None, dora: bool = False
+    path: Path, model: Llama | None = None, dora: bool = False
 ) -> tuple[dict[str, Factors], dict[str, str]]:
     """The adapted layers of an adapter file, and its keys of frozen weights, both by module name.
 
     Raises:
         CheckpointError: as `read_adapter`.
     """
-    shapes = tensor_shapes(path)
-    modules = None if model is None else _adaptable(model)
-    found, base, strange = set(), {}, []
+    shapes = {key: shape for key, (_, shape) in tensor_entries(path).items()}
+    wanted = {} if model is None else {name: tuple(layer.weight.shape) for name, layer in _adaptable(model).items()}
+    found, copies, strange = set(), {}, []
     for key in shapes:
         name = _SUFFIX.sub("", key).removeprefix(_PREFIX)
-        known = _in_block(name, 0) in _names_of_one_block() if modules is None else name in modules
+        known = _in_block(name, 0) in _names_of_one_block() if model is None else name in wanted
         if not known or not key.startswith(_PREFIX):
             strange.append(key)
         elif key in factor_keys(name, dora):
             found.add(name)
         elif key in (f"{_PREFIX}{name}.weight", f"{_PREFIX}{name}.base_layer.weight"):
-            base[name] = key
+            copies[key] = name
         else:
             strange.append(key)
+    # where PEFT looks for them, too
+    base = {name: f"{_PREFIX}{name}.{'base_layer.' if name in found else ''}weight" for name in copies.values()}
+    strange += copies.keys() - base.values()
     if strange:
         hint = f"; does {ADAPTER_CONFIG} lack use_dora?" if strange[0].endswith("lora_magnitude_vector") else ""
         raise CheckpointError(f"{path}: {strange[0]} fits no layer of the model ({len(strange)} such keys){hint}")
     if not found:
         raise CheckpointError(f"{path}: holds no tensor of an update")
-    names = [name for name in modules if name in found] if modules else sorted(found, key=_place)
-    layers = {name: _factors(path, name, shapes, modules and tuple(modules[name].weight.shape), dora) for name in names}
-    return layers, base
+    names = [name for name in wanted if name in found] if wanted else sorted(found, key=_place)
+    layers = {name: _factors(path, name, shapes, wanted.get(name), dora) for name in names}
+    for name, key in base.items():
+        shape = wanted.get(name) or (layers[name].shape if name in layers else shapes[key])
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {shapes[key]}, the base model's is {shape}; if it is the vocabulary that was "
+                "enlarged, that of the base model must be, too"
+            )
+    return layers, _of_both_ends(path, base) if model is not None and model.tied else base
+
+
+def _of_both_ends(path: Path, base: dict[str, str]) -> dict[str, str]:
+    """Where embedding and head are one matrix, the key of either is that of both."""
+    keys = [base[name] for name in _ENDS if name in base]
+    if len(keys) == 2 and not torch.equal(*(read_tensor(path, key) for key in keys)):
+        raise CheckpointError(f"{path}: {keys[0]} and {keys[1]} differ, but are one matrix in the base model")
+    return base | dict.fromkeys(_ENDS, keys[0]) if keys else base
 
 
 def _factors(
@@ -262,39 +285,3 @@ def _place(name: str) -> tuple[int, int]:
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if kind_of(name)}
-
-
-def _targeted(config: dict, name: str) -> bool:
-    """Whether the configuration means the module of this name, by PEFT's rules."""
-    targets, blocks = config.get("target_modules") or (), config.get("layers_to_transform")
-    if not _matches(targets, name) or _matches(config.get("exclude_modules") or (), name):
-        return False
-    if blocks is None or isinstance(targets, str) or name in targets:
-        return True
-    return block_of(name) in ([blocks] if isinstance(blocks, int) else blocks)
-
-
-def _matches(patterns: str | Iterable[str], name: str) -> bool:
-    """PEFT's way to name modules: a regular expression for the whole name, or a list of ends of names."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(f".{name}".endswith(f".{pattern}") for pattern in patterns)
-
-
-def _refuse_unsupported(path: Path, config: dict) -> None:
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    for field in _UNSUPPORTED:
-        if config.get(field):
-            raise CheckpointError(f"{path}: {field} is set to {config[field]!r}, which is not supported")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only 'none' is supported")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
-        raise CheckpointError(f"{path}: init_lora_weights {init!r} changes the base model, which is not supported")
-
-
-def _pattern(pattern: dict | None, name: str, default: float) -> float:
-    """PEFT's exceptions: a regular expression for the end of a module name -> its rank or alpha."""
-    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(matching, default)

@@ -1,7 +1,9 @@
 """Hugging Face model folders in and out: `config.json` and safetensors, one file or shards."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import ConfigError, LlamaConfig
 from .llama import Llama
-from .tensors import CheckpointError, read_tensor, save_tensors, tensor_shapes
+from .tensors import CheckpointError, Entries, read_tensor, save_tensors, tensor_entries
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
@@ -51,27 +53,39 @@ def read_json(path: Path) -> dict:
 def tensor_files(folder: str | Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file of the folder that holds it.
 
+    As in transformers, `model.safetensors` is read where it is there, whatever index stands beside it.
+
     Raises:
-        CheckpointError: no safetensors, a missing shard, or a damaged file.
+        CheckpointError: no safetensors, a missing shard, a damaged file, what `tensor_entries` refuses, or shards that
+            contradict each other or their index.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: has no weight_map")
-        files = {folder / name for name in weight_map.values()}
-    else:
-        files = {folder / "model.safetensors"}
-        if not (folder / "model.safetensors").is_file():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-            hint = "; its pickled weights are not read, convert them to safetensors" if pickled else ""
-            raise CheckpointError(f"{folder}: has no model.safetensors{hint}")
-    found = {}
-    for path in sorted(files):
-        for name in tensor_shapes(path):
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(tensor_entries(single), single)
+    if not index.is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        hint = "; its pickled weights are not read, convert them to safetensors" if pickled else ""
+        raise CheckpointError(f"{folder}: has no model.safetensors{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map")
+    found: dict[str, Path] = {}
+    for path in sorted({folder / name for name in weight_map.values()}):
+        for name in tensor_entries(path):
+            if name in found:
+                raise CheckpointError(f"{path}: holds {name}, which {found[name].name} holds as well")
             found[name] = path
+    for name, file in weight_map.items():
+        if found.get(name, folder / file) != folder / file:
+            raise CheckpointError(f"{index}: says that {name} is in {file}, but it is in {found[name].name}")
     return found
+
+
+def entries_of(files: Mapping[str, Path]) -> Entries:
+    """Tensor name -> dtype and shape, as the files hold them (`tensor_files`)."""
+    inside = {path: tensor_entries(path) for path in set(files.values())}
+    return {name: inside[path][name] for name, path in files.items()}
 
 
 class _NoInit(TorchFunctionMode):
@@ -96,7 +110,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     tensor.
 
     Args:
-        dtype: of the weights; default as stored.
+        dtype: of the weights; default as stored, where several dtypes are stored the one that holds the values of all.
 
     Raises:
         CheckpointError: what `read_config` and `tensor_files` raise, or tensors that are missing,
@@ -104,9 +118,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """
     model = skeleton(read_config(folder))
     files = model_files(folder, model)
-    for name, parameter in list(model.named_parameters()):
-        tensor = read_tensor(files[name], name)
-        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+    entries, parameters = entries_of(files), dict(model.named_parameters())
+    dtype = dtype or reduce(torch.promote_types, (entries[name][0] for name in parameters))
+    for name, parameter in parameters.items():
+        tensor = read_tensor(files[name], name).to(device=device, dtype=dtype, copy=True)
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, parameter.requires_grad))
     if model.config.tie_word_embeddings:
@@ -138,11 +153,11 @@ def _check_tensors(folder: str | Path, model: Llama, files: dict[str, Path]) -> 
     # older conversions stored the rotary frequencies, which are computed; tied ones may repeat the head
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    shapes = {path: tensor_shapes(path) for path in set(files.values())}
+    entries = entries_of(files)
     problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in files]
     problems += [f"unexpected {name}" for name in sorted(files.keys() - wanted.keys() - ignored)]
     for name in wanted.keys() & files.keys():
-        shape = shapes[files[name]][name]
+        shape = entries[name][1]
         if shape != wanted[name]:
             problems.append(f"{name} has shape {shape}, config.json asks for {wanted[name]}")
     if problems:

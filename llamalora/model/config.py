@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..errors import InputError
 
@@ -27,13 +28,16 @@ _MOST = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (only the low ones)."""
+    """How rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (only the low ones).
+
+    The fields after `factor` are those of `llama3`, which needs them all.
+    """
 
     rope_type: str
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,31 +92,35 @@ class LlamaConfig:
         """
         try:
             _refuse_unrepresentable(config)
-            rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
-            scaling = config.get("rope_scaling") or rope
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            nullable = ("num_key_value_heads", "head_dim")  # here null says what a missing field says
+            config = {name: value for name, value in config.items() if value is not None or name not in nullable}
+            theta, scaling = _rope(config)
+            hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+            if "head_dim" not in config and hidden % heads:
+                raise ConfigError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+            tied = config.get("tie_word_embeddings", False)
+            if not isinstance(tied, bool):
+                raise ConfigError(f"tie_word_embeddings is {tied!r}, not true or false")
             bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
             for token in (bos, *(eos if isinstance(eos, list) else [eos])):
                 if not isinstance(token, int | None):
                     raise ConfigError(f"bos_token_id or eos_token_id is {token!r}, not the number of a token")
             return LlamaConfig(
-                vocab_size=int(config["vocab_size"]),
+                vocab_size=_whole(config, "vocab_size"),
                 hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_hidden_layers=int(config["num_hidden_layers"]),
+                intermediate_size=_whole(config, "intermediate_size"),
+                num_hidden_layers=_whole(config, "num_hidden_layers"),
                 num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-                rope_scaling=_rope_scaling(scaling),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                num_key_value_heads=_whole(config, "num_key_value_heads", heads),
+                head_dim=_whole(config, "head_dim", hidden // heads),
+                max_position_embeddings=_whole(config, "max_position_embeddings", 2048),
+                rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tie_word_embeddings=tied,
                 bos_token_id=bos,
                 eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             )
-        except KeyError as error:
-            raise ConfigError(f"{error.args[0]} is missing") from None
         except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
 
@@ -121,9 +129,7 @@ class LlamaConfig:
         config = {field.name: getattr(self, field.name) for field in fields(self)}
         scaling = self.rope_scaling
         if scaling is not None:
-            config["rope_scaling"] = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-            if scaling.rope_type == "llama3":
-                config["rope_scaling"] = dict(vars(scaling))
+            config["rope_scaling"] = {name: value for name, value in vars(scaling).items() if value is not None}
         if isinstance(self.eos_token_id, tuple):
             config["eos_token_id"] = list(self.eos_token_id)
         return config | {
@@ -170,14 +176,44 @@ def _refuse_unrepresentable(config: dict) -> None:
         raise ConfigError(f"architectures is {architectures}; only LlamaForCausalLM is supported")
 
 
-def _rope_scaling(scaling: dict) -> RopeScaling | None:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+def _rope(config: dict) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, looked for where transformers 5 looks for them, and in its order: together in `rope_scaling`,
+    or without one in `rope_parameters`; what is not there, at the top."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"rope_scaling is {rope!r}, not an object")
+    if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"rope_parameters is {rope}; only one rope for all layers and all dimensions is supported")
+    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return None
+        return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(f"rope_scaling type is {kind!r}; supported are default, linear and llama3")
-    kinds = {field.name: field.type for field in fields(RopeScaling) if field.name != "rope_type"}
-    numbers = {name: kind(scaling[name]) for name, kind in kinds.items() if name in scaling}
+    numbers: dict[str, float] = {"factor": _number(rope, "factor")}
+    if kind == "llama3":
+        numbers |= {name: _number(rope, name) for name in ("low_freq_factor", "high_freq_factor")}
+        name, longest = "original_max_position_embeddings", _whole(config, "max_position_embeddings", 2048)
+        numbers[name] = _whole(config if name in config else rope, name, longest)
     if not all(0 < number < math.inf for number in numbers.values()):
-        raise ConfigError(f"rope_scaling is {scaling}; its numbers must be above 0")
-    return RopeScaling(kind, **numbers)
+        raise ConfigError(f"rope_scaling has {numbers}; they must be above 0")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise ConfigError(f"rope_scaling has {numbers}; low_freq_factor must be below high_freq_factor")
+    return theta, RopeScaling(kind, **numbers)
+
+
+def _number(config: dict, name: str, default: float | None = None) -> float:
+    return float(_checked(config, name, default, int | float, "a number"))
+
+
+def _whole(config: dict, name: str, default: int | None = None) -> int:
+    return _checked(config, name, default, int, "a whole number")
+
+
+def _checked(config: dict, name: str, default: Any, kind: Any, words: str) -> Any:
+    value = config.get(name, default)
+    if value is None and name not in config:
+        raise ConfigError(f"{name} is missing")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}, not {words}")
+    return value

@@ -30,8 +30,9 @@ def _inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
         return frequency / scaling.factor
     # Llama 3: waves longer than the original context are stretched, short ones kept, between them a blend
     wavelength = 2 * math.pi / frequency
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position_embeddings / wavelength
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low and high and context, f"llama3 needs every field of {scaling}"
+    turns = context / wavelength
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (blend + (1 - blend) / scaling.factor)
 

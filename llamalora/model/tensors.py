@@ -18,6 +18,7 @@ Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dt
 
 # in the order in which the safetensors library lays tensors out: wide ones first
 _NAMES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FLOATS = {name: dtype for dtype, name in _NAMES.items() if dtype.is_floating_point}
 
 
 def _layout(entries: Entries) -> tuple[bytes, list[str]]:
@@ -123,17 +124,23 @@ class CheckpointError(InputError):
     """A folder that cannot be loaded or written; the message names the file and what is wrong."""
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a safetensors file, from its header alone.
+def tensor_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> dtype and shape of every tensor in a safetensors file of weights, from its header alone.
 
     Raises:
-        CheckpointError: missing, truncated or otherwise no safetensors file.
+        CheckpointError: missing, truncated or otherwise no safetensors file, or values that are no floating-point
+            numbers of 16 bits or more (quantised weights mean nothing without the scales that belong to them).
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+    for name, (dtype, _) in found.items():
+        if dtype not in _FLOATS:
+            raise CheckpointError(f"{path}: {name} is stored as {dtype}; only {', '.join(_FLOATS)} are read")
+    return {name: (_FLOATS[dtype], shape) for name, (dtype, shape) in found.items()}
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

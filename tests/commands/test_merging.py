@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import logits, random_ids, randomise_lora, tiny_config, tiny_model
+from helpers import close, logits, random_ids, randomise_lora, tiny_config, tiny_model, transformers_twin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -160,6 +160,51 @@ def test_transformers_decodes_what_base_and_peft_adapter_decode(dora, tied, tmp_
     assert len(decoded[0][0, ids.shape[1] :].unique()) > 3  # no stutter, which any model could repeat
 
 
+# ---- other people's folders ----
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("updated", ["q_proj", "embed_tokens"])
+def test_frozen_weights_that_the_adapter_brings_along_are_merged_as_peft_uses_them(updated, tied, tmp_path, capsys):
+    """Also where they carry no update: these were left out without a word."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = tiny_model(tie_word_embeddings=tied)
+    save_model(model, tmp_path / "base")
+    theirs = transformers_twin(model)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight[[3, 7]] = theirs.model.embed_tokens.weight[10:30].mean(0)
+        theirs.lm_head.weight[5] *= 1.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=4, target_modules=[updated], task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        apart = PeftModel.from_pretrained(transformers_twin(model), tmp_path / "adapter").eval()
+    with pytest.warns(UserWarning, match="rows differ"):
+        merge_command(capsys, tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--no-probe")
+    close(logits(load_model(tmp_path / "out"), random_ids(2, 9)), logits(apart, random_ids(2, 9)))
+
+
+def test_the_probe_knows_what_the_adapter_brings_along(tmp_path, tiny_sentencepiece, capsys):
+    base, adapter = setup(tmp_path, tiny_sentencepiece, torch.float32, "q,v")
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights) | {"base_model.model.lm_head.weight": head * 1.5}, weights)
+    with pytest.warns(UserWarning, match="400 of 400 rows differ"):
+        report = merge_command(capsys, base, adapter, tmp_path / "out")
+    assert report["probe"]["largest_logit_difference"] < 1e-4
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, head * 1.5)
+
+
+def test_a_folder_of_several_dtypes_keeps_them(tmp_path, tiny_sentencepiece, capsys):
+    base, adapter = setup(tmp_path, tiny_sentencepiece, torch.float32)
+    path = base / "model.safetensors"
+    mixed = {n: t if "norm" in n or "head" in n else t.bfloat16() for n, t in load_file(path).items()}
+    save_file(mixed, path)
+    merge_command(capsys, base, adapter, tmp_path / "out")
+    assert {n: t.dtype for n, t in tensors_of(tmp_path / "out").items()} == {n: t.dtype for n, t in mixed.items()}
+
+
 # ---- the report ----
 
 
@@ -284,7 +329,9 @@ def test_an_output_folder_in_use_is_left_alone(folders, tmp_path, capsys):
 @pytest.mark.parametrize("spoil, message", [
     ("nan", "holds NaN or infinity"), ("missing", "lacks"), ("shape", "the base model needs"),
     ("no adapter", "no such adapter folder"), ("no tokenizer", "--no-probe merges without one"),
-    ("probe", "--probe is empty"), ("shard", "damaged or missing"),
+    ("probe", "--probe is empty"), ("shard", "damaged or missing"), ("vocabulary", "has shape (404, 32), the base"),
+    ("overflow", "up_proj.weight is not finite when it is merged into torch.float16"), ("alpha", "lora_alpha is nan"),
+    ("integers", "is stored as I32"), ("fp8 base", "is stored as F8_E4M3"),
 ])  # fmt: skip
 def test_a_failure_leaves_nothing_behind(spoil, message, folders, tmp_path, capsys):
     base, adapter = folders
@@ -296,6 +343,18 @@ def test_a_failure_leaves_nothing_behind(spoil, message, folders, tmp_path, caps
         del tensors[key]
     elif spoil == "shape":
         tensors[key] = tensors[key][:-1].clone()
+    elif spoil == "vocabulary":
+        tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(404, 32)
+    elif spoil == "overflow":  # of fp16, which ends at 65,504
+        tensors[key] = tensors[key] * 1e7
+    elif spoil == "integers":
+        tensors[key] = tensors[key].int()
+    elif spoil == "fp8 base":
+        path = base / "model.safetensors"
+        save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+    elif spoil == "alpha":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": float("nan")}))
     save_file(tensors, weights)
     if spoil == "no adapter":
         shutil.rmtree(adapter)

@@ -331,7 +331,7 @@ def refusal(capsys, *argv) -> str:
     ({"add": {key("model.layers.1000.mlp.down_proj", "A"): torch.zeros(4, 32)}}, "1000.* fits no layer"),
     ({"r": 5}, "has rank 4"),
     ({"lora_alpha": "much"}, "lora_alpha"),
-    ({"alpha_pattern": {"(": 1}}, "malformed"),
+    ({"alpha_pattern": {"(": 1}}, "alpha_pattern is"),
     ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
 ])  # fmt: skip
 def test_a_bad_adapter_is_named(change, match, bad, capsys):
@@ -339,6 +339,21 @@ def test_a_bad_adapter_is_named(change, match, bad, capsys):
     message = refusal(capsys, bad)
     assert str(bad) in message
     assert re.search(match, message) or match in message, message
+
+
+def test_what_it_brings_along_in_place_of_the_base_model_is_said_or_refused(bad, tmp_path, capsys):
+    """Also where there is no update to measure."""
+    save_model(tiny_model(), tmp_path / "base")
+    head = tiny_model().lm_head.weight.detach().clone()
+    head[5] *= 1.2
+    edit(bad, add={"base_model.model.lm_head.weight": head})
+    with pytest.warns(UserWarning, match="its own lm_head.weight.* 1 of 97 rows differ"):
+        main(["inspect", str(bad), "--model", str(tmp_path / "base")])
+    capsys.readouterr()
+    edit(bad, add={"base_model.model.lm_head.weight": torch.full((97, 32), math.nan)})
+    assert "lm_head.weight holds NaN" in refusal(capsys, bad, "--model", tmp_path / "base")
+    edit(bad, add={"base_model.model.lm_head.weight": torch.zeros(101, 32)})
+    assert "has shape (101, 32), the base model's is (97, 32)" in refusal(capsys, bad, "--model", tmp_path / "base")
 
 
 def test_dora_is_refused_since_its_update_is_not_of_low_rank(tmp_path, capsys):

@@ -21,7 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llamalora.lora.adapter import load_adapter, save_adapter
-from llamalora.lora.inject import KINDS, adapt, inject_lora, lora_layers, merge, parse_targets, trainable_parameters
+from llamalora.lora.inject import (
+    KINDS,
+    adapt,
+    inject_lora,
+    kind_of,
+    lora_layers,
+    merge,
+    parse_targets,
+    trainable_parameters,
+)
+from llamalora.lora.peft_config import read_peft_config
 from llamalora.model.tensors import CheckpointError
 
 IDS = random_ids(2, 24)
@@ -167,6 +177,100 @@ def test_a_regular_expression_as_targets(tmp_path):
     close(logits(model, IDS), logits(theirs, IDS))
 
 
+# ---- frozen weights that peft stores beside the updates ----
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def some_rows(name, weight):
+    weight[[3, 7]] = weight[10:30].mean(0)  # as when reserved rows become new tokens
+
+
+def one_row(name, weight):
+    weight[7] *= 1.2
+
+
+def the_head(name, weight):
+    if name == HEAD:
+        weight += 0.05
+
+
+def saved_with_its_base(folder: Path, modules: list[str], tied: bool, change, **options):
+    """peft's model whose embedding and head were changed before or while the updates were trained."""
+    base = transformers_twin(tiny_model(tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name in (EMBED,) if tied else (EMBED, HEAD):
+            change(name, base.get_parameter(name))
+    theirs = peft_model(base, modules, 4, 6.0, **options)
+    with torch.no_grad():
+        for A, B in peft_pairs(theirs).values():
+            A.normal_(0, 0.2, generator=torch.Generator().manual_seed(2))
+            B.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(folder, save_embedding_layers=True)
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]], ids=["q", "q,embed,head"])
+@pytest.mark.parametrize("change", [some_rows, one_row, the_head])
+def test_frozen_weights_of_the_adapter_are_used_as_peft_uses_them(change, modules, tied, tmp_path):
+    theirs = saved_with_its_base(tmp_path, modules, tied, one_row if tied and change is the_head else change)
+    close(logits(into_peft(tmp_path, tied), IDS), logits(theirs, IDS))
+    model = tiny_model(tie_word_embeddings=tied)
+    with pytest.warns(UserWarning, match="adapter_model.safetensors: brings along its own"):
+        load_adapter(model, tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS))
+    assert model.tied == tied
+
+
+def test_the_rows_that_differ_are_counted_and_rounding_is_no_difference(tmp_path):
+    saved_with_its_base(tmp_path, ["embed_tokens"], False, some_rows)
+    with pytest.warns(UserWarning, match="2 of 97 rows differ"):
+        load_adapter(tiny_model(), tmp_path)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    own = tiny_model().get_parameter(EMBED).detach()
+    for same in (own, own.bfloat16(), own.half()):  # without a warning, which would be an error in the tests
+        edit_tensors(tmp_path, add={name: same.contiguous()})
+        model = tiny_model()
+        load_adapter(model, tmp_path)
+        assert torch.equal(model.get_parameter(EMBED), same.float())
+
+
+def test_frozen_weights_that_cannot_be_used_are_refused(tmp_path):
+    saved_with_its_base(tmp_path, ["q_proj"], False, lambda *_: None)
+    stored = load_file(tmp_path / WEIGHTS)[f"base_model.model.{HEAD}"]
+    one_nan = stored.clone()
+    one_nan[5, 3] = float("nan")
+    for bad in (one_nan, stored * 2 + one_nan):
+        edit_tensors(tmp_path, add={f"base_model.model.{HEAD}": bad})
+        refused(tmp_path, f"{HEAD} holds NaN or infinity")
+    edit_tensors(tmp_path, add={f"base_model.model.{HEAD}": torch.zeros(101, 32)})
+    refused(tmp_path, r"has shape \(101, 32\), the base model's is \(97, 32\).* vocabulary")
+    # peft would pass over these without a word: it looks for `base_layer` just where there is an update
+    edit_tensors(tmp_path, add={f"base_model.model.{Q0}.weight": torch.zeros(32, 32)},
+                 remove=(f"base_model.model.{HEAD}",))  # fmt: skip
+    refused(tmp_path, f"{Q0}.weight fits no layer")
+
+
+def test_two_matrices_for_a_tied_model(tmp_path):
+    saved_with_its_base(tmp_path, ["q_proj"], False, the_head)
+    with pytest.raises(CheckpointError, match="differ, but are one matrix in the base model"):
+        load_adapter(tiny_model(tie_word_embeddings=True), tmp_path)
+
+
+def test_one_matrix_of_a_tied_model_is_enough(tmp_path):
+    theirs = saved_with_its_base(tmp_path, ["q_proj"], True, one_row)
+    for stored in (EMBED, HEAD):
+        edit_tensors(tmp_path, add={f"base_model.model.{stored}": theirs.base_model.model.lm_head.weight.detach()},
+                     remove=(f"base_model.model.{EMBED}", f"base_model.model.{HEAD}"))  # fmt: skip
+        model = tiny_model(tie_word_embeddings=True)
+        with pytest.warns(UserWarning, match="1 of 97 rows differ"):
+            load_adapter(model, tmp_path)
+        close(logits(model, IDS), logits(theirs, IDS))
+
+
 # ---- the files ----
 
 
@@ -257,10 +361,99 @@ def test_what_it_cannot_represent_is_refused_by_name(field, value, folder):
     refused(folder, rf"adapter_config\.json.*\b{field}\b" if field != "r" or value is None else "has rank 4")
 
 
-def test_harmless_initialisations_are_accepted(folder):
-    for init in (True, False, "gaussian", "eva"):
-        edit_config(folder, init_lora_weights=init)
-        load_adapter(tiny_model(), folder)
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", "mica", True, False])
+def test_harmless_initialisations_are_peft_s(init, tmp_path):
+    """Those after which peft's own base model is what it was."""
+    theirs = saved_by_peft(tmp_path, ["q_proj"], **({} if init == "eva" else {"init_lora_weights": init}))
+    close(theirs.base_model.model.get_submodule(Q0).base_layer.weight, tiny_model().get_submodule(Q0).weight, 0)
+    edit_config(tmp_path, init_lora_weights=init)
+    model = tiny_model()
+    load_adapter(model, tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS))
+
+
+@pytest.mark.parametrize("init", ["lora_ga", "loftq", "corda", "olora", "PiSSA", "some_new_one", 3])
+def test_other_initialisations_may_have_moved_the_base_model(init, folder):
+    edit_config(folder, init_lora_weights=init)
+    refused(folder, "init_lora_weights is .* may have moved")
+
+
+def test_every_field_of_peft_s_configuration_is_understood_harmless_or_refused(folder):
+    """Also those of a newer peft: a field that is set and unknown is refused by its name."""
+    from dataclasses import fields
+
+    import peft
+
+    harmless = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+                "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+                "runtime_config"}  # fmt: skip
+    for name in [*(field.name for field in fields(peft.LoraConfig)), "a_field_of_next_year"]:
+        before = (folder / "adapter_config.json").read_text()
+        edit_config(folder, **{name: [{"x": 1}]})  # no value that any of the fields understood may have
+        if name in harmless:
+            load_adapter(tiny_model(), folder)
+        else:
+            refused(folder, rf"adapter_config\.json: {name} is ")
+        (folder / "adapter_config.json").write_text(before)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("r", "4"), ("r", True), ("r", 4.5), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")),
+    ("lora_alpha", "16"), pytest.param("lora_alpha", 10**400, id="huge"),
+    ("lora_dropout", 1.0), ("lora_dropout", "a"), ("lora_dropout", -0.1),
+    ("use_rslora", "false"), ("use_dora", 1), ("target_modules", 5), ("target_modules", "("),
+    ("target_modules", [1, 2]), ("exclude_modules", "("), ("exclude_modules", 3), ("layers_to_transform", "1"),
+    ("layers_to_transform", [0.5]), ("layers_pattern", "("), ("rank_pattern", {"(": 4}), ("rank_pattern", ["q_proj"]),
+    ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", {"k_proj": float("nan")}),
+    ("alpha_pattern", {"x{99999999999}": 1}),
+])  # fmt: skip
+def test_a_malformed_field_is_named(field, value, folder):
+    edit_config(folder, **{field: value})
+    refused(folder, rf"^[^\n]*adapter_config\.json: {field} is [^\n]*, not [^\n]*$")
+
+
+TARGETS = [
+    {"target_modules": r".*\.(q|v)_proj|lm_head"}, {"target_modules": "all-linear"}, {"target_modules": "ALL-linear"},
+    {"target_modules": ["proj"]}, {"target_modules": ["layers.1.mlp.up_proj", "lm_head", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": []},
+    {"target_modules": ["q_proj", "model.embed_tokens"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": ["h", "model.layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj", "v"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}, {"target_modules": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", TARGETS, ids=str)
+def test_layers_are_targeted_by_peft_s_rules(rules, tmp_path):
+    import peft
+    from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+
+    theirs = peft.LoraConfig(**rules)
+    theirs.target_modules = theirs.target_modules or {"q_proj", "v_proj"}  # its choice for a Llama
+    theirs = _maybe_include_all_linear_layers(theirs, transformers_twin(tiny_model()))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4} | rules))
+    ours = read_peft_config(path)
+    for name in (name for name, _ in tiny_model().named_modules() if kind_of(name)):
+        found = check_target_module_exists(theirs, name)
+        assert ours.targets(name) == (bool(found) and not isinstance(found, _ExcludedModule)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_what_is_not_stored_in_floating_point_is_refused(dtype, folder):
+    edit_tensors(folder, add={f"base_model.model.{Q0}.lora_B.weight": torch.ones(32, 4).to(dtype)})
+    refused(folder, f"adapter_model.safetensors: base_model.model.{Q0}.lora_B.weight is stored as .*; only F64, F32")
+
+
+def test_half_precision_and_mixed_adapters_compute_as_in_peft(tmp_path):
+    saved_by_peft(tmp_path, ["q_proj", "lm_head"], save_embedding_layers=False)
+    stored = load_file(tmp_path / WEIGHTS)
+    edit_tensors(tmp_path, add={name: t.half() if "lora_A" in name else t.bfloat16() for name, t in stored.items()})
+    model = tiny_model()
+    load_adapter(model, tmp_path)
+    close(logits(model, IDS), logits(into_peft(tmp_path), IDS))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -320,19 +513,24 @@ def test_a_layer_that_the_file_lacks_altogether(folder):
     """Its update would silently be missing: the configuration says that it is adapted."""
     edit_tensors(folder, remove=tuple(f"base_model.model.model.layers.1.self_attn.q_proj.lora_{factor}.weight"
                                       for factor in "AB"))  # fmt: skip
-    refused(folder, "layers.1.self_attn.q_proj")
+    for targets in ({}, {"layers_to_transform": []}, {"target_modules": r".*(q_proj|embed_tokens)"}):
+        edit_config(folder, **targets)
+        refused(folder, "lacks .*layers.1.self_attn.q_proj.lora_A.weight, though adapter_config.json targets")
 
 
-def test_a_base_matrix_that_is_not_the_models(tmp_path):
-    """peft stores the base's embedding beside its update; another one would change what the update means."""
-    saved_by_peft(tmp_path, ["embed_tokens"])
-    name = "base_model.model.model.embed_tokens.base_layer.weight"
-    stored = load_file(tmp_path / WEIGHTS)[name]
-    for same in (stored, stored.bfloat16()):
-        edit_tensors(tmp_path, add={name: same})
-        load_adapter(tiny_model(), tmp_path)
-    edit_tensors(tmp_path, add={name: stored + 1})
-    refused(tmp_path, "embed_tokens.base_layer.weight")
+def test_all_linear_means_every_layer(tmp_path):
+    saved_by_peft(tmp_path, "all-linear")
+    edit_config(tmp_path, target_modules="all-linear")
+    load_adapter(tiny_model(), tmp_path)
+    lost = "base_model.model.model.layers.1.mlp.down_proj"
+    edit_tensors(tmp_path, remove=(f"{lost}.lora_A.weight", f"{lost}.lora_B.weight"))
+    refused(tmp_path, f"lacks {lost}.lora_A.weight")
+
+
+def test_a_layer_that_the_configuration_does_not_target(folder):
+    """peft passes over its tensors, so its model computes something else than all of the file."""
+    edit_config(folder, target_modules=["q_proj"])
+    refused(folder, "holds .*lora_embedding_A, but adapter_config.json targets no such layer")
 
 
 def test_damaged_and_missing_files(tmp_path, folder):

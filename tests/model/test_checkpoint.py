@@ -206,6 +206,74 @@ def test_a_missing_shard_is_named(folder):
         load_model(folder)
 
 
+def test_a_single_file_is_read_whatever_index_an_earlier_save_left(folder):
+    """As transformers does."""
+    model = tiny_model(seed=7)
+    save_model(model, folder.parent / "single")
+    (folder.parent / "single/model.safetensors").rename(folder / "model.safetensors")
+    close(logits(from_pretrained(folder), IDS), logits(model, IDS))
+    close(logits(load_model(folder), IDS), logits(model, IDS))
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    close(logits(load_model(folder), IDS), logits(model, IDS))
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    name = "model.norm.weight"
+    one, other = tensor_files(folder)[name], tensor_files(folder)["model.embed_tokens.weight"]
+    edit_tensors(other, add={name: torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=f"{max(one, other).name}: holds {name}, which {min(one, other).name}"):
+        load_model(folder)
+
+
+def test_an_index_that_names_another_shard_is_refused(folder):
+    path, name = folder / "model.safetensors.index.json", "model.norm.weight"
+    index, holds = json.loads(path.read_text()), tensor_files(folder)[name].name
+    other = next(file for file in index["weight_map"].values() if file != holds)
+    index["weight_map"][name] = other
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"says that {name} is in {other}, but it is in {holds}"):
+        load_model(folder)
+
+
+def test_an_index_needs_no_metadata(folder):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
+    close(logits(load_model(folder), IDS), logits(tiny_model(), IDS))
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool])
+def test_quantised_weights_are_refused_at_the_reader(dtype, folder):
+    """Their values mean nothing without scales; the whole dtypes gave tracebacks or, as fp32, wrong numbers."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    path = tensor_files(folder)[name]
+    edit_tensors(path, add={name: load_file(path)[name].to(dtype)})
+    for wanted in (None, torch.float32):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: {name} is stored as \w+; only F64, F32, BF16, F16"):
+            load_model(folder, wanted)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_a_folder_of_several_dtypes_computes(low, folder):
+    """In the one that holds all the values, as when PEFT kept the head and norms in fp32."""
+    for path in folder.glob("*.safetensors"):
+        mixed = {n: t.to(low) for n, t in load_file(path).items() if "norm" not in n and "head" not in n}
+        edit_tensors(path, add=mixed)
+    model = load_model(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    close(logits(model, IDS), logits(from_pretrained(folder).float(), IDS))
+    assert load_model(folder, low).lm_head.weight.dtype == low
+
+
+def test_fp64_computes(tmp_path):
+    save_model(tiny_model().double(), tmp_path)
+    assert logits(load_model(tmp_path), IDS).dtype == torch.float64
+    close(logits(load_model(tmp_path), IDS).float(), logits(tiny_model(), IDS))
+
+
 def test_a_shard_that_lacks_what_the_index_promises(folder):
     name = "model.norm.weight"
     edit_tensors(tensor_files(folder)[name], remove=(name,))

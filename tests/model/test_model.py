@@ -1,5 +1,6 @@
 """The network against transformers' LlamaForCausalLM, and its shortcuts against the long way."""
 
+import copy
 import json
 import warnings
 
@@ -181,6 +182,86 @@ def test_yarn_is_refused_in_the_new_form_too():
     written["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     with pytest.raises(ConfigError, match="yarn"):
         LlamaConfig.from_dict(written)
+
+
+# ---- theta and scaling, wherever they stand ----
+
+LOW_HIGH = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+L3 = {"rope_type": "llama3", "factor": 8.0, **LOW_HIGH}
+ROPES = {
+    "nothing": {},
+    "theta at the top": {"rope_theta": 5e5},
+    "together": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "theta in rope_scaling": {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    "theta in rope_scaling, llama3": {"rope_scaling": L3 | {"rope_theta": 5e5}},
+    "theta in rope_scaling, linear": {"rope_scaling": {"type": "linear", "factor": 4, "rope_theta": 5e5}},
+    "two thetas": {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "two thetas, llama3": {"rope_theta": 1e4, "rope_scaling": L3 | {"rope_theta": 5e5}},
+    "both objects": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": L3 | {"rope_theta": 5e5}},
+    "null beside rope_parameters": {"rope_scaling": None, "rope_parameters": L3 | {"rope_theta": 5e5}},
+    "empty beside rope_parameters": {"rope_scaling": {}, "rope_parameters": L3 | {"rope_theta": 5e5}},
+    "original context from max_position_embeddings": {"rope_scaling": L3},
+    "original context at the top": {"original_max_position_embeddings": 16, "rope_scaling": L3},
+    "two original contexts": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": L3 | {"original_max_position_embeddings": 64},
+    },
+    "type and rope_type": {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 4.0}},
+    "numbers that the type does not use": {"rope_scaling": {"type": "linear", "factor": 2.0, **LOW_HIGH}},
+}
+
+
+@pytest.mark.parametrize("form", ROPES.values(), ids=ROPES)
+def test_rope_is_transformers_rope(form):
+    from transformers import LlamaConfig as Theirs
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    shape = {name: value for name, value in vars(tiny_config()).items() if not name.startswith("rope")}
+    theirs = LlamaRotaryEmbedding(Theirs.from_dict(copy.deepcopy(shape | form))).inv_freq
+    config = LlamaConfig.from_dict(shape | form)
+    positions = torch.arange(48)
+    cos, sin = (part[0, :, 0, 4:] for part in rope(config, positions[None]))
+    angles = positions[:, None] * theirs
+    close(cos, angles.cos(), 1e-5)
+    close(sin, angles.sin(), 1e-5)
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("form, match", [
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}, "low_freq_factor is missing"),
+    ({"rope_scaling": {"rope_type": "llama3", **LOW_HIGH}}, "factor is missing"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+    ({"rope_scaling": L3 | {"low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+    ({"rope_scaling": L3 | {"factor": "8"}}, "factor is '8', not a number"),
+    ({"rope_scaling": L3 | {"factor": 0}}, "must be above 0"),
+    ({"rope_scaling": L3 | {"original_max_position_embeddings": None}}, "original_max_position_embeddings is None"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
+    ({"rope_theta": None}, "rope_theta is None"),
+    ({"rope_theta": "10000"}, "rope_theta is '10000'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}, "one rope for all layers"),
+    ({"rope_scaling": L3 | {"partial_rotary_factor": 0.5}}, "all dimensions"),
+    *(({name: {"rope_type": kind, "factor": 4.0}}, f"type is '{kind}'") for name in ("rope_scaling", "rope_parameters")
+      for kind in ("yarn", "dynamic", "longrope", "proportional", "mrope")),
+])  # fmt: skip
+def test_rope_that_is_incomplete_or_of_another_kind_is_refused(form, match):
+    shape = {name: value for name, value in vars(tiny_config()).items() if not name.startswith("rope")}
+    with pytest.raises(ConfigError, match=match):
+        LlamaConfig.from_dict(shape | form)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", "97"), ("vocab_size", 97.5), ("num_hidden_layers", True), ("rms_norm_eps", "1e-5"),
+    ("rms_norm_eps", None), ("max_position_embeddings", None), ("tie_word_embeddings", "false"), ("head_dim", 8.0),
+])  # fmt: skip
+def test_numbers_and_truth_values_of_another_type_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}, not"):
+        LlamaConfig.from_dict(tiny_config().to_dict() | {field: value})
+
+
+def test_a_head_size_that_does_not_come_out_whole_is_refused():
+    config = tiny_config().to_dict() | {"num_attention_heads": 5, "num_key_value_heads": None, "head_dim": None}
+    with pytest.raises(ConfigError, match="hidden_size 32 is no multiple of num_attention_heads 5"):
+        LlamaConfig.from_dict(config)
 
 
 @pytest.mark.parametrize("field", NEEDED)
