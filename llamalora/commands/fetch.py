@@ -15,13 +15,13 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 from urllib.request import urlopen
 
 import torch
@@ -207,7 +207,10 @@ def fetch_bc5cdr(source: Path | None, folder: Path, scratch: Path) -> str:
     source = source or _download_corpus(scratch)
     try:
         if source.is_dir():
-            files = [(str(path), partial(path.open, "rb")) for path in sorted(source.rglob("*")) if path.is_file()]
+            paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+            files: list[tuple[str, Callable[[], IO[bytes]]]] = [
+                (str(path), partial(open, path, "rb")) for path in paths
+            ]
             _extract(origin, files, folder)
         else:
             with zipfile.ZipFile(source) as archive:
@@ -234,7 +237,7 @@ def _download_corpus(folder: Path) -> Path:
     return path
 
 
-def _extract(origin: Path | str, files: list[tuple[str, Callable[[], IO[bytes]]]], folder: Path) -> None:
+def _extract(origin: Path | str, files: Sequence[tuple[str, Callable[[], Any]]], folder: Path) -> None:
     """Copies the three files (plain or .gz) out of `files`, pairs of a path and what opens it, into `folder`."""
     for name in TABLE_5:
         # the names in an archive serve only to find a file, wherever they point to

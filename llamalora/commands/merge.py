@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from ..cli import UsageError
 from ..files import is_occupied, new_folder
-from ..lora.inject import KINDS, adapt, kind_of
-from ..lora.layers import PARTS
-from ..lora.peft_format import Adapter, read_adapter
+from ..lora.inject import KINDS, adapt, kind_of, lora_layers
+from ..lora.layers import PARTS, LoRALayer
+from ..lora.peft_format import Adapter, Factors, read_adapter
 from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
@@ -161,7 +161,7 @@ def _write_merged(
         layer = name.removesuffix(".weight")
         if layer not in adapter.layers:
             return weight
-        weight = kinds.merge(model.get_submodule(layer), layer, weight, adapter.layers[layer].read())
+        weight = kinds.merge(lora_layers(model)[layer], adapter.layers[layer], weight)
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
         return weight
@@ -189,15 +189,16 @@ class _Kinds:
         self.layers: dict[str, int] = defaultdict(int)
 
     @torch.no_grad()
-    def merge(self, layer: nn.Module, name: str, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """The weight with the update, as `_LoRA.merge` computes it."""
+    def merge(self, layer: LoRALayer, factors: Factors, weight: Tensor) -> Tensor:
+        """The weight with the update, as `LoRALayer.merge` computes it."""
+        parts = factors.read()
         for part, tensor in zip(PARTS, parts, strict=False):
             setattr(layer, part, nn.Parameter(tensor.float()))
         exact = layer.applied(weight)
         rounded = exact.to(weight.dtype)
         squares = [_square(weight), _square(exact, weight), _square(exact, rounded)]
-        self.sums[kind_of(name)] += torch.tensor(squares, dtype=torch.float64)
-        self.layers[kind_of(name)] += 1
+        self.sums[factors.kind] += torch.tensor(squares, dtype=torch.float64)
+        self.layers[factors.kind] += 1
         for part, tensor in zip(PARTS, parts, strict=False):
             setattr(layer, part, nn.Parameter(tensor.to("meta")))
         return rounded

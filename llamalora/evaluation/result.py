@@ -10,7 +10,7 @@ from ..corpus.documents import Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
 from ..task.parse import parse
 from ..task.prompt import Task
-from ..task.score import bootstrap, document_counts, format_table, score
+from ..task.score import Keys, bootstrap, document_counts, format_table, score
 from .answer import Answer
 
 
@@ -40,8 +40,12 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
     false positives and false negatives of each document for the headline, and for the first of the others,
     so that results can be compared document by document.
     """
-    gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
-    placed, invented, first, strings, gold_strings = set(), set(), set(), set(), set()
+    gold: Keys = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
+    placed: Keys = set()
+    invented: Keys = set()
+    first: Keys = set()
+    strings: Keys = set()
+    gold_strings: Keys = set()
     for item in answers:
         sentence, parsed = item.sentence, item.parsed
         here, text = (sentence.document, sentence.start), sentence.text

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def _inspect_layer(
     if other is not None and name in other.layers:
         A2, B2 = (factor.double() for factor in other.layers[name].read())
         found |= compare_factors(A, B, A2, B2)
-    return Matrix(name, kind_of(name), block_of(name), layer.shape, layer.rank, scale, **found)
+    return Matrix(name, layer.kind, block_of(name), layer.shape, layer.rank, scale, **found)
 
 
 def check_comparable(adapter: Adapter, other: Adapter) -> None:
@@ -299,7 +300,7 @@ def by_kind(matrices: Iterable[Matrix]) -> dict[str, dict]:
     for kind, group in groups.items():
         if not group:
             continue
-        row = result[kind] = {
+        row: dict[str, Any] = {
             "count": len(group),
             "parameters": sum(matrix.rank * sum(matrix.shape) for matrix in group),
         }
@@ -307,6 +308,7 @@ def by_kind(matrices: Iterable[Matrix]) -> dict[str, dict]:
             values = [value for matrix in group if (value := getattr(matrix, metric)) is not None]
             if values:
                 row[metric] = {"median": median(values), "least": min(values), "largest": max(values)}
+        result[kind] = row
     return result
 
 

@@ -149,7 +149,7 @@ def save_heatmap(result: dict, metric: str, path: Path) -> None:
     for matrix in matrices:
         x = ends.get(matrix["kind"], matrix["layer"])
         y, tall = (0, height) if matrix["layer"] is None else (kinds.index(matrix["kind"]), 1)
-        colour = colours.to_rgba(max(matrix[metric], least) if wide else matrix[metric])
+        colour = colours.cmap(norm(max(matrix[metric], least) if wide else matrix[metric]))
         axes.add_patch(Rectangle((x, y), 1, tall, facecolor=colour, edgecolor="white"))
     ticks = list(range(0, blocks, 1 if blocks <= 16 else 4))
     axes.set_xticks([x + 0.5 for x in (*ticks, *ends.values())], [*map(str, ticks), *ends])

@@ -93,7 +93,7 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
 @torch.no_grad()
 def _fill(model: nn.Module, layers: dict[str, Factors], frozen: dict[str, Tensor]) -> None:
     for name, weight in frozen.items():
-        model.get_submodule(name).weight.copy_(weight)
+        model.get_parameter(f"{name}.weight").copy_(weight)
     for name, layer in lora_layers(model).items():
         for part, tensor in zip(layer.parts, layers[name].read(), strict=True):
             part.copy_(tensor)

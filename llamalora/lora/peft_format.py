@@ -39,6 +39,13 @@ class Factors:
     dora: bool
 
     @property
+    def kind(self) -> str:
+        """Of layer: `q` ... `head`."""
+        kind = kind_of(self.name)
+        assert kind is not None, f"{self.name} can carry no update"
+        return kind
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Of A, B and, with DoRA, the magnitude in the file."""
         return factor_keys(self.name, self.dora)
@@ -181,7 +188,7 @@ def read_layout(
         CheckpointError: as `read_adapter`.
     """
     shapes = {key: shape for key, (_, shape) in tensor_entries(path).items()}
-    wanted = {} if model is None else {name: tuple(layer.weight.shape) for name, layer in _adaptable(model).items()}
+    wanted = {} if model is None else {name: tuple(weight.shape) for name, weight in _adaptable(model).items()}
     found, copies, strange = set(), {}, []
     for key in shapes:
         name = _SUFFIX.sub("", key).removeprefix(_PREFIX)
@@ -223,7 +230,7 @@ def _of_both_ends(path: Path, base: dict[str, str]) -> dict[str, str]:
 
 
 def _factors(
-    path: Path, name: str, shapes: dict[str, tuple[int, ...]], weight: tuple[int, int] | None, dora: bool
+    path: Path, name: str, shapes: dict[str, tuple[int, ...]], weight: tuple[int, ...] | None, dora: bool
 ) -> Factors:
     """Checks the shapes of an update's tensors against each other and, if given, against that of the frozen weight."""
     keys = factor_keys(name, dora)
@@ -251,7 +258,7 @@ def _check_uniform(layers: dict[str, Factors]) -> None:
     """Refuses layers of one kind that belong to weights of several shapes, as no Llama has them."""
     first: dict[str, Factors] = {}
     for layer in layers.values():
-        other = first.setdefault(kind_of(layer.name), layer)
+        other = first.setdefault(layer.kind, layer)
         if layer.shape != other.shape:
             raise CheckpointError(
                 f"{layer.path}: {layer.name} updates a weight of shape {layer.shape}, {other.name} one of "
@@ -279,9 +286,11 @@ def _names_of_one_block() -> tuple[str, ...]:
 def _place(name: str) -> tuple[int, int]:
     """The place of a module in a Llama, to sort by."""
     block = block_of(name)
-    block = {"embed": -1, "head": 1000}[kind_of(name)] if block is None else block
+    if block is None:
+        block = -1 if kind_of(name) == "embed" else 1000
     return block, _names_of_one_block().index(_in_block(name, 0))
 
 
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if kind_of(name)}
+def _adaptable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen weights of the layers that can carry an update, by module name."""
+    return {name: model.get_parameter(f"{name}.weight") for name, _ in model.named_modules() if kind_of(name)}

@@ -92,8 +92,8 @@ def show(result: dict[str, dict]) -> str:
         rows.append([f"{title}, mean (max)", *(f"{length['mean']:.1f} ({length['max']:,})" for length in values)])
     if labels:
         for form in ("tagging", "extraction"):
-            values = (f"{100 * split['ceiling'][form]:.2f}" if split["mentions"] else "" for split in splits)
-            rows.append([f"F1 of right answers, {form}", *values])
+            ceilings = (f"{100 * split['ceiling'][form]:.2f}" if split["mentions"] else "" for split in splits)
+            rows.append([f"F1 of right answers, {form}", *ceilings])
     notes = [f"{name}: {note}" for name, split in result.items() for note in told(split["notes"])]
     notes += ["✓ as in Table 5 of the paper"] * ("✓" in str(rows))
     return "\n".join([aligned(rows), *[""] * bool(notes), *notes])

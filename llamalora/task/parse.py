@@ -59,7 +59,10 @@ def _parse_tagging(task: Task, text: str, output: str, truncated: bool) -> Parse
     stretches, unbalanced = _pair(tags)
     alignment = Alignment(text, plain, truncated)
     source = " ".join(text.split())
-    entities, placed, places, missing = [], [], [], []
+    entities: list[tuple[str, str]] = []
+    placed: list[Span] = []
+    places: list[tuple[int, int]] = []
+    missing: list[tuple[str, str]] = []
     for stretch, (first, last) in stretches:
         inner = plain[stretch.start : stretch.end]
         entity = inner.strip()
@@ -105,7 +108,11 @@ def tag_places(task: Task, text: str) -> set[int]:
 
 def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[str, list[_Tag]]:
     """The output without its tags, and the tags."""
-    meaning = {tag: (label, closes) for label in task.labels for closes, tag in enumerate(task.tags(label))}
+    meaning = {
+        tag: (label, closes)
+        for label in task.labels
+        for closes, tag in zip((False, True), task.tags(label), strict=True)
+    }
     legal = _tag_pattern(task)
     pieces = re.split(f"({legal})", output)  # texts at even places, tags at odd ones
     literal: set[int] = set()
@@ -121,7 +128,8 @@ def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[st
         source = re.findall(rf"{legal}|\w+|\W", text)
         copied = edit_alignment(source, [token for _, token in tokens], free, open_end=truncated)
         literal = {tokens[index][0] for index in free if copied[index] >= 0}
-    plain, tags, position = "", [], 0
+    plain, position = "", 0
+    tags: list[_Tag] = []
     for place, piece in enumerate(pieces):
         if place % 2 and place not in literal:
             label, closes = meaning[piece]
