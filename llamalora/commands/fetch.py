@@ -208,10 +208,7 @@ def fetch_bc5cdr(source: Path | None, folder: Path, scratch: Path) -> str:
     try:
         if source.is_dir():
             paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-            files: list[tuple[str, Callable[[], IO[bytes]]]] = [
-                (str(path), partial(open, path, "rb")) for path in paths
-            ]
-            _extract(origin, files, folder)
+            _extract(origin, [(str(path), partial(path.open, "rb")) for path in paths], folder)
         else:
             with zipfile.ZipFile(source) as archive:
                 _extract(origin, [(i.filename, partial(archive.open, i)) for i in archive.infolist()], folder)
