@@ -92,11 +92,13 @@ def answer_sentences(
     if task.format == "tagging" and draft_tokens:
         rows = min(batch_size, len(fits))
         drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
+    # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
+    ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
     grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = in_step(model, world, lambda: generate(
-            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update, stop
+            model, [prompts[i] for i in fits], ends, limits, batch_size, drafter, grammar, bar.update, stop
         ))  # fmt: skip
     answers = [Answer(sentence, "", parse(task, sentence.text, ""), overlong=True) for sentence in mine]
     decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)

@@ -4,7 +4,7 @@ Dimensions: P places of a pass at which a token is chosen, V vocabulary, M token
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -62,7 +62,7 @@ class _Row:
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
-    eos_id: int,
+    eos_id: int | Collection[int],
     max_new_tokens: int | Sequence[int],
     batch_size: int = 32,
     drafter: Drafter | None = None,
@@ -70,13 +70,15 @@ def generate(
     progress: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], object] = lambda: False,
 ) -> Decoding:
-    """The most probable (allowed) next token, over and over, until the end token or the limit.
+    """The most probable (allowed) next token, over and over, until an end token or the limit.
 
     A prompt that is finished leaves its cache row to the next one. A draft is checked in one forward pass
     and kept as far as it is what greedy decoding yields: it changes the speed, not the output.
 
     Args:
         prompts: token ids of each, at least one.
+        eos_id: the end token, or several. With one of those that the model's configuration names, all of them end
+            an output.
         max_new_tokens: the limit, one for all or one for each prompt.
         batch_size: prompts decoded side by side; the outputs do not depend on it.
         drafter: proposes continuations; without one, a pass yields a token.
@@ -90,6 +92,9 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not all(prompts) or min(limits, default=1) < 1:
         raise ValueError("every prompt needs a token and every limit must be at least 1")
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    if ends & model.config.end_ids:
+        ends |= model.config.end_ids
     requests = [
         _Row(index, list(prompt), limit, grammar and grammar.start(index))
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
@@ -110,7 +115,7 @@ def generate(
             for place in places:
                 rows[place] = waiting.popleft()
         active = [rows[place] for place in places]
-        _advance(model, cache, places, active, eos_id, drafter, grammar, fresh=bool(enter))
+        _advance(model, cache, places, active, ends, drafter, grammar, fresh=bool(enter))
         passes += 1
         row_passes += sum(row is not None for row in active)
         for place, row in zip(places, active, strict=True):
@@ -131,7 +136,7 @@ def _advance(
     cache: KVCache,
     places: list[int],
     active: list[_Row | None],
-    eos_id: int,
+    ends: Collection[int],
     drafter: Drafter | None,
     grammar: Grammar | None,
     fresh: bool,
@@ -149,7 +154,7 @@ def _advance(
             continue
         draft = list(drafter(row.index, row.output)[: row.limit - len(row.output) - 1]) if drafter else []
         if grammar:
-            path = _path(grammar, row.state, draft, eos_id)
+            path = _path(grammar, row.state, draft, ends)
             draft = draft[: len(path) - 1]
             paths += path
         drafts.append(draft)
@@ -174,7 +179,7 @@ def _advance(
         for place, token in enumerate(picks[first : first + len(draft) + 1], start=first):
             if paths and not paths[place]:
                 row.stuck = True
-            elif token == eos_id:
+            elif token in ends:
                 row.ended = True
             else:
                 row.output.append(token)
@@ -190,11 +195,11 @@ def _advance(
         row.log_probs += islice(log_probs, count)
 
 
-def _path(grammar: Grammar, state: Hashable, draft: list[int], eos_id: int) -> list[Mapping[int, Hashable]]:
+def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[int]) -> list[Mapping[int, Hashable]]:
     """What the grammar allows behind an output and behind each token of its draft, as far as it allows that."""
     path = [grammar.moves(state)]
     for token in draft:
-        if token == eos_id or token not in path[-1]:
+        if token in ends or token not in path[-1]:
             break
         path.append(grammar.moves(path[-1][token]))
     return path

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .config import ConfigError, LlamaConfig
+from .config import ConfigError, LlamaConfig, token_ids
 from .llama import Llama
 from .tensors import CheckpointError, read_tensor, save_tensors, tensor_shapes
 
@@ -16,7 +16,7 @@ SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The configuration of a model folder.
+    """The configuration of a model folder; `eos_token_id` has the end tokens of `generation_config.json` as well.
 
     Raises:
         CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
@@ -25,6 +25,11 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not path.parent.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     config = read_json(path)
+    beside = path.with_name("generation_config.json")
+    if beside.is_file():
+        ends = token_ids(config.get("eos_token_id"))
+        if further := [token for token in token_ids(read_json(beside).get("eos_token_id")) if token not in ends]:
+            config["eos_token_id"] = [*ends, *further]
     try:
         return LlamaConfig.from_dict(config)
     except ConfigError as error:
