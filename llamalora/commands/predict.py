@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load_run(Path(arguments.run), arguments.which, precision, world)
         if arguments.constrain:
-            check_constraint(system.task)
+            check_constraint(system.task, system.tokenizer)
         documents = stream_documents(arguments.file)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
             _, asked = select_sentences(chunk, None)

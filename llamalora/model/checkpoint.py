@@ -26,10 +26,12 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise CheckpointError(f"{folder}: no such model folder")
     config = read_json(path)
     beside = path.with_name("generation_config.json")
-    if beside.is_file():
-        ends = token_ids(config.get("eos_token_id"))
-        if further := [token for token in token_ids(read_json(beside).get("eos_token_id")) if token not in ends]:
-            config["eos_token_id"] = [*ends, *further]
+    further = token_ids(read_json(beside).get("eos_token_id")) if beside.is_file() else ()
+    if not all(isinstance(token, int) for token in further):
+        raise CheckpointError(f"{beside}: eos_token_id is {further!r}, not the numbers of tokens")
+    ends = token_ids(config.get("eos_token_id"))
+    if further := [token for token in further if token not in ends]:
+        config["eos_token_id"] = [*ends, *further]
     try:
         return LlamaConfig.from_dict(config)
     except ConfigError as error:

@@ -1,6 +1,7 @@
 """Decoding against transformers' generate, and against itself: alone, side by side, drafted."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import random_ids, tiny_model, transformers_twin
 from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import inject_lora
 from llamalora.model.checkpoint import load_model
+from llamalora.model.llama import Llama
 from llamalora.task.tokenizer import load_tokenizer
 
 LENGTHS = (4, 1, 17, 9, 9, 30, 2, 5)
@@ -29,15 +31,15 @@ def plain(model):
     return [generate(model, [prompt], NEVER, NEW).outputs[0] for prompt in PROMPTS]
 
 
-def theirs(twin, prompt: list[int], eos_id: int, new: int) -> list[int]:
+def theirs(twin, prompt: list[int], eos_id: int | list[int], new: int) -> list[int]:
     """transformers' greedy continuation, without the end token."""
-    ids = torch.tensor([prompt])
+    ids, ends = torch.tensor([prompt]), eos_id if isinstance(eos_id, list) else [eos_id]
     with torch.no_grad():
         out = twin.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
             eos_token_id=None if eos_id == NEVER else eos_id, pad_token_id=0,
         )[0, len(prompt):].tolist()  # fmt: skip
-    return out[:-1] if out and out[-1] == eos_id else out
+    return out[:-1] if out and out[-1] in ends else out
 
 
 def an_end_token(outputs) -> int:
@@ -67,6 +69,21 @@ def test_stops_where_transformers_stops(model, plain):
     assert decoding.outputs == [theirs(twin, prompt, eos, NEW) for prompt in PROMPTS]
     assert decoding.truncated == [eos not in output for output in plain]
     assert len(set(decoding.truncated)) == 2  # some ended, some did not
+
+
+def test_stops_at_every_end_token(model, plain):
+    """Several are given, or one that the model's configuration names among several."""
+    ends = [an_end_token(plain), plain[0][3]]
+    twin = transformers_twin(model)
+    expected = [theirs(twin, prompt, ends, NEW) for prompt in PROMPTS]
+    decoding = generate(model, PROMPTS, ends, NEW, batch_size=3)
+    assert decoding.outputs == expected
+    listed = Llama(replace(model.config, eos_token_id=tuple(ends)))
+    listed.load_state_dict(model.state_dict())
+    for end in ends:
+        assert generate(listed.eval(), PROMPTS, end, NEW).outputs == expected
+        assert expected != [theirs(twin, prompt, end, NEW) for prompt in PROMPTS]
+    assert generate(listed, PROMPTS, NEVER, NEW).outputs == plain
 
 
 def test_smollm2_generates_what_transformers_generates(smollm2):
