@@ -31,6 +31,7 @@ class State(NamedTuple):
     index: int
     room: int  # tokens that may still come
     readings: frozenset[_Reading]
+    shut: frozenset[int] = frozenset()  # positions at which no mention begins, since one was withdrawn there
 
 
 class Constraint:
@@ -85,18 +86,36 @@ class Constraint:
             spelling, readings = paths.pop()
             ways: dict[int, set[_Reading]] = {}
             for reading in readings:
-                for byte, after in self._steps(source, reading, state.room):
+                for byte, after in self._steps(source, reading, state):
                     ways.setdefault(byte, set()).add(after)
             for byte, after in ways.items():
                 longer = spelling + bytes([byte])
                 if longer in self.prefixes:
                     paths.append((longer, frozenset(after)))
                     if longer in self.tokens:
-                        behind = State(state.index, state.room - 1, frozenset(after))
+                        behind = state._replace(room=state.room - 1, readings=frozenset(after))
                         allowed |= dict.fromkeys(self.tokens[longer], behind)
         return allowed
 
-    def _steps(self, source: "_Source", reading: _Reading, room: int) -> list[tuple[int, _Reading]]:
+    def withdraw(self, states: Sequence[State], output: Sequence[int], wanted: int) -> tuple[int, State] | None:
+        """Takes back a mention that the model has given up: it wants to end the answer, or to open another mention,
+        although this one is open. Closing it there would be nobody's choice; so it is not opened."""
+        outside = max(place for place, state in enumerate(states) if any(not r.rest + r.closer for r in state.readings))
+        for place in range(outside + 1, len(states)):
+            opened = [reading for reading in states[place].readings if reading.closer and not reading.rest]
+            if opened:
+                break
+        else:
+            return None
+        unopened = states[place]._replace(readings=frozenset(r._replace(closer=b"", edge=-1) for r in opened))
+        for token in (*output[place:], wanted):
+            following = self.moves(unopened)
+            if token not in following:
+                return None
+            unopened = following[token]
+        return outside, states[outside]._replace(shut=states[-1].shut.union(reading.edge for reading in opened))
+
+    def _steps(self, source: "_Source", reading: _Reading, state: State) -> list[tuple[int, _Reading]]:
         """The legal next bytes, each with the reading behind it."""
         position, rest, closer, edge = reading
         if rest:
@@ -106,10 +125,12 @@ class Constraint:
             steps.append((source.text[position], _Reading(position + 1, b"", closer, edge)))
         if closer and position in source.ends and position > edge:
             steps.append((closer[0], _Reading(position, closer[1:], b"", position)))
-        if not closer and position in source.starts and (position > edge or self.touching):
+        if closer or position not in source.starts or position in state.shut:
+            return steps
+        if position > edge or self.touching:
             for opener, its_closer in self.tags:
                 # this token, the bytes behind it, the end token
-                if len(opener) + len(its_closer) + len(source.text) - position < room:
+                if len(opener) + len(its_closer) + len(source.text) - position < state.room:
                     steps.append((opener[0], _Reading(position, opener[1:], its_closer, position)))
         return steps
 

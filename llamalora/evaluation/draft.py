@@ -70,6 +70,8 @@ class SourceDrafter:
 
     def __call__(self, index: int, output: list[int]) -> Sequence[int]:
         copy, spellings = self.copies[index], self.tokenizer.spellings
+        if len(output) < copy.tokens:  # something was taken back
+            copy = self.copies[index] = _Copy(copy.source, TextStream(self.tokenizer), learned=copy.learned)
         self._follow(copy, copy.text.read(output[copy.tokens :]))
         copy.tokens = len(output)
         expected, sure = self._expect(copy)

@@ -28,6 +28,14 @@ class Grammar(Protocol):
     def moves(self, state: Hashable) -> Mapping[int, Hashable]:
         """The tokens that may follow, each with the state behind it; none if the output cannot go on."""
 
+    def withdraw(self, states: Sequence[Hashable], output: Sequence[int], wanted: int) -> tuple[int, Hashable] | None:
+        """Asked where the model wants a token that is not allowed: how much of the output stays if an earlier choice
+        is taken back, and the state from which it goes on. None: nothing is, the best allowed token follows.
+
+        Args:
+            states: before and behind each token of the output.
+        """
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -47,7 +55,7 @@ class _Row:
     index: int
     prompt: list[int]
     limit: int
-    state: Hashable = None  # of the grammar, behind the output
+    states: list[Hashable]  # of the grammar, before and behind each token of the output
     output: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -96,7 +104,7 @@ def generate(
     if ends & model.config.end_ids:
         ends |= model.config.end_ids
     requests = [
-        _Row(index, list(prompt), limit, grammar and grammar.start(index))
+        _Row(index, list(prompt), limit, [grammar and grammar.start(index)])
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
@@ -154,11 +162,11 @@ def _advance(
             continue
         draft = list(drafter(row.index, row.output)[: row.limit - len(row.output) - 1]) if drafter else []
         if grammar:
-            path = _path(grammar, row.state, draft, ends)
+            path = _path(grammar, row.states[-1], draft, ends)
             draft = draft[: len(path) - 1]
             paths += path
         drafts.append(draft)
-        feeds.append([*row.prompt, *draft] if fresh else [row.output[-1], *draft])
+        feeds.append([*row.prompt, *draft] if fresh else [*(row.output or row.prompt)[-1:], *draft])
         starts.append(0 if fresh else len(row.prompt) + len(row.output) - 1)
         total += len(feeds[-1])
         predictors += range(total - len(draft) - 1, total)
@@ -166,33 +174,44 @@ def _advance(
     ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
     hidden = model.model(ids, packing, cache)[0, torch.tensor(predictors, device=device)]
-    scores, tokens = _scores(model.lm_head(hidden), paths)
+    logits = model.lm_head(hidden)
+    scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16
     picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
 
+    wanted = logits.max(-1).indices.tolist() if grammar else []
     kept: list[int] = []
     growing = [row for row in active if row is not None]
-    taken = []
+    taken, withdrawn = [], []
     first = 0
     for row, draft in zip(growing, drafts, strict=True):
-        count = 0
+        count, back = 0, None
         for place, token in enumerate(picks[first : first + len(draft) + 1], start=first):
+            if grammar and wanted[place] not in paths[place]:
+                back = grammar.withdraw(row.states, row.output, wanted[place])
+            if back:
+                break
             if paths and not paths[place]:
                 row.stuck = True
             elif token in ends:
                 row.ended = True
             else:
                 row.output.append(token)
-                row.state = paths[place][token] if paths else None
+                row.states.append(paths[place][token] if paths else None)
                 count += 1
             if row.finished or draft[count - 1 : count] != [token]:
                 break
         kept += range(first, first + count)
         taken.append(count)
+        withdrawn.append(back)
         first += len(draft) + 1
     log_probs = iter(_log_probs(scores, best, kept))
-    for row, count in zip(growing, taken, strict=True):
+    for row, count, back in zip(growing, taken, withdrawn, strict=True):
         row.log_probs += islice(log_probs, count)
+        if back:
+            length, state = back
+            del row.output[length:], row.log_probs[length:], row.states[length:]
+            row.states.append(state)
 
 
 def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[int]) -> list[Mapping[int, Hashable]]:

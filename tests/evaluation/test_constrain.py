@@ -12,7 +12,7 @@ from llamalora.corpus.documents import Sentence, Span, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import join_world
 from llamalora.evaluation.answer import answer_sentences
-from llamalora.evaluation.constrain import Constraint
+from llamalora.evaluation.constrain import Constraint, State
 from llamalora.evaluation.draft import SourceDrafter
 from llamalora.evaluation.generate import generate
 from llamalora.runs.setup import check_constraint
@@ -134,6 +134,52 @@ def test_letters_without_case_are_words(tokenizer):
     constraint = Constraint(tokenizer, TASKS["all labels"], ["漢字かな", "ไข้สูง"], [99, 99])
     assert follow(constraint, tokenizer.encode_continuation(" 漢[Disease]字か[/Disease]な"))
     assert follow(constraint, tokenizer.encode_continuation(" [Disease]ไข้[/Disease]สูง"), 1)
+
+
+END = ""
+
+
+@pytest.mark.parametrize(
+    "written, wanted, kept",
+    [
+        ("a [Disease]fever/ache and chills", END, "a "),
+        ("a [Disease]fever/ache ", "[", "a "),
+        ("a [Disease]fever/[", "C", "a "),  # what it meant by the bracket is another mention, not the end of this one
+        ("a [Disease]fever[/Disease]/ache [Disease]and chills", END, "a [Disease]fever[/Disease]/ache "),
+        ("a [Disease]fever/[", "x", None),
+        ("a [Disease]fe", "[", None),  # inside a word there is no other mention either
+        ("a [Disease]fe", "x", None),
+        ("a [Disea", "[", None),
+        ("a fever/ache and chills", "x", None),
+    ],
+)
+def test_a_mention_that_the_model_gives_up_is_withdrawn(written, wanted, kept, tokenizer):
+    """It is not closed where the model would have ended the answer or begun another mention."""
+    text = "a fever/ache and chills"
+    singles = {s: token for token, s in enumerate(tokenizer.spellings) if s and len(s) == 1}
+    constraint = Constraint(tokenizer, TASKS["all labels"], [text], [99])
+
+    def behind(written: str, state: State) -> list[State]:
+        states = [state]
+        for byte in written.encode():
+            states.append(constraint.moves(states[-1])[singles[bytes([byte])]])
+        return states
+
+    output = [singles[bytes([byte])] for byte in f" {written}".encode()]
+    token = singles[wanted.encode()] if wanted else tokenizer.eos_id
+    states = behind(" " + written, constraint.start(0))
+    assert token not in constraint.moves(states[-1])
+    back = constraint.withdraw(states, output, token)
+    if kept is None:
+        assert back is None
+        return
+    length, state = back
+    assert tokenizer.decode(output[:length]) == kept
+    assert singles[b"["] not in constraint.moves(state) and singles[b"["] in constraint.moves(states[length])
+    rest = text[len(kept.replace("[Disease]", "").replace("[/Disease]", "")) :]
+    assert tokenizer.eos_id in constraint.moves(behind(rest, state)[-1])
+    tagged = rest.replace("chills", "[Chemical]chills[/Chemical]")
+    assert tokenizer.eos_id in constraint.moves(behind(tagged, state)[-1])
 
 
 def test_a_vocabulary_that_cannot_spell_the_source_is_a_dead_end():

@@ -107,6 +107,44 @@ def test_log_probabilities_are_those_of_the_logits(batch_size, model, plain):
         torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=1e-3, atol=1e-4)
 
 
+# ---- grammars ----
+
+
+class Free:
+    """Allows every token but some at some places; perhaps takes back an early choice where one of them is wanted."""
+
+    def __init__(self, forbidden: set[tuple[int, int]], back: tuple[int, int] | None = None):
+        self.forbidden, self.back = frozenset(forbidden), back
+
+    def start(self, index):
+        return 0, self.forbidden
+
+    def moves(self, state):
+        place, forbidden = state
+        return {token: (place + 1, forbidden) for token in range(97) if (place, token) not in forbidden}
+
+    def withdraw(self, states, output, wanted):
+        assert [place for place, _ in states] == list(range(len(output) + 1))
+        assert (len(output), wanted) in states[-1][1]
+        if self.back is None or self.back in states[-1][1]:
+            return None
+        return self.back[0], (self.back[0], states[-1][1] | {self.back})
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_choice_that_is_taken_back_is_as_if_it_had_been_forbidden(place, drafted, model, plain):
+    """Outputs, probabilities and what follows are those of a grammar that never allowed it."""
+    forbidden, back = (6, plain[0][6]), (place, plain[0][place])
+    drafter = (lambda _, output: plain[0][len(output) :]) if drafted else None
+    options = {"batch_size": 2, "drafter": drafter}
+    never = generate(model, PROMPTS[:1] * 3, NEVER, NEW, grammar=Free({forbidden, back}), **options)
+    taken = generate(model, PROMPTS[:1] * 3, NEVER, NEW, grammar=Free({forbidden}, back), **options)
+    assert taken.outputs == never.outputs != [plain[0]] * 3
+    for ours, theirs_ in zip(taken.log_probs, never.log_probs, strict=True):
+        assert ours == pytest.approx(theirs_, abs=1e-4)
+
+
 # ---- side by side ----
 
 
