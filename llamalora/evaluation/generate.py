@@ -178,11 +178,11 @@ def _advance(
     scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16
     picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
+    wanted = logits.max(-1).indices.tolist() if grammar else picks
 
-    wanted = logits.max(-1).indices.tolist() if grammar else []
     kept: list[int] = []
     growing = [row for row in active if row is not None]
-    taken, withdrawn = [], []
+    taken = []
     first = 0
     for row, draft in zip(growing, drafts, strict=True):
         count, back = 0, None
@@ -202,11 +202,10 @@ def _advance(
             if row.finished or draft[count - 1 : count] != [token]:
                 break
         kept += range(first, first + count)
-        taken.append(count)
-        withdrawn.append(back)
+        taken.append((count, back))
         first += len(draft) + 1
     log_probs = iter(_log_probs(scores, best, kept))
-    for row, count, back in zip(growing, taken, withdrawn, strict=True):
+    for row, (count, back) in zip(growing, taken, strict=True):
         row.log_probs += islice(log_probs, count)
         if back:
             length, state = back

@@ -85,10 +85,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether a `tokenizer.json` has the same tokens and adds none that it would look for in a text."""
         content = _read(path)
         try:
-            words, added = (
-                content["model"]["vocab"],
-                {token["content"]: token["id"] for token in content["added_tokens"]},
-            )
+            added = {token["content"]: token["id"] for token in content["added_tokens"]}
+            words = content["model"]["vocab"]  # by id where they have scores
             known = words if isinstance(words, dict) else {piece: token for token, (piece, _) in enumerate(words)}
         except (KeyError, TypeError, ValueError):
             return False
@@ -132,10 +130,8 @@ class JsonTokenizer(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
 
-def _spelling(piece: str) -> bytes | None:
+def _spelling(piece: str) -> bytes:
     """The bytes of a sentencepiece: `▁` is a space, `<0xE2>` a byte of a character that has no piece."""
-    if piece == "<0x20>":
-        return None  # no tokenizer writes it, and at the beginning a decoder would not take it for the first space
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
