@@ -224,11 +224,14 @@ def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[
 
 
 def _scores(logits: Tensor, paths: list[Mapping[int, Hashable]]) -> tuple[Tensor, Tensor | None]:
-    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M)."""
+    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M), the ids in order so
+    that of equals the same comes first."""
     if not paths:
         return logits, None
     widest = max(1, *map(len, paths))
-    tokens = torch.tensor([[*allowed, *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device)
+    tokens = torch.tensor(
+        [[*sorted(allowed), *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device
+    )
     return logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf), tokens
 
 

@@ -131,6 +131,11 @@ class Free:
         return self.back[0], (self.back[0], states[-1][1] | {self.back})
 
 
+class Reversed(Free):
+    def moves(self, state):
+        return dict(reversed(super().moves(state).items()))
+
+
 @pytest.mark.parametrize("place", [0, 3, 6])
 @pytest.mark.parametrize("drafted", [False, True])
 def test_a_choice_that_is_taken_back_is_as_if_it_had_been_forbidden(place, drafted, model, plain):
@@ -143,6 +148,15 @@ def test_a_choice_that_is_taken_back_is_as_if_it_had_been_forbidden(place, draft
     assert taken.outputs == never.outputs != [plain[0]] * 3
     for ours, theirs_ in zip(taken.log_probs, never.log_probs, strict=True):
         assert ours == pytest.approx(theirs_, abs=1e-4)
+
+
+def test_a_grammar_that_allows_the_choice_changes_nothing(plain, model):
+    """Not even among equals."""
+    blind = Llama(model.config)
+    torch.nn.init.zeros_(blind.lm_head.weight)
+    for network in (model, blind):
+        free, under = (generate(network, PROMPTS[:2], NEVER, 8, grammar=grammar) for grammar in (None, Reversed(set())))
+        assert free.outputs == under.outputs
 
 
 # ---- side by side ----

@@ -212,8 +212,11 @@ def test_what_tokenizer_json_adds_is_not_lost(enlarged):
 
 
 def test_only_special_added_tokens_have_no_spelling(enlarged):
+    """The text comes back where transformers' decoder garbles it: it takes the ï of a token for a byte."""
     folder, theirs = enlarged
     ours = load_tokenizer(folder)
+    ids = ours.encode_continuation(" " + TAGGED)
+    assert ours.decode(ids).replace(" ", "") == TAGGED.replace(" ", "")  # Llama's puts spaces behind added tokens
     for token in ADDED:
         assert ours.spellings[theirs.convert_tokens_to_ids(token)] == token.encode()
     assert ours.spellings[theirs.convert_tokens_to_ids("<pad>")] is None
