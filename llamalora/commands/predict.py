@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load_run(Path(arguments.run), arguments.which, precision, world)
         if arguments.constrain:
-            check_constraint(system.task)
+            check_constraint(system.task, system.tokenizer)
         notes: Counter[str] = Counter()
         documents = stream_documents(arguments.file, notes)
         while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):

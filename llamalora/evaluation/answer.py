@@ -78,7 +78,8 @@ def answer_sentences(
         batch_size: sentences decoded side by side.
         draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
         constrain: only answers that are the sentence with legal tags (tagging only).
-        known: sentences whose mentions are known, from which drafts learn what is mostly tagged.
+        known: sentences whose mentions are known, from which drafts learn what is mostly tagged, and the constraint
+            what is tagged inside words.
         stop: as in `generate`; the answers are then worth nothing.
     """
     started = time.perf_counter()
@@ -92,11 +93,13 @@ def answer_sentences(
     if task.format == "tagging" and draft_tokens:
         rows = min(batch_size, len(fits))
         drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
-    grammar = Constraint(tokenizer, task, texts, limits) if constrain else None
+    # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
+    ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
+    grammar = Constraint(tokenizer, task, texts, limits, known) if constrain else None
     hidden = quiet or world.quiet or not world.is_main
     with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
         decoding = in_step(model, world, lambda: generate(
-            model, [prompts[i] for i in fits], tokenizer.eos_id, limits, batch_size, drafter, grammar, bar.update, stop
+            model, [prompts[i] for i in fits], ends, limits, batch_size, drafter, grammar, bar.update, stop
         ))  # fmt: skip
     answers = [Answer(sentence, "", parse(task, sentence.text, ""), overlong=True) for sentence in mine]
     decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)

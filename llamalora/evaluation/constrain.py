@@ -1,14 +1,17 @@
 """Which tokens may follow, if an answer has to be its source with legal tags in it (tagging only).
 
-The legal answers are those that `ner.render` can write and `ner.parse` can read: the source, in it mentions that
-neither overlap nor begin or end with whitespace, tags at `ner.tag_places`. An automaton reads an answer byte by byte,
-because a token may hold the end of a word and the beginning of a tag, or a part of a character.
+The legal answers are those that `render_answer` can write and `parse` can read: the source, in it mentions that
+neither overlap nor begin or end with whitespace, nor inside a word or right behind another mention unless the training
+data shows it. An automaton reads an answer byte by byte, because a token may hold the end of a word and the beginning
+of a tag, or a part of a character.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from ..task.parse import tag_places
+from ..corpus.documents import Sentence
+from ..task.parse import tag_places, word_part
 from ..task.prompt import Task
 from ..task.tokenizer import Tokenizer
 
@@ -19,7 +22,7 @@ class _Reading(NamedTuple):
     position: int  # bytes of the source that are written
     rest: bytes  # of a tag that has begun
     closer: bytes  # of the mention that is open, or that `rest` opens; empty: none
-    start: int  # of the open mention, since an empty one is not legal; -1: none
+    edge: int  # the position of the last tag: neither a mention is empty nor, mostly, what parts two; -1: none
 
 
 class State(NamedTuple):
@@ -28,6 +31,7 @@ class State(NamedTuple):
     index: int
     room: int  # tokens that may still come
     readings: frozenset[_Reading]
+    shut: frozenset[int] = frozenset()  # positions at which no mention begins, since one was withdrawn there
 
 
 class Constraint:
@@ -37,9 +41,17 @@ class Constraint:
         texts: the source of each prompt.
         limits: the tokens that each answer may have; no mention is opened that would leave too few of them for the
             rest of the source, even spelled byte by byte.
+        known: sentences whose mentions are known: what is tagged inside words there may be tagged so again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: Task, texts: Sequence[str], limits: Sequence[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        task: Task,
+        texts: Sequence[str],
+        limits: Sequence[int],
+        known: Iterable[Sentence] = (),
+    ):
         assert task.format == "tagging"
         self.eos_id = tokenizer.eos_id
         self.tokens: dict[bytes, list[int]] = {}
@@ -48,7 +60,13 @@ class Constraint:
                 self.tokens.setdefault(spelling, []).append(token)
         self.prefixes = {spelling[:size] for spelling in self.tokens for size in range(1, len(spelling) + 1)}
         self.tags = [tuple(tag.encode() for tag in task.tags(label)) for label in task.labels]
-        self.sources = [_Source(text, tag_places(task, text)) for text in texts]
+        parts, self.touching = set(), False
+        for sentence in known:
+            spans = [span for span in sentence.spans if span.label in task.labels]
+            parts |= {word_part(sentence.text, span.start, span.end) for span in spans}
+            self.touching |= any(span.end == after.start for span, after in pairwise(spans))
+        parts = {part for part in parts if part[1] or part[2]}
+        self.sources = [_Source(text, tag_places(task, text, parts)) for text in texts]
         self.limits = limits
 
     def start(self, index: int) -> State:
@@ -68,31 +86,51 @@ class Constraint:
             spelling, readings = paths.pop()
             ways: dict[int, set[_Reading]] = {}
             for reading in readings:
-                for byte, after in self._steps(source, reading, state.room):
+                for byte, after in self._steps(source, reading, state):
                     ways.setdefault(byte, set()).add(after)
             for byte, after in ways.items():
                 longer = spelling + bytes([byte])
                 if longer in self.prefixes:
                     paths.append((longer, frozenset(after)))
                     if longer in self.tokens:
-                        behind = State(state.index, state.room - 1, frozenset(after))
+                        behind = state._replace(room=state.room - 1, readings=frozenset(after))
                         allowed |= dict.fromkeys(self.tokens[longer], behind)
         return allowed
 
-    def _steps(self, source: "_Source", reading: _Reading, room: int) -> list[tuple[int, _Reading]]:
+    def withdraw(self, states: Sequence[State], output: Sequence[int], wanted: int) -> tuple[int, State] | None:
+        """Takes back a mention that the model has given up: it wants to end the answer, or to open another mention,
+        although this one is open. Closing it there would be nobody's choice; so it is not opened."""
+        outside = max(place for place, state in enumerate(states) if any(not r.rest + r.closer for r in state.readings))
+        for place in range(outside + 1, len(states)):
+            opened = [reading for reading in states[place].readings if reading.closer and not reading.rest]
+            if opened:
+                break
+        else:
+            return None
+        unopened = states[place]._replace(readings=frozenset(r._replace(closer=b"", edge=-1) for r in opened))
+        for token in (*output[place:], wanted):
+            following = self.moves(unopened)
+            if token not in following:
+                return None
+            unopened = following[token]
+        return outside, states[outside]._replace(shut=states[-1].shut.union(reading.edge for reading in opened))
+
+    def _steps(self, source: "_Source", reading: _Reading, state: State) -> list[tuple[int, _Reading]]:
         """The legal next bytes, each with the reading behind it."""
-        position, rest, closer, start = reading
+        position, rest, closer, edge = reading
         if rest:
-            return [(rest[0], _Reading(position, rest[1:], closer, start))]
+            return [(rest[0], _Reading(position, rest[1:], closer, edge))]
         steps = []
         if position < len(source.text):
-            steps.append((source.text[position], _Reading(position + 1, b"", closer, start)))
-        if closer and position in source.ends and position > start:
-            steps.append((closer[0], _Reading(position, closer[1:], b"", -1)))
-        if not closer and position in source.starts:
+            steps.append((source.text[position], _Reading(position + 1, b"", closer, edge)))
+        if closer and position in source.ends and position > edge:
+            steps.append((closer[0], _Reading(position, closer[1:], b"", position)))
+        if closer or position not in source.starts or position in state.shut:
+            return steps
+        if position > edge or self.touching:
             for opener, its_closer in self.tags:
                 # this token, the bytes behind it, the end token
-                if len(opener) + len(its_closer) + len(source.text) - position < room:
+                if len(opener) + len(its_closer) + len(source.text) - position < state.room:
                     steps.append((opener[0], _Reading(position, opener[1:], its_closer, position)))
         return steps
 

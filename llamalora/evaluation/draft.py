@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..corpus.documents import Sentence
+from ..task.parse import inside_word
 from ..task.prompt import Task
 from ..task.tokenizer import TextStream, Tokenizer
 
@@ -69,6 +70,8 @@ class SourceDrafter:
 
     def __call__(self, index: int, output: list[int]) -> Sequence[int]:
         copy, spellings = self.copies[index], self.tokenizer.spellings
+        if len(output) < copy.tokens:  # something was taken back
+            copy = self.copies[index] = _Copy(copy.source, TextStream(self.tokenizer), learned=copy.learned)
         self._follow(copy, copy.text.read(output[copy.tokens :]))
         copy.tokens = len(output)
         expected, sure = self._expect(copy)
@@ -158,7 +161,7 @@ class SourceDrafter:
         word = _WORD.search(source, position)
         if not word:
             return source[position:], len(source), 1.0
-        if _inside_word(source, position):
+        if inside_word(source, position):
             return word[0], word.end(), 1.0  # no tag comes inside a word
         string, label, chance = self.habits.mention(source, word.start())
         if label is None:
@@ -215,7 +218,7 @@ class _Habits:
         found = [
             string
             for string in self.starting.get(word[0] if word else "", ())
-            if source.startswith(string, start) and not _inside_word(source, start + len(string))
+            if source.startswith(string, start) and not inside_word(source, start + len(string))
         ]
         return sorted(found, key=len, reverse=True)
 
@@ -263,10 +266,6 @@ class _Habits:
             return position, _ENDS
         word = _COMPOUND.search(source, position)
         return (word.end() if word else len(source)), _ENDS
-
-
-def _inside_word(text: str, position: int) -> bool:
-    return bool(re.match(r"\w\w", text[max(position - 1, 0) : position + 1]))
 
 
 def _ending(word: str) -> str:

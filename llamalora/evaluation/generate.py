@@ -4,7 +4,7 @@ Dimensions: P places of a pass at which a token is chosen, V vocabulary, M token
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -28,6 +28,14 @@ class Grammar(Protocol):
     def moves(self, state: Hashable) -> Mapping[int, Hashable]:
         """The tokens that may follow, each with the state behind it; none if the output cannot go on."""
 
+    def withdraw(self, states: Sequence[Hashable], output: Sequence[int], wanted: int) -> tuple[int, Hashable] | None:
+        """Asked where the model wants a token that is not allowed: how much of the output stays if an earlier choice
+        is taken back, and the state from which it goes on. None: nothing is, the best allowed token follows.
+
+        Args:
+            states: before and behind each token of the output.
+        """
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -47,7 +55,7 @@ class _Row:
     index: int
     prompt: list[int]
     limit: int
-    state: Hashable = None  # of the grammar, behind the output
+    states: list[Hashable]  # of the grammar, before and behind each token of the output
     output: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -62,7 +70,7 @@ class _Row:
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
-    eos_id: int,
+    eos_id: int | Collection[int],
     max_new_tokens: int | Sequence[int],
     batch_size: int = 32,
     drafter: Drafter | None = None,
@@ -70,13 +78,15 @@ def generate(
     progress: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], object] = lambda: False,
 ) -> Decoding:
-    """The most probable (allowed) next token, over and over, until the end token or the limit.
+    """The most probable (allowed) next token, over and over, until an end token or the limit.
 
     A prompt that is finished leaves its cache row to the next one. A draft is checked in one forward pass
     and kept as far as it is what greedy decoding yields: it changes the speed, not the output.
 
     Args:
         prompts: token ids of each, at least one.
+        eos_id: the end token, or several. With one of those that the model's configuration names, all of them end
+            an output.
         max_new_tokens: the limit, one for all or one for each prompt.
         batch_size: prompts decoded side by side; the outputs do not depend on it.
         drafter: proposes continuations; without one, a pass yields a token.
@@ -90,8 +100,11 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not all(prompts) or min(limits, default=1) < 1:
         raise ValueError("every prompt needs a token and every limit must be at least 1")
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    if ends & model.config.end_ids:
+        ends |= model.config.end_ids
     requests = [
-        _Row(index, list(prompt), limit, grammar and grammar.start(index))
+        _Row(index, list(prompt), limit, [grammar and grammar.start(index)])
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
@@ -110,7 +123,7 @@ def generate(
             for place in places:
                 rows[place] = waiting.popleft()
         active = [rows[place] for place in places]
-        _advance(model, cache, places, active, eos_id, drafter, grammar, fresh=bool(enter))
+        _advance(model, cache, places, active, ends, drafter, grammar, fresh=bool(enter))
         passes += 1
         row_passes += sum(row is not None for row in active)
         for place, row in zip(places, active, strict=True):
@@ -131,7 +144,7 @@ def _advance(
     cache: KVCache,
     places: list[int],
     active: list[_Row | None],
-    eos_id: int,
+    ends: Collection[int],
     drafter: Drafter | None,
     grammar: Grammar | None,
     fresh: bool,
@@ -149,11 +162,11 @@ def _advance(
             continue
         draft = list(drafter(row.index, row.output)[: row.limit - len(row.output) - 1]) if drafter else []
         if grammar:
-            path = _path(grammar, row.state, draft, eos_id)
+            path = _path(grammar, row.states[-1], draft, ends)
             draft = draft[: len(path) - 1]
             paths += path
         drafts.append(draft)
-        feeds.append([*row.prompt, *draft] if fresh else [row.output[-1], *draft])
+        feeds.append([*row.prompt, *draft] if fresh else [*(row.output or row.prompt)[-1:], *draft])
         starts.append(0 if fresh else len(row.prompt) + len(row.output) - 1)
         total += len(feeds[-1])
         predictors += range(total - len(draft) - 1, total)
@@ -161,51 +174,64 @@ def _advance(
     ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
     hidden = model.model(ids, packing, cache)[0, torch.tensor(predictors, device=device)]
-    scores, tokens = _scores(model.lm_head(hidden), paths)
+    logits = model.lm_head(hidden)
+    scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16
     picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
+    wanted = logits.max(-1).indices.tolist() if grammar else picks
 
     kept: list[int] = []
     growing = [row for row in active if row is not None]
     taken = []
     first = 0
     for row, draft in zip(growing, drafts, strict=True):
-        count = 0
+        count, back = 0, None
         for place, token in enumerate(picks[first : first + len(draft) + 1], start=first):
+            if grammar and wanted[place] not in paths[place]:
+                back = grammar.withdraw(row.states, row.output, wanted[place])
+            if back:
+                break
             if paths and not paths[place]:
                 row.stuck = True
-            elif token == eos_id:
+            elif token in ends:
                 row.ended = True
             else:
                 row.output.append(token)
-                row.state = paths[place][token] if paths else None
+                row.states.append(paths[place][token] if paths else None)
                 count += 1
             if row.finished or draft[count - 1 : count] != [token]:
                 break
         kept += range(first, first + count)
-        taken.append(count)
+        taken.append((count, back))
         first += len(draft) + 1
     log_probs = iter(_log_probs(scores, best, kept))
-    for row, count in zip(growing, taken, strict=True):
+    for row, (count, back) in zip(growing, taken, strict=True):
         row.log_probs += islice(log_probs, count)
+        if back:
+            length, state = back
+            del row.output[length:], row.log_probs[length:], row.states[length:]
+            row.states.append(state)
 
 
-def _path(grammar: Grammar, state: Hashable, draft: list[int], eos_id: int) -> list[Mapping[int, Hashable]]:
+def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[int]) -> list[Mapping[int, Hashable]]:
     """What the grammar allows behind an output and behind each token of its draft, as far as it allows that."""
     path = [grammar.moves(state)]
     for token in draft:
-        if token == eos_id or token not in path[-1]:
+        if token in ends or token not in path[-1]:
             break
         path.append(grammar.moves(path[-1][token]))
     return path
 
 
 def _scores(logits: Tensor, paths: list[Mapping[int, Hashable]]) -> tuple[Tensor, Tensor | None]:
-    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M)."""
+    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M), the ids in order so
+    that of equals the same comes first."""
     if not paths:
         return logits, None
     widest = max(1, *map(len, paths))
-    tokens = torch.tensor([[*allowed, *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device)
+    tokens = torch.tensor(
+        [[*sorted(allowed), *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device
+    )
     return logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf), tokens
 
 

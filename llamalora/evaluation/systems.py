@@ -106,7 +106,7 @@ def score_split(
     for load in loaders:
         system = load()
         if constrain:
-            check_constraint(system.task)
+            check_constraint(system.task, system.tokenizer)
         answers, speed = answer_sentences(
             system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain,
             system.known,

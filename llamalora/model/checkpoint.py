@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .config import ConfigError, LlamaConfig
+from .config import ConfigError, LlamaConfig, token_ids
 from .llama import Llama
 from .tensors import CheckpointError, Entries, read_tensor, save_tensors, tensor_entries
 
@@ -18,7 +18,7 @@ SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The configuration of a model folder.
+    """The configuration of a model folder; `eos_token_id` has the end tokens of `generation_config.json` as well.
 
     Raises:
         CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
@@ -27,6 +27,13 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not path.parent.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     config = read_json(path)
+    beside = path.with_name("generation_config.json")
+    further = token_ids(read_json(beside).get("eos_token_id")) if beside.is_file() else ()
+    if not all(isinstance(token, int) for token in further):
+        raise CheckpointError(f"{beside}: eos_token_id is {further!r}, not the numbers of tokens")
+    ends = token_ids(config.get("eos_token_id"))
+    if further := [token for token in further if token not in ends]:
+        config["eos_token_id"] = [*ends, *further]
     try:
         return LlamaConfig.from_dict(config)
     except ConfigError as error:

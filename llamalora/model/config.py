@@ -71,6 +71,11 @@ class LlamaConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an output."""
+        return frozenset(token_ids(self.eos_token_id))
+
     @staticmethod
     def named(name: str) -> "LlamaConfig":
         """The shape of `llama-2-7b`, `llama-2-13b` or `llama-2-70b` (Touvron et al. 2023).
@@ -102,7 +107,7 @@ class LlamaConfig:
             if not isinstance(tied, bool):
                 raise ConfigError(f"tie_word_embeddings is {tied!r}, not true or false")
             bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-            for token in (bos, *(eos if isinstance(eos, list) else [eos])):
+            for token in (bos, *token_ids(eos)):
                 if not isinstance(token, int | None):
                     raise ConfigError(f"bos_token_id or eos_token_id is {token!r}, not the number of a token")
             return LlamaConfig(
@@ -158,6 +163,11 @@ LLAMA_2 = {
         num_key_value_heads=8,
     ),
 }
+
+
+def token_ids(value: object) -> tuple:
+    """The tokens of an `eos_token_id`: none, one, or several in a list."""
+    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
 def _refuse_unrepresentable(config: dict) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..cli import UsageError
-from ..corpus.documents import Document, all_sentences, labels_of
+from ..corpus.documents import Document, Span, all_sentences, labels_of
 from ..distributed.sharding import fill, shard
 from ..distributed.world import World
 from ..lora.adapter import load_adapter, save_adapter
@@ -16,7 +16,7 @@ from ..model.checkpoint import load_model, model_files, read_config, save_model,
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
-from ..task.prompt import Task, draw_demonstrations, listed_labels
+from ..task.prompt import Task, draw_demonstrations, listed_labels, render_answer
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .folder import TOKENIZER_FILES, read_settings, trained_folder
 from .settings import ResolvedSettings, Settings
@@ -113,7 +113,15 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     return model, load_tokenizer(settings.model)
 
 
-def check_constraint(task: Task) -> None:
-    """Refuses --constrain for a task without a source to copy."""
+def check_constraint(task: Task, tokenizer: Tokenizer) -> None:
+    """Refuses --constrain for a task without a source to copy, and for a tokenizer that cannot copy it."""
     if task.format != "tagging":
         raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {task.format}")
+    for label in task.labels:
+        answer = " " + render_answer(task, "x yz w", [Span(2, 4, label)])
+        written = tokenizer.spell(tokenizer.encode_continuation(answer)).decode(errors="replace")
+        if written != answer:
+            raise UsageError(
+                f"--constrain: the tokenizer changes what stands beside a tag ({answer!r} comes back as {written!r}), "
+                "so no answer can be its sentence with tags"
+            )

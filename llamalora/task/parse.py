@@ -97,13 +97,35 @@ def _tag_pattern(task: Task) -> str:
     return "|".join(re.escape(tag) for label in task.labels for tag in task.tags(label))
 
 
-def tag_places(task: Task, text: str) -> set[int]:
-    """The offsets at which a tag can stand so that `parse` tells it from the sentence: all, or only those between
-    words if the sentence itself holds what looks like a tag."""
+def inside_word(text: str, position: int) -> bool:
+    """Whether letters or digits of one word stand on both sides of a place. A letter without case is a word of its
+    own, because Chinese, Japanese and Thai put no spaces between words."""
+    return 0 < position < len(text) and all(map(_continues, text[position - 1 : position + 1]))
+
+
+def _continues(character: str) -> bool:
+    without_case = character.isalpha() and character.lower() == character.upper()
+    return character == "_" or character.isalnum() and not without_case
+
+
+def word_part(text: str, start: int, end: int) -> tuple[str, bool, bool]:
+    """A stretch of a text, and whether it begins and whether it ends inside a word."""
+    return text[start:end], inside_word(text, start), inside_word(text, end)
+
+
+def tag_places(task: Task, text: str, parts: Iterable[tuple[str, bool, bool]] = ()) -> set[int]:
+    """The offsets at which a tag can stand: between words, and at both ends of word parts that are known to be tagged.
+    If the sentence itself holds what looks like a tag, only between words, or else `parse` could not tell them
+    apart."""
+    places = {place for place in range(len(text) + 1) if not inside_word(text, place)}
+    for part in parts:
+        for match in re.finditer(re.escape(part[0]), text):
+            if word_part(text, *match.span()) == part:
+                places |= {*match.span()}
     legal = _tag_pattern(task)
-    if not re.search(legal, text):
-        return set(range(len(text) + 1))
-    return {0, *(match.end() for match in re.finditer(rf"{legal}|\w+|\W", text))}
+    if re.search(legal, text):
+        places &= {0, *(match.end() for match in re.finditer(rf"{legal}|\w+|\W", text))}
+    return places
 
 
 def _split_tags(task: Task, text: str, output: str, truncated: bool) -> tuple[str, list[_Tag]]:

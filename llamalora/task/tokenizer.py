@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from ..errors import InputError
 
@@ -15,35 +14,52 @@ class TokenizerError(InputError):
     """A tokenizer that is missing, unreadable or does not fit the model; the message names the file."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
+    """What both kinds have in common. A subclass sets the attributes and says how a text without bos is cut."""
+
     vocab_size: int
-    eos_id: int
+    eos_id: int  # ends an answer in training
+    vocabulary: dict[str, int]  # what each token is called
     spellings: list[bytes | None]  # the bytes that each token stands for in the middle of a text; None: no text
 
     def encode(self, text: str) -> list[int]:
         """The ids that transformers gives for a whole text, bos in front where the model wants one."""
+        raise NotImplementedError
+
+    def _cut(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that continues another one, starting at a space: no bos, nothing prepended."""
+        return self._cut(text.removeprefix(" ") if self._prepends_space else text)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of ids without special tokens; of a continuation, without its first space."""
+        return self.spell(ids).decode(errors="replace").removeprefix(" ")
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; special tokens and the rows that a model has beyond its tokenizer have none."""
+        return b"".join(filter(None, (self.spellings[token] for token in ids if token < self.vocab_size)))
+
+    @cached_property
+    def _prepends_space(self) -> bool:
+        """Whether a space comes even before a text that begins with one."""
+        return self.spell(self._cut(" x")).startswith(b"  ")
 
 
 class TextStream:
     """The text of a continuation, its first space included, as its tokens come."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._spellings = tokenizer.spellings
+        self._spell = tokenizer.spell
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self, ids: Iterable[int]) -> str:
         """The characters that these tokens complete."""
-        known = (self._spellings[token] for token in ids if token < len(self._spellings))
-        return self._utf8.decode(b"".join(filter(None, known)))
+        return self._utf8.decode(self._spell(ids))
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
 
@@ -55,29 +71,36 @@ class SentencePieceTokenizer:
         self.bos_id, self.eos_id = self._pieces.bos_id(), self._pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise TokenizerError(f"{path}: has no bos or no eos token")
+        pieces = [self._pieces.id_to_piece(token) for token in range(self.vocab_size)]
+        self.vocabulary = {piece: token for token, piece in enumerate(pieces)}
+        self.spellings = [
+            None if self._marks(token) or self._pieces.is_unused(token) else _spelling(piece)
+            for token, piece in enumerate(pieces)
+        ]
 
-    @cached_property
-    def spellings(self) -> list[bytes | None]:
-        pieces = self._pieces
-        spellings: list[bytes | None] = [None] * self.vocab_size
-        for token in range(self.vocab_size):
-            if not (pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token)):
-                spellings[token] = _spelling(pieces.id_to_piece(token))
-        return spellings
+    def _marks(self, token: int) -> bool:
+        return self._pieces.is_control(token) or self._pieces.is_unknown(token)
+
+    def holds_all_of(self, path: Path) -> bool:
+        """Whether a `tokenizer.json` has the same tokens and adds none that it would look for in a text."""
+        content = _read(path)
+        try:
+            added = {token["content"]: token["id"] for token in content["added_tokens"]}
+            words = content["model"]["vocab"]  # by id where they have scores
+            known = words if isinstance(words, dict) else {piece: token for token, (piece, _) in enumerate(words)}
+        except (KeyError, TypeError, ValueError):
+            return False
+        return known | added == self.vocabulary and all(map(self._marks, added.values()))
 
     def encode(self, text: str) -> list[int]:
-        return [self.bos_id, *self._pieces.encode(text)]
+        return [self.bos_id, *self._cut(text)]
 
-    def encode_continuation(self, text: str) -> list[int]:
-        # sentencepiece itself puts a space before what it encodes
-        return self._pieces.encode(text.removeprefix(" "))
-
-    def decode(self, ids: list[int]) -> str:
-        return self._pieces.decode([i for i in ids if i < self.vocab_size])
+    def _cut(self, text: str) -> list[int]:
+        return self._pieces.encode(text)
 
 
-class JsonTokenizer:
-    def __init__(self, path: Path, eos_id: int | None):
+class JsonTokenizer(Tokenizer):
+    def __init__(self, path: Path):
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError:
@@ -88,43 +111,27 @@ class JsonTokenizer:
             raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        eos = _special_token(path.with_name("tokenizer_config.json"), "eos_token")
-        if eos is not None and eos not in vocabulary:
-            raise TokenizerError(f"{path}: lacks the eos token {eos!r} of tokenizer_config.json")
-        self.eos_id = eos_id if eos is None else vocabulary[eos]
-        if self.eos_id is None:
-            raise TokenizerError(f"{path}: no eos token in tokenizer_config.json or config.json beside it")
-        self._prepends_space = self._backend.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
-
-    @cached_property
-    def spellings(self) -> list[bytes | None]:
-        vocabulary = self._backend.get_vocab(with_added_tokens=False)
-        spell = _byte_level_spelling if "Ġ" in vocabulary else _spelling
-        spellings: list[bytes | None] = [None] * self.vocab_size
-        for piece, token in vocabulary.items():
-            spellings[token] = spell(piece)
-        for token in self._backend.get_added_tokens_decoder():  # listed among the others as well
-            spellings[token] = None
-        return spellings
+        self.vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        if not self.vocabulary:
+            raise TokenizerError(f"{path}: has no tokens")
+        self.vocab_size = max(self.vocabulary.values()) + 1
+        pieces = self._backend.get_vocab(with_added_tokens=False)
+        spell = _byte_level_spelling if "Ġ" in pieces else _spelling
+        self.spellings = [None] * self.vocab_size
+        for piece, token in pieces.items():
+            self.spellings[token] = spell(piece)
+        for token, added in self._backend.get_added_tokens_decoder().items():  # listed among the others as well
+            self.spellings[token] = None if added.special else added.content.encode()
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text).ids
 
-    def encode_continuation(self, text: str) -> list[int]:
-        text = text.removeprefix(" ") if self._prepends_space else text
+    def _cut(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        text = self._backend.decode(ids, skip_special_tokens=True)
-        return text if self._prepends_space else text.removeprefix(" ")  # its decoder has taken it away
 
-
-def _spelling(piece: str) -> bytes | None:
+def _spelling(piece: str) -> bytes:
     """The bytes of a sentencepiece: `▁` is a space, `<0xE2>` a byte of a character that has no piece."""
-    if piece == "<0x20>":
-        return None  # no tokenizer writes it, and at the beginning a decoder would not take it for the first space
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
@@ -137,22 +144,74 @@ _BYTES = {chr(byte): byte for byte in _PRINTING} | {
 
 
 def _byte_level_spelling(piece: str) -> bytes:
-    return bytes(_BYTES[character] for character in piece)
+    return bytes(_BYTES[character] for character in piece) if _BYTES.keys() >= set(piece) else piece.encode()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.model` if there is one, else `tokenizer.json`.
+    """The tokenizer of a model folder: `tokenizer.model`, or `tokenizer.json` if that is alone or has other tokens.
 
     Raises:
-        TokenizerError: neither is there, or it cannot be read.
+        TokenizerError: neither is there or it cannot be read, it lacks tokens that other files of the folder name, or
+            it does not keep the spaces of an answer.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder / "tokenizer.model")
-    if (folder / "tokenizer.json").is_file():
-        eos = _read(folder / "config.json").get("eos_token_id")
-        return JsonTokenizer(folder / "tokenizer.json", next(iter(eos), None) if isinstance(eos, list) else eos)
-    raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+    path, beside = folder / "tokenizer.model", folder / "tokenizer.json"
+    tokenizer: Tokenizer
+    if path.is_file():
+        tokenizer = pieces = SentencePieceTokenizer(path)
+        if beside.is_file() and not pieces.holds_all_of(beside):
+            tokenizer = JsonTokenizer(beside)
+    elif beside.is_file():
+        tokenizer = JsonTokenizer(beside)
+    else:
+        raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+    _check_added(folder, tokenizer)
+    written = tokenizer.spell(tokenizer.encode_continuation(" x y"))
+    if written != b" x y" and written.replace(b" ", b"") == b"xy":
+        raise TokenizerError(f"{folder}: its tokenizer moves spaces: it gives ' x y' back as {written.decode()!r}")
+    tokenizer.eos_id = _end_token(folder, tokenizer)
+    tokenizer.spellings[tokenizer.eos_id] = None
+    return tokenizer
+
+
+def _check_added(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuses ordinary tokens that only the files beside the tokenizer add. A special one is no part of a text."""
+    config = _read(folder / "tokenizer_config.json")
+    roles = _read(folder / "special_tokens_map.json") | config
+    try:
+        entries = (config.get("added_tokens_decoder") or {}).items()
+        added = _read(folder / "added_tokens.json") | {entry["content"]: int(token) for token, entry in entries}
+        special = [entry["content"] for _, entry in entries if entry.get("special")]
+        special += map(_content, (*roles.values(), *(roles.get("additional_special_tokens") or ())))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{folder}: its added tokens cannot be read ({error!r})") from None
+    held = {(piece.replace("▁", " "), token) for piece, token in tokenizer.vocabulary.items()}
+    lacking = [text for text, token in added.items() if (text.replace("▁", " "), token) not in held]
+    if lacking := [text for text in lacking if text not in special]:
+        raise TokenizerError(
+            f"{folder}: its tokenizer lacks {lacking[0]!r} ({len(lacking)} such tokens), which tokenizer_config.json "
+            "or added_tokens.json adds; transformers can save it as a tokenizer.json that has them"
+        )
+
+
+def _content(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _end_token(folder: Path, tokenizer: Tokenizer) -> int:
+    """What `tokenizer_config.json` names, else a sentencepiece model itself, else the first that the model ends at."""
+    named = _content(_read(folder / "tokenizer_config.json").get("eos_token"))
+    ends = [_read(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    if named is not None:
+        if not isinstance(named, str) or named not in tokenizer.vocabulary:
+            raise TokenizerError(f"{folder}: its tokenizer lacks the eos token {named!r} of tokenizer_config.json")
+        return tokenizer.vocabulary[named]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.eos_id
+    for end in (token for tokens in ends for token in (tokens if isinstance(tokens, list) else [tokens])):
+        if isinstance(end, int) and 0 <= end < tokenizer.vocab_size:
+            return end
+    raise TokenizerError(f"{folder}: no eos token in tokenizer_config.json, config.json or generation_config.json")
 
 
 def check_fit(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:
@@ -181,8 +240,3 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: holds {type(content).__name__}, not an object")
     return content
-
-
-def _special_token(path: Path, name: str) -> str | None:
-    token = _read(path).get(name)
-    return token["content"] if isinstance(token, dict) else token

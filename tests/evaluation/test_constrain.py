@@ -1,18 +1,21 @@
 """The constraint: what it allows is what `ner.render` can write, and nothing leads into a dead end."""
 
 import random
+import re
 
 import pytest
 import torch
 from helpers import tiny_model
 
+from llamalora.cli import UsageError
 from llamalora.corpus.documents import Sentence, Span, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import join_world
 from llamalora.evaluation.answer import answer_sentences
-from llamalora.evaluation.constrain import Constraint
+from llamalora.evaluation.constrain import Constraint, State
 from llamalora.evaluation.draft import SourceDrafter
 from llamalora.evaluation.generate import generate
+from llamalora.runs.setup import check_constraint
 from llamalora.task.parse import parse, tag_places
 from llamalora.task.prompt import Task, render_answer, render_prompt
 from llamalora.task.tokenizer import load_tokenizer
@@ -43,15 +46,16 @@ def task(request):
 
 
 def random_spans(task: Task, text: str, draw: random.Random) -> list[Span]:
-    """Mentions that neither overlap nor begin or end with whitespace, tags where they can be read."""
+    """Mentions that neither overlap nor touch, nor begin or end with whitespace, tags where they can stand."""
     places = tag_places(task, text)
     starts = [i for i in range(len(text)) if i in places and not text[i].isspace()]
     ends = [i + 1 for i in range(len(text)) if i + 1 in places and not text[i].isspace()]
     spans, position = [], 0
     while (after := [i for i in starts if i >= position]) and draw.random() > 0.2:
         start = draw.choice(after[:8])
-        position = draw.choice([end for end in ends if end > start][:9])
-        spans.append(Span(start, position, draw.choice(task.labels)))
+        end = draw.choice([end for end in ends if end > start][:9])
+        spans.append(Span(start, end, draw.choice(task.labels)))
+        position = end + 1
     return spans
 
 
@@ -89,6 +93,9 @@ def test_everything_that_render_writes_is_allowed(text, tokenizer, task):
         "a [Disease] fever[/Disease] and chills",
         "a [Disease]fever [/Disease]and chills",
         "a [Disease][/Disease]fever and chills",
+        "a [Disease]fe[/Disease]ver and chills",
+        "a fe[Disease]ver[/Disease] and chills",
+        "a [Disease]f[/Disease][Disease]ever[/Disease] and chills",
         "a [disease]fever[/disease] and chills",
         "a fever[/Disease] and chills",
         "a fever and chills[Disease]",
@@ -101,6 +108,80 @@ def test_nothing_else_is_allowed(output, tokenizer):
     assert not follow(constraint, tokenizer.encode_continuation(" " + output))
 
 
+def sentence(written: str) -> Sentence:
+    """What an answer says, as a sentence with its mentions."""
+    text = re.sub(r"\[/?Disease\]", "", written)
+    return Sentence("1", 0, text, parse(TASKS["all labels"], text, written).spans)
+
+
+@pytest.mark.parametrize(
+    "written, shown",
+    [
+        ("the [Disease]5-HT[/Disease]6 receptor", "a [Disease]5-HT[/Disease]2 receptor"),
+        ("ein Herz[Disease]infarkt[/Disease]", "der Hirn[Disease]infarkt[/Disease]"),
+        ("[Disease]x[/Disease][Disease]-y[/Disease]", "[Disease]a[/Disease][Disease]/b[/Disease]"),
+    ],
+)
+def test_what_known_sentences_show_is_legal(written, shown, tokenizer):
+    """Ends inside words, where the same string was tagged so, and mentions that touch."""
+    ids, text = tokenizer.encode_continuation(" " + written), sentence(written).text
+    alike = sentence(shown.replace("HT", "H").replace("infarkt", "inf").replace("a[/Disease]", "a[/Disease] "))
+    for known, legal in (([sentence(shown)], True), ([alike], False), ([], False)):
+        assert follow(Constraint(tokenizer, TASKS["all labels"], [text], [99], known), ids) == legal
+
+
+def test_letters_without_case_are_words(tokenizer):
+    constraint = Constraint(tokenizer, TASKS["all labels"], ["漢字かな", "ไข้สูง"], [99, 99])
+    assert follow(constraint, tokenizer.encode_continuation(" 漢[Disease]字か[/Disease]な"))
+    assert follow(constraint, tokenizer.encode_continuation(" [Disease]ไข้[/Disease]สูง"), 1)
+
+
+END = ""
+
+
+@pytest.mark.parametrize(
+    "written, wanted, kept",
+    [
+        ("a [Disease]fever/ache and chills", END, "a "),
+        ("a [Disease]fever/ache ", "[", "a "),
+        ("a [Disease]fever/[", "C", "a "),  # what it meant by the bracket is another mention, not the end of this one
+        ("a [Disease]fever[/Disease]/ache [Disease]and chills", END, "a [Disease]fever[/Disease]/ache "),
+        ("a [Disease]fever/[", "x", None),
+        ("a [Disease]fe", "[", None),  # inside a word there is no other mention either
+        ("a [Disease]fe", "x", None),
+        ("a [Disea", "[", None),
+        ("a fever/ache and chills", "x", None),
+    ],
+)
+def test_a_mention_that_the_model_gives_up_is_withdrawn(written, wanted, kept, tokenizer):
+    """It is not closed where the model would have ended the answer or begun another mention."""
+    text = "a fever/ache and chills"
+    singles = {s: token for token, s in enumerate(tokenizer.spellings) if s and len(s) == 1}
+    constraint = Constraint(tokenizer, TASKS["all labels"], [text], [99])
+
+    def behind(written: str, state: State) -> list[State]:
+        states = [state]
+        for byte in written.encode():
+            states.append(constraint.moves(states[-1])[singles[bytes([byte])]])
+        return states
+
+    output = [singles[bytes([byte])] for byte in f" {written}".encode()]
+    token = singles[wanted.encode()] if wanted else tokenizer.eos_id
+    states = behind(" " + written, constraint.start(0))
+    assert token not in constraint.moves(states[-1])
+    back = constraint.withdraw(states, output, token)
+    if kept is None:
+        assert back is None
+        return
+    length, state = back
+    assert tokenizer.decode(output[:length]) == kept
+    assert singles[b"["] not in constraint.moves(state) and singles[b"["] in constraint.moves(states[length])
+    rest = text[len(kept.replace("[Disease]", "").replace("[/Disease]", "")) :]
+    assert tokenizer.eos_id in constraint.moves(behind(rest, state)[-1])
+    tagged = rest.replace("chills", "[Chemical]chills[/Chemical]")
+    assert tokenizer.eos_id in constraint.moves(behind(tagged, state)[-1])
+
+
 def test_a_vocabulary_that_cannot_spell_the_source_is_a_dead_end():
     class Lacking:
         eos_id, vocab_size, spellings = 0, 4, [None, b" ", b"a", b"b"]
@@ -108,6 +189,18 @@ def test_a_vocabulary_that_cannot_spell_the_source_is_a_dead_end():
     constraint = Constraint(Lacking(), TASKS["one label"], [" abc"], [20])
     decoding = generate(tiny_model(vocab_size=4), [[1]], 0, 20, grammar=constraint)
     assert len(decoding.outputs[0]) <= 4 and decoding.truncated == [True]
+
+
+def test_a_tokenizer_that_changes_the_spaces_beside_tags_is_refused(tiny_bytelevel, tmp_path, tokenizer):
+    """An added tag that takes in the space before it: it could never be written as it was trained."""
+    from transformers import AddedToken, AutoTokenizer
+
+    check_constraint(TASKS["all labels"], tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tiny_bytelevel)
+    theirs.add_tokens([AddedToken("[Chemical]", lstrip=True)])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"--constrain: .*\(' x \[Chemical\]yz\[/Chemical\] w' comes back as ' x\["):
+        check_constraint(TASKS["all labels"], load_tokenizer(tmp_path))
 
 
 # ---- decoding under it ----

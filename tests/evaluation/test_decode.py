@@ -1,6 +1,7 @@
 """Decoding against transformers' generate, and against itself: alone, side by side, drafted."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import random_ids, tiny_model, transformers_twin
 from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import inject_lora
 from llamalora.model.checkpoint import load_model
+from llamalora.model.llama import Llama
 from llamalora.task.tokenizer import load_tokenizer
 
 LENGTHS = (4, 1, 17, 9, 9, 30, 2, 5)
@@ -29,15 +31,15 @@ def plain(model):
     return [generate(model, [prompt], NEVER, NEW).outputs[0] for prompt in PROMPTS]
 
 
-def theirs(twin, prompt: list[int], eos_id: int, new: int) -> list[int]:
+def theirs(twin, prompt: list[int], eos_id: int | list[int], new: int) -> list[int]:
     """transformers' greedy continuation, without the end token."""
-    ids = torch.tensor([prompt])
+    ids, ends = torch.tensor([prompt]), eos_id if isinstance(eos_id, list) else [eos_id]
     with torch.no_grad():
         out = twin.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
             eos_token_id=None if eos_id == NEVER else eos_id, pad_token_id=0,
         )[0, len(prompt):].tolist()  # fmt: skip
-    return out[:-1] if out and out[-1] == eos_id else out
+    return out[:-1] if out and out[-1] in ends else out
 
 
 def an_end_token(outputs) -> int:
@@ -69,6 +71,21 @@ def test_stops_where_transformers_stops(model, plain):
     assert len(set(decoding.truncated)) == 2  # some ended, some did not
 
 
+def test_stops_at_every_end_token(model, plain):
+    """Several are given, or one that the model's configuration names among several."""
+    ends = [an_end_token(plain), plain[0][3]]
+    twin = transformers_twin(model)
+    expected = [theirs(twin, prompt, ends, NEW) for prompt in PROMPTS]
+    decoding = generate(model, PROMPTS, ends, NEW, batch_size=3)
+    assert decoding.outputs == expected
+    listed = Llama(replace(model.config, eos_token_id=tuple(ends)))
+    listed.load_state_dict(model.state_dict())
+    for end in ends:
+        assert generate(listed.eval(), PROMPTS, end, NEW).outputs == expected
+        assert expected != [theirs(twin, prompt, end, NEW) for prompt in PROMPTS]
+    assert generate(listed, PROMPTS, NEVER, NEW).outputs == plain
+
+
 def test_smollm2_generates_what_transformers_generates(smollm2):
     from transformers import AutoModelForCausalLM
 
@@ -88,6 +105,58 @@ def test_log_probabilities_are_those_of_the_logits(batch_size, model, plain):
         logits = model(torch.tensor([prompt + output]))[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[torch.arange(len(output)), output]
         torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- grammars ----
+
+
+class Free:
+    """Allows every token but some at some places; perhaps takes back an early choice where one of them is wanted."""
+
+    def __init__(self, forbidden: set[tuple[int, int]], back: tuple[int, int] | None = None):
+        self.forbidden, self.back = frozenset(forbidden), back
+
+    def start(self, index):
+        return 0, self.forbidden
+
+    def moves(self, state):
+        place, forbidden = state
+        return {token: (place + 1, forbidden) for token in range(97) if (place, token) not in forbidden}
+
+    def withdraw(self, states, output, wanted):
+        assert [place for place, _ in states] == list(range(len(output) + 1))
+        assert (len(output), wanted) in states[-1][1]
+        if self.back is None or self.back in states[-1][1]:
+            return None
+        return self.back[0], (self.back[0], states[-1][1] | {self.back})
+
+
+class Reversed(Free):
+    def moves(self, state):
+        return dict(reversed(super().moves(state).items()))
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_choice_that_is_taken_back_is_as_if_it_had_been_forbidden(place, drafted, model, plain):
+    """Outputs, probabilities and what follows are those of a grammar that never allowed it."""
+    forbidden, back = (6, plain[0][6]), (place, plain[0][place])
+    drafter = (lambda _, output: plain[0][len(output) :]) if drafted else None
+    options = {"batch_size": 2, "drafter": drafter}
+    never = generate(model, PROMPTS[:1] * 3, NEVER, NEW, grammar=Free({forbidden, back}), **options)
+    taken = generate(model, PROMPTS[:1] * 3, NEVER, NEW, grammar=Free({forbidden}, back), **options)
+    assert taken.outputs == never.outputs != [plain[0]] * 3
+    for ours, theirs_ in zip(taken.log_probs, never.log_probs, strict=True):
+        assert ours == pytest.approx(theirs_, abs=1e-4)
+
+
+def test_a_grammar_that_allows_the_choice_changes_nothing(plain, model):
+    """Not even among equals."""
+    blind = Llama(model.config)
+    torch.nn.init.zeros_(blind.lm_head.weight)
+    for network in (model, blind):
+        free, under = (generate(network, PROMPTS[:2], NEVER, 8, grammar=grammar) for grammar in (None, Reversed(set())))
+        assert free.outputs == under.outputs
 
 
 # ---- side by side ----

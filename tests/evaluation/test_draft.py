@@ -101,6 +101,14 @@ def test_it_learns_what_is_tagged(tokenizer):
     assert second < first < len(ids) / 2
 
 
+def test_it_follows_an_answer_that_is_taken_back(tokenizer):
+    drafter, fresh = (SourceDrafter(tokenizer, TASK, [TEXT], risk=0.01) for _ in range(2))
+    longer = tokenizer.encode_continuation(" A mild [Disease]fever followed the [Chemical]second")
+    shorter = tokenizer.encode_continuation(" A mild fever followed")
+    drafter(0, longer)
+    assert drafter(0, shorter) and drafter(0, shorter) == fresh(0, shorter)
+
+
 def test_noise_does_no_harm(tokenizer):
     """Any output may come, also half characters and tokens that are no text."""
     draw = random.Random(0)

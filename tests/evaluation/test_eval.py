@@ -204,9 +204,9 @@ def test_bad_input_is_refused(runs, capsys, flags, words):
 # ---- confidence ----
 
 
-def uniform(vocab_size: int):
-    """A model that finds every token equally probable."""
-    model = tiny_model(vocab_size=vocab_size, max_position_embeddings=512)
+def uniform(vocab_size: int, **options):
+    """A model that finds every token equally probable, so that it chooses token 0."""
+    model = tiny_model(vocab_size=vocab_size, max_position_embeddings=512, **options)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     return model
@@ -241,6 +241,17 @@ def test_confidence_under_a_uniform_model_counts_its_choices(tiny_bytelevel):
         expected.append(-math.log(len(moves)))
         state = moves[token]
     assert decoding.log_probs[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("named, ended", [(0, True), ((5, 0), True), ((1, 0), True), (1, False), (None, False)])
+def test_an_end_token_of_the_configuration_ends_an_answer(named, ended, tiny_bytelevel):
+    """Beside the tokenizer's own."""
+    tokenizer, task = load_tokenizer(tiny_bytelevel), Task("tagging", ("Disease",), per_label=True)
+    assert tokenizer.eos_id == 1
+    model = uniform(tokenizer.vocab_size, eos_token_id=named)
+    with join_world() as world:
+        (answer,), _ = answer_sentences(model, tokenizer, task, [Sentence("1", 0, "ab c", ())], world, quiet=True)
+    assert answer.parsed.truncated != ended
 
 
 @pytest.mark.parametrize("constrain", [False, True])

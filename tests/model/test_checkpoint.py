@@ -75,6 +75,29 @@ def test_transformers_loads_what_we_save(shape, shard, tmp_path):
     close(logits(from_pretrained(tmp_path), IDS), logits(model, IDS))
 
 
+@pytest.mark.parametrize(
+    "config, generation, ends",
+    [
+        (2, None, 2),
+        (2, 2, 2),
+        (2, [2], 2),
+        (2, [2, 5], (2, 5)),
+        ([2, 3], [5, 3], (2, 3, 5)),
+        ([7, 3], None, (7, 3)),
+        (None, [4, 5], (4, 5)),
+        (None, None, None),
+    ],
+)
+def test_end_tokens_of_both_configurations_count(config, generation, ends, folder):
+    edit_config(folder, eos_token_id=config)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert read_config(folder).eos_token_id == ends
+    assert read_config(folder).end_ids == set(ends if isinstance(ends, tuple) else [ends] if ends else [])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}])
 def test_the_older_form_of_config_json(scaling, tmp_path):
     """`rope_theta` and `rope_scaling` beside the other fields, as before transformers 5."""

@@ -180,6 +180,131 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
     assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 7]) == "x"
 
 
+# ---- added tokens ----
+
+TAGGED = "Answer: [Chemical]naïve[/Chemical] T-cells, β-block IL‑2 µg ½ [Disease]fever"
+ADDED = ["[Chemical]", "[/Chemical]", "naïve", "β-block", "IL‑2 ", "µg ½"]
+
+
+@pytest.fixture(params=KINDS)
+def enlarged(request, tmp_path):
+    """A folder whose tokenizer.json adds ordinary tokens and a special one, beside tokenizer.model where there is one,
+    and transformers' view of it."""
+    from transformers import AddedToken, AutoTokenizer
+
+    source = request.getfixturevalue(request.param)
+    whole = request.param == "tiny_bytelevel"
+    theirs = AutoTokenizer.from_pretrained(source) if whole else converted(source)
+    theirs.add_tokens(ADDED if whole else [AddedToken(token, normalized=False) for token in ADDED])
+    theirs.add_tokens([AddedToken("<pad>", special=True)], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    for path in source.glob("tokenizer.model"):
+        shutil.copy(path, tmp_path)
+    return tmp_path, theirs
+
+
+def test_what_tokenizer_json_adds_is_not_lost(enlarged):
+    folder, theirs = enlarged
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id)
+    for text in (*STRINGS, TAGGED):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_only_special_added_tokens_have_no_spelling(enlarged):
+    """The text comes back where transformers' decoder garbles it: it takes the ï of a token for a byte."""
+    folder, theirs = enlarged
+    ours = load_tokenizer(folder)
+    ids = ours.encode_continuation(" " + TAGGED)
+    assert ours.decode(ids).replace(" ", "") == TAGGED.replace(" ", "")  # Llama's puts spaces behind added tokens
+    for token in ADDED:
+        assert ours.spellings[theirs.convert_tokens_to_ids(token)] == token.encode()
+    assert ours.spellings[theirs.convert_tokens_to_ids("<pad>")] is None
+
+
+@pytest.mark.parametrize("scheme", ["never", "first", "always"])
+def test_continuations_under_metaspace(scheme, tiny_sentencepiece, tmp_path):
+    """As transformers 5 writes Llama's tokenizer.json; `always` puts a space behind every added token."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    theirs = converted(tiny_sentencepiece)
+    backend = theirs.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    theirs.add_tokens(ADDED if scheme != "always" else [])
+    theirs.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for text in (*STRINGS, TAGGED, TAGGED.removeprefix("Answer: ")):
+        ids = ours.encode_continuation(" " + text)
+        assert ours.decode(ids) == text and ours.spell(ids).decode() == " " + text
+        assert ours.decode(ours.encode("Answer:") + ids) == "Answer: " + text
+        assert ours.encode("Answer: " + text) == theirs.encode("Answer: " + text)
+
+
+def test_added_tokens_that_are_nowhere_are_refused(tiny_sentencepiece, tmp_path):
+    """As transformers 4 left them beside a tokenizer.model; a special one is no part of a text."""
+    shutil.copytree(tiny_sentencepiece, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 400, "[Chemical]": 401}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    with pytest.raises(TokenizerError, match=r"lacks '\[Chemical\]' \(1 such"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 400}))
+    assert load_tokenizer(tmp_path).encode("x y") == load_tokenizer(tiny_sentencepiece).encode("x y")
+    for decoder in ({"401": {"content": "[Chemical]", "special": False}}, {"401": "[Chemical]"}, ["[Chemical]"]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+        with pytest.raises(TokenizerError, match=f"{tmp_path}: its"):
+            load_tokenizer(tmp_path)
+
+
+def test_an_added_end_token(tiny_sentencepiece, tmp_path):
+    theirs = converted(tiny_sentencepiece)
+    theirs.add_special_tokens({"eos_token": "<|im_end|>"})
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(tiny_sentencepiece / "tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).eos_id == theirs.eos_token_id == 400
+
+
+# ---- sentencepiece variants ----
+
+
+def trained(folder: Path, **options) -> Path:
+    from sentencepiece import SentencePieceTrainer
+
+    lines = (Path(__file__).parents[2] / "data/sample/train.PubTator.txt").read_text().splitlines()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=400, byte_fallback=True, normalization_rule_name="identity", character_coverage=0.99,
+        minloglevel=2, num_threads=1, **options,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("symbols", [[], ["[Chemical]", "[/Chemical]", "  "]], ids=["plain", "symbols"])
+@pytest.mark.parametrize("dummy", [True, False])
+def test_continuations_of_sentencepiece_variants(dummy, symbols, tmp_path):
+    options = {"remove_extra_whitespaces": False, "add_dummy_prefix": dummy, "user_defined_symbols": symbols}
+    tokenizer = load_tokenizer(trained(tmp_path, **options))
+    for text in (*STRINGS, TAGGED, " two first"):
+        ids = tokenizer.encode_continuation(" " + text)
+        assert tokenizer.decode(ids) == text and tokenizer.spell(ids).decode() == " " + text
+        assert tokenizer.decode(tokenizer.encode("Answer:") + ids) == "Answer: " + text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": True},  # the space before an answer would be lost
+    ],
+)
+def test_a_tokenizer_that_moves_spaces_is_refused(options, tmp_path):
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: its tokenizer moves spaces"):
+        load_tokenizer(trained(tmp_path, **options))
+
+
 # ---- folders ----
 
 
@@ -187,9 +312,11 @@ def test_the_end_token_comes_from_the_model_where_the_tokenizer_names_none(tiny_
     shutil.copy(tiny_bytelevel / "tokenizer.json", tmp_path)
     with pytest.raises(TokenizerError, match="no eos token"):
         load_tokenizer(tmp_path)
-    for eos in (7, [7, 8]):
-        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
-        assert load_tokenizer(tmp_path).eos_id == 7
+    for file in ("generation_config.json", "config.json"):
+        for eos in (7, [7, 8]):
+            (tmp_path / file).write_text(json.dumps({"eos_token_id": eos}))
+            assert load_tokenizer(tmp_path).eos_id == 7
+        (tmp_path / file).unlink()
 
 
 def test_the_end_token_of_the_tokenizer_wins(tiny_bytelevel, tmp_path):
