@@ -111,8 +111,8 @@ def answer_sentences(
     tokens = sum(len(ids) + 1 for ids in decoding.outputs)
     shares = world.gather(answers)
     answers = [shares[index % world.size][index // world.size] for index in range(len(asked))]
-    tokens, *passes = world.sum([tokens, decoding.forward_passes, decoding.row_passes])
-    return answers, Speed(time.perf_counter() - started, len(asked), int(tokens), *map(int, passes))
+    work = map(int, world.sum([tokens, decoding.forward_passes, decoding.row_passes]))
+    return answers, Speed(time.perf_counter() - started, len(asked), *work)
 
 
 def risk(rows: int, world: World) -> float:

@@ -28,7 +28,7 @@ class _Reading(NamedTuple):
 class State(NamedTuple):
     """How far an answer has come; a key into nothing but `Constraint.moves`."""
 
-    index: int
+    prompt: int  # its number
     room: int  # tokens that may still come
     readings: frozenset[_Reading]
     shut: frozenset[int] = frozenset()  # positions at which no mention begins, since one was withdrawn there
@@ -77,7 +77,7 @@ class Constraint:
 
         Empty where the vocabulary cannot spell the next character.
         """
-        source = self.sources[state.index]
+        source = self.sources[state.prompt]
         allowed = {}
         if any(reading[:3] == (len(source.text), b"", b"") for reading in state.readings):
             allowed[self.eos_id] = state
@@ -86,8 +86,8 @@ class Constraint:
             spelling, readings = paths.pop()
             ways: dict[int, set[_Reading]] = {}
             for reading in readings:
-                for byte, after in self._steps(source, reading, state):
-                    ways.setdefault(byte, set()).add(after)
+                for byte, next_reading in self._steps(source, reading, state):
+                    ways.setdefault(byte, set()).add(next_reading)
             for byte, after in ways.items():
                 longer = spelling + bytes([byte])
                 if longer in self.prefixes:

@@ -125,6 +125,7 @@ class SourceDrafter:
         """How the answer should go on, and how many characters of that are likely enough."""
         source, position, mention, chance = copy.source, copy.position, copy.mention, 1.0
         pieces = []
+        # a tag has begun: it goes on as the one that is due, a closing tag of the open mention or an opening one
         if copy.pending:
             if mention:
                 tag, mention = self.tags[mention[1]][1], None
@@ -137,6 +138,7 @@ class SourceDrafter:
                 label, chance = self.habits.label(source, position, fitting)
                 tag, mention = self.tags[label][0], (position, label)
             pieces.append(tag[len(copy.pending) :])
+        # then the source, piece by piece, with tags where they were before, until all of it is likely wrong somewhere
         sure = None
         while sum(map(len, pieces)) < 8 * self.length and (position < len(source) or mention):
             if mention:
@@ -163,7 +165,7 @@ class SourceDrafter:
             return source[position:], len(source), 1.0
         if inside_word(source, position):
             return word[0], word.end(), 1.0  # no tag comes inside a word
-        string, label, chance = self.habits.mention(source, word.start())
+        string, label, chance = self.habits.mention(source, word)
         if label is None:
             return source[position : word.end()], word.end(), chance
         opener, closer = self.tags[label]
@@ -230,18 +232,20 @@ class _Habits:
             for label, prior in self.prior.items()
         }
 
-    def mention(self, source: str, start: int) -> tuple[str, str | None, float]:
+    def mention(self, source: str, word: re.Match[str]) -> tuple[str, str | None, float]:
         """The mention that begins at a word, its label, and its chance; label None: none begins, with that chance."""
+        start = word.start()
         for string in self._known(source, start):
             counts = self.strings[string]
             label, count = counts.most_common(1)[0]
             if label and count > (counts.total() + 0.5) / 2:
                 return string, label, count / (counts.total() + 0.5)
-        odds = self._odds(_WORD.match(source, start)[0])
-        label = max(odds, key=odds.get)
+        odds = self._odds(word[0])
+        label = max(odds, key=odds.__getitem__)
         if label is None:
             return "", None, odds[label]
-        return _COMPOUND.match(source, start)[0], label, odds[label] * _ENDS
+        compound = _COMPOUND.match(source, start)
+        return compound[0] if compound else word[0], label, odds[label] * _ENDS
 
     def label(self, source: str, start: int, among: Sequence[str]) -> tuple[str, float]:
         """Which of some labels a mention has that begins here, and the chance of that."""
@@ -249,7 +253,7 @@ class _Habits:
         word = _WORD.search(source, start)
         odds = self._odds(word[0] if word else "")
         counts = {label: known[label] + odds[label] for label in among}
-        label = max(counts, key=counts.get)
+        label = max(counts, key=counts.__getitem__)
         return label, counts[label] / sum(counts.values())
 
     def end(self, source: str, start: int, position: int) -> tuple[int, float]:
@@ -260,7 +264,7 @@ class _Habits:
             if start + len(string) >= position
         }
         if counts:
-            end = max(counts, key=counts.get)
+            end = max(counts, key=counts.__getitem__)
             return end, counts[end] / (sum(counts.values()) + 0.3)
         if position > start and not re.match(r"\w", source[position:]):
             return position, _ENDS

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,19 @@ from ..model.packing import KVCache, Packing
 Drafter = Callable[[int, list[int]], Sequence[int]]
 
 
-class Grammar(Protocol):
+State = TypeVar("State", bound=Hashable)
+
+
+class Grammar(Protocol[State]):
     """Which outputs are allowed, as an automaton."""
 
-    def start(self, index: int) -> Hashable:
+    def start(self, index: int) -> State:
         """The state before the output of a prompt begins."""
 
-    def moves(self, state: Hashable) -> Mapping[int, Hashable]:
+    def moves(self, state: State) -> Mapping[int, State]:
         """The tokens that may follow, each with the state behind it; none if the output cannot go on."""
 
-    def withdraw(self, states: Sequence[Hashable], output: Sequence[int], wanted: int) -> tuple[int, Hashable] | None:
+    def withdraw(self, states: Sequence[State], output: Sequence[int], wanted: int) -> tuple[int, State] | None:
         """Asked where the model wants a token that is not allowed: how much of the output stays if an earlier choice
         is taken back, and the state from which it goes on. None: nothing is, the best allowed token follows.
 
@@ -55,7 +58,7 @@ class _Row:
     index: int
     prompt: list[int]
     limit: int
-    states: list[Hashable]  # of the grammar, before and behind each token of the output
+    states: list[Any]  # of the grammar, before and behind each token of the output
     output: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -74,7 +77,7 @@ def generate(
     max_new_tokens: int | Sequence[int],
     batch_size: int = 32,
     drafter: Drafter | None = None,
-    grammar: Grammar | None = None,
+    grammar: Grammar[Any] | None = None,
     progress: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], object] = lambda: False,
 ) -> Decoding:
@@ -146,14 +149,16 @@ def _advance(
     active: list[_Row | None],
     ends: Collection[int],
     drafter: Drafter | None,
-    grammar: Grammar | None,
+    grammar: Grammar[Any] | None,
     fresh: bool,
 ) -> None:
     """One pass over all rows: each takes over the model's choices for as long as its draft foresaw them, and one
     more."""
-    feeds, starts, drafts = [], [], []
+    feeds: list[list[int]] = []  # what each row gives to the pass: its prompt or its last token, then its draft
+    starts: list[int] = []
+    drafts: list[list[int]] = []
     predictors: list[int] = []  # the places of the packed row behind which a token is chosen
-    paths = []  # what the grammar allows there
+    paths: list[Mapping[int, Any]] = []  # what the grammar allows there
     total = 0
     for row in active:
         if row is None:
@@ -170,6 +175,8 @@ def _advance(
         starts.append(0 if fresh else len(row.prompt) + len(row.output) - 1)
         total += len(feeds[-1])
         predictors += range(total - len(draft) - 1, total)
+
+    # one pass: all rows behind each other, and behind every token of a draft the choice that checks the next
     device = cache.keys.device
     ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
@@ -180,6 +187,7 @@ def _advance(
     picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
     wanted = logits.max(-1).indices.tolist() if grammar else picks
 
+    # row by row: take over choices while the draft foresaw them; the first that it did not is still the model's own
     kept: list[int] = []
     growing = [row for row in active if row is not None]
     taken = []
@@ -204,6 +212,8 @@ def _advance(
         kept += range(first, first + count)
         taken.append((count, back))
         first += len(draft) + 1
+
+    # one softmax for all that was kept; and what the grammar takes back leaves the row
     log_probs = iter(_log_probs(scores, best, kept))
     for row, (count, back) in zip(growing, taken, strict=True):
         row.log_probs += islice(log_probs, count)
@@ -213,7 +223,7 @@ def _advance(
             row.states.append(state)
 
 
-def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[int]) -> list[Mapping[int, Hashable]]:
+def _path(grammar: Grammar[State], state: State, draft: list[int], ends: Collection[int]) -> list[Mapping[int, State]]:
     """What the grammar allows behind an output and behind each token of its draft, as far as it allows that."""
     path = [grammar.moves(state)]
     for token in draft:
@@ -223,7 +233,7 @@ def _path(grammar: Grammar, state: Hashable, draft: list[int], ends: Collection[
     return path
 
 
-def _scores(logits: Tensor, paths: list[Mapping[int, Hashable]]) -> tuple[Tensor, Tensor | None]:
+def _scores(logits: Tensor, paths: list[Mapping[int, Any]]) -> tuple[Tensor, Tensor | None]:
     """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M), the ids in order so
     that of equals the same comes first."""
     if not paths:
@@ -237,5 +247,5 @@ def _scores(logits: Tensor, paths: list[Mapping[int, Hashable]]) -> tuple[Tensor
 
 def _log_probs(scores: Tensor, best: Tensor, kept: list[int]) -> list[float]:
     """The log-probabilities of the chosen tokens at some of the places; half precision rounds the result only."""
-    kept = torch.tensor(kept, dtype=torch.long, device=scores.device)
-    return scores[kept].log_softmax(-1).gather(1, best[kept, None])[:, 0].tolist()
+    places = torch.tensor(kept, dtype=torch.long, device=scores.device)
+    return scores[places].log_softmax(-1).gather(1, best[places, None])[:, 0].tolist()
