@@ -1,12 +1,13 @@
 """Answers -> scores, and the files that keep both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..corpus.documents import Document, Sentence, Span
 from ..files import replace_file, write_json
+from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.prompt import Task
 from ..task.score import bootstrap, document_counts, format_table, score
@@ -28,14 +29,22 @@ def confidence_by_mention(answers: Sequence[Answer]) -> dict[tuple[str, int, int
     return {_key(item.sentence, span): sure for item in answers for span, sure in item.confidence.items()}
 
 
-def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Sequence[str]) -> dict:
+def assess(
+    documents: Sequence[Document],
+    answers: Sequence[Answer],
+    labels: Sequence[str],
+    known: Collection[tuple[str, str]] = (),
+) -> dict:
     """Scores of answers against documents' own mentions of these labels, ready for JSON.
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
     as a false positive. `secondary` has two other conventions: each string placed at its first
     occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
     false positives and false negatives of each document for the headline, and for the first of the others,
-    so that results can be compared document by document.
+    so that results can be compared document by document. `errors` is `task.errors.analyse`.
+
+    Args:
+        known: the (label, string) of the mentions in training, if those seen there are to be told apart.
     """
     gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
     exact, first, strings, gold_strings = set(), set(), set(), set()
@@ -50,6 +59,7 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
         }
+    texts = {document.id: document.text for document in documents}
     ids = [document.id for document in documents]
     by_document = document_counts(gold, exact, ids)
     return {
@@ -59,6 +69,7 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
             "first_occurrence": score(gold, first, labels),
             "string_set": score(gold_strings, strings, labels),
         },
+        "errors": analyse(gold, exact, labels, texts, known or None, confidence_by_mention(answers)),
         "health": health(answers),
         "documents": len(documents),
         "sentences": len(answers),
@@ -67,6 +78,11 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
             "first_occurrence": dict(zip(ids, document_counts(gold, first, ids).tolist(), strict=True)),
         },
     }
+
+
+def mention_strings(sentences: Sequence[Sentence]) -> set[tuple[str, str]]:
+    """The (label, string) of all their mentions."""
+    return {(span.label, item.text[span.start : span.end]) for item in sentences for span in item.spans}
 
 
 def _key(sentence: Sentence, span: Span) -> tuple[str, int, int, str]:
@@ -131,6 +147,7 @@ def format_report(result: dict) -> str:
         f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
         f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
         f"string set {100 * secondary['string_set']['micro']['f1']:.2f}",
+        *([format_summary(result["errors"])] if "errors" in result else []),  # runs of earlier versions have none
         f"outputs: {100 * state['exact_copy']:.1f} % exact copies; "
         + ", ".join(
             f"{name.replace('_', ' ')} {state[name]}"

@@ -29,19 +29,19 @@ def score(gold: Keys, predicted: Keys, labels: Iterable[str] = ()) -> dict:
         labels: types to list even if no key has them.
 
     Returns:
-        `{"micro": S, "types": {label: S}}` with `S = {tp, fp, fn, precision, recall, f1}`; a fraction that is
-        undefined is 0.0.
+        `{"micro": S, "types": {label: S}}` with `S = {tp, fp, fn, precision, recall, f1}`, see `fractions`.
     """
     counts = {label: [0, 0, 0] for label in label_order([*labels, *(key[-1] for key in gold | predicted)])}
     for column, keys in enumerate((gold & predicted, predicted - gold, gold - predicted)):
         for label, number in Counter(key[-1] for key in keys).items():
             counts[label][column] = number
     micro = [sum(column) for column in zip([0, 0, 0], *counts.values(), strict=True)]
-    types = {label: _fractions(*numbers) for label, numbers in counts.items()}
-    return {"micro": _fractions(*micro), "types": types}
+    types = {label: fractions(*numbers) for label, numbers in counts.items()}
+    return {"micro": fractions(*micro), "types": types}
 
 
-def _fractions(tp: int, fp: int, fn: int) -> dict:
+def fractions(tp: float, fp: float, fn: float) -> dict:
+    """Counts, or shares of counts, with precision, recall and F1; a fraction that is undefined is 0.0."""
     return {
         "tp": tp,
         "fp": fp,
