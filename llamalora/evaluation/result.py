@@ -10,7 +10,7 @@ from ..files import replace_file, write_json
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.prompt import Task
-from ..task.score import bootstrap, document_counts, format_table, score
+from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from .answer import Answer
 
 
@@ -46,15 +46,14 @@ def assess(
     Args:
         known: the (label, string) of the mentions in training, if those seen there are to be told apart.
     """
-    gold = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
-    exact, first, strings, gold_strings = set(), set(), set(), set()
+    gold = gold_keys(documents, labels)
+    exact = predicted_keys(answers)
+    first, strings, gold_strings = set(), set(), set()
     for item in answers:
         sentence, parsed = item.sentence, item.parsed
         here, text = (sentence.document, sentence.start), sentence.text
         named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
-        invented = {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
-        exact |= invented | {_key(sentence, span) for span in parsed.spans}
-        first |= invented | {_key(sentence, span) for span in parsed.first}
+        first |= _invented(item) | {_key(sentence, span) for span in parsed.first}
         strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
@@ -78,6 +77,22 @@ def assess(
             "first_occurrence": dict(zip(ids, document_counts(gold, first, ids).tolist(), strict=True)),
         },
     }
+
+
+def gold_keys(documents: Sequence[Document], labels: Collection[str]) -> Keys:
+    """The documents' own mentions of these labels."""
+    return {key for key in span_keys(documents) if key[-1] in labels}
+
+
+def predicted_keys(answers: Sequence[Answer]) -> Keys:
+    """The mentions of the answers, and the entities that are not in their sentence, by a key without a place."""
+    placed = {_key(item.sentence, span) for item in answers for span in item.parsed.spans}
+    return placed.union(*map(_invented, answers))
+
+
+def _invented(item: Answer) -> Keys:
+    here = (item.sentence.document, item.sentence.start, "not in source")
+    return {(*here, string, label) for label, string in item.parsed.not_in_source}
 
 
 def mention_strings(sentences: Sequence[Sentence]) -> set[tuple[str, str]]:

@@ -21,7 +21,9 @@ from ..text_table import aligned
 from .score import Keys, fractions, score
 
 KINDS = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
-CREDIT = {  # scheme -> kind -> what a pair of that kind is worth; a kind that is not named is worth nothing
+CREDIT: dict[
+    str, dict[str, float]
+] = {  # scheme -> kind -> what a pair of that kind is worth; a kind that is not named is worth nothing
     "strict": {"correct": 1},
     "exact": {"correct": 1, "type": 1},
     "partial": {"correct": 1, "type": 1, "boundary": 0.5, "boundary_and_type": 0.5},
@@ -54,9 +56,11 @@ class Match:
         return "boundary" if self.gold[-1] == self.predicted[-1] else "boundary_and_type"
 
     @property
-    def label(self) -> str:
-        """Of the gold mention, or of the predicted one where there is none."""
-        return (self.gold or self.predicted)[-1]
+    def mention(self) -> tuple:
+        """The gold mention, or the predicted one where there is none."""
+        mention = self.gold or self.predicted
+        assert mention is not None, "one of the two is there"
+        return mention
 
 
 def match(gold: Keys, predicted: Keys) -> list[Match]:
@@ -69,7 +73,7 @@ def match(gold: Keys, predicted: Keys) -> list[Match]:
             left.remove(mine)
             right.remove(other)
     pairs += [Match(key, None) for key in left] + [Match(None, key) for key in right]
-    return sorted(pairs, key=lambda pair: _place(pair.gold or pair.predicted))
+    return sorted(pairs, key=lambda pair: _place(pair.mention))
 
 
 def _place(key: tuple) -> tuple:
@@ -128,7 +132,7 @@ def analyse(
     labels = label_order([*labels, *(key[-1] for key in gold | predicted)])
     matches = match(gold, predicted)
     kinds = Counter(pair.kind for pair in matches)
-    types = {label: Counter(pair.kind for pair in matches if pair.label == label) for label in labels}
+    types = {label: Counter(pair.kind for pair in matches if pair.mention[-1] == label) for label in labels}
     alone = {label: Counter(pair.kind for pair in match(_of(label, gold), _of(label, predicted))) for label in labels}
     return {
         "kinds": {"all": _table(kinds), "types": {label: _table(counts) for label, counts in types.items()}},
@@ -233,31 +237,36 @@ def format_summary(errors: dict) -> str:
 
 def format_tables(errors: dict) -> str:
     """The analysis as tables of at most 80 columns."""
+    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in tables(errors))
+
+
+def tables(errors: dict) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """The analysis as titles and rows of cells, the head first."""
     schemes, seen, calibration = (errors[part] for part in ("schemes", "seen", "calibration"))
     kinds = [*errors["kinds"]["types"].items(), ("all", errors["kinds"]["all"])]
     by_kind = [(_short(name), *map(str, row.values())) for name, row in kinds]
-    parts = ["mentions by kind", aligned([("", "gold", *map(_name, KINDS)), *by_kind])]
-    rows = [{**scheme["types"], "macro": scheme["macro"], "micro": scheme["micro"]} for scheme in schemes.values()]
-    by_scheme = [(_short(name), *(_percent(row[name]["f1"]) for row in rows)) for name in rows[0]]
-    parts += ["F1 by scheme", aligned([("", *schemes), *by_scheme])]
+    columns = [{**scheme["types"], "macro": scheme["macro"], "micro": scheme["micro"]} for scheme in schemes.values()]
+    by_scheme = [(_short(name), *(_percent(column[name]["f1"]) for column in columns)) for name in columns[0]]
+    found = [
+        ("mentions by kind", [("", "gold", *map(_name, KINDS)), *by_kind]),
+        ("F1 by scheme", [("", *schemes), *by_scheme]),
+    ]
     if confused := _confused(errors["confusion"]):
-        parts += ["labels confused", aligned([("gold", "predicted", "mentions"), *confused], "ll")]
+        found.append(("labels confused", [("gold", "predicted", "mentions"), *confused]))
     if seen:
         rates = [
             (name, *(_percent(row[rate]) for rate in RATES), str(row["tp"] + row["fn"])) for name, row in seen.items()
         ]
-        parts += ["mentions seen in training and unseen", aligned([("", "P", "R", "F1", "gold"), *rates])]
+        found.append(("mentions seen in training and unseen", [("", "P", "R", "F1", "gold"), *rates]))
     if calibration:
         bins = [(f"{row['low']:.1f} to {row['high']:.1f}", row) for row in calibration["bins"]]
-        lines = [
+        rows = [
             (name, str(row["count"]), _percent(row["confidence"]), _percent(row["correct"]))
             for name, row in [*bins, ("all", calibration)]
         ]
-        parts += [
-            f"confidence of predicted mentions (expected calibration error {_percent(calibration['ece'])})",
-            aligned([("", "mentions", "mean", "correct"), *lines]),
-        ]
-    return "\n\n".join(f"{title}\n{table}" for title, table in zip(parts[::2], parts[1::2], strict=True))
+        title = f"confidence (expected calibration error {_percent(calibration['ece'])})"
+        found.append((title, [("", "mentions", "mean", "correct"), *rows]))
+    return found
 
 
 def _confused(confusion: dict, most: int = 10) -> list[tuple[str, str, str]]:

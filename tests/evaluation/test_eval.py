@@ -45,15 +45,23 @@ def run_eval(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+def invented(result: dict) -> int:
+    return result["health"]["not_in_source"]
+
+
 def test_eval_agrees_with_score_on_its_own_predictions(runs, tmp_path, capsys):
     predictions = tmp_path / "predictions.PubTator"
-    result = run_eval(capsys, "--run", runs / "all", "--split", "test", "--predictions", predictions)
+    flags = ("--predictions", predictions, "--html", tmp_path / "page.html")
+    result = run_eval(capsys, "--run", runs / "all", "--split", "test", *flags)
+    assert "</html>" in (tmp_path / "page.html").read_text()
+    assert result["errors"]["schemes"]["strict"]["micro"]["f1"] == result["micro"]["f1"]
+    assert result["errors"]["calibration"]["count"] == result["micro"]["tp"] + result["micro"]["fp"] - invented(result)
+    assert result["errors"]["seen"]["seen"]["fn"] > 0
     assert result == json.loads((runs / "all" / "eval-test.json").read_text())
     run_command(command, ["score", "data/sample/test.PubTator.txt", str(predictions), "--json"])
     scored = json.loads(capsys.readouterr().out)
     # entities that no source holds have no place in a PubTator file; apart from them the counts are the same
-    invented = result["health"]["not_in_source"]
-    for key, more in (("tp", 0), ("fn", 0), ("fp", invented)):
+    for key, more in (("tp", 0), ("fn", 0), ("fp", invented(result))):
         assert result["micro"][key] == scored["micro"][key] + more
 
 
