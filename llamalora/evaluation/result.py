@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..corpus.documents import Document, Sentence, Span
+from ..corpus.documents import CorpusError, Document, Sentence, Span
 from ..files import replace_file, write_json
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
@@ -141,12 +141,17 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
 
     Args:
         asked: the sentences that they are about, in order.
+
+    Raises:
+        CorpusError: they are about others.
     """
     answers = []
-    with (folder / f"answers-{split}.jsonl").open(encoding="utf-8") as file:
-        for sentence, line in zip(asked, file, strict=True):
-            kept = json.loads(line)
-            assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
+    path = folder / f"answers-{split}.jsonl"
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+        if [(kept["document"], kept["start"]) for kept in lines] != [(item.document, item.start) for item in asked]:
+            raise CorpusError(f"{path}: answers about other sentences than the corpus has now")
+        for sentence, kept in zip(asked, lines, strict=True):
             parsed = parse(task, sentence.text, kept["output"], kept["truncated"])
             confidence = {Span(m["start"], m["end"], m["label"]): m["confidence"] for m in kept["mentions"]}
             answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))

@@ -21,9 +21,8 @@ from ..text_table import aligned
 from .score import Keys, fractions, score
 
 KINDS = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
-CREDIT: dict[
-    str, dict[str, float]
-] = {  # scheme -> kind -> what a pair of that kind is worth; a kind that is not named is worth nothing
+# scheme -> kind -> what a pair of that kind is worth; a kind that is not named is worth nothing
+CREDIT: dict[str, dict[str, float]] = {
     "strict": {"correct": 1},
     "exact": {"correct": 1, "type": 1},
     "partial": {"correct": 1, "type": 1, "boundary": 0.5, "boundary_and_type": 0.5},
@@ -56,11 +55,14 @@ class Match:
         return "boundary" if self.gold[-1] == self.predicted[-1] else "boundary_and_type"
 
     @property
+    def keys(self) -> list[tuple]:
+        """Those of the two that there are."""
+        return [key for key in (self.gold, self.predicted) if key is not None]
+
+    @property
     def mention(self) -> tuple:
         """The gold mention, or the predicted one where there is none."""
-        mention = self.gold or self.predicted
-        assert mention is not None, "one of the two is there"
-        return mention
+        return self.keys[0]
 
 
 def match(gold: Keys, predicted: Keys) -> list[Match]:

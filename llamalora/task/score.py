@@ -113,23 +113,31 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
 def score_files(gold_path: str | Path, predicted_path: str | Path) -> dict:
     """`score` of two files, with the number of `documents` and of those `missing` in the predictions.
 
-    What is missing counts as missed. PubTator predictions may be mention lines alone. Raises CorpusError for
-    predictions about other documents, or about other texts, than the gold's.
+    What is missing counts as missed. Raises CorpusError as `read_predictions`.
     """
     gold = read_documents(gold_path)
-    predicted = read_documents(predicted_path, gold)
+    predicted = read_predictions(predicted_path, gold, gold_path)
+    result = score(span_keys(gold), span_keys(predicted), labels_of(gold))
+    return {**result, "documents": len(gold), "missing": len(gold) - len(predicted)}
+
+
+def read_predictions(path: str | Path, gold: Sequence[Document], gold_path: str | Path) -> list[Document]:
+    """Documents with predicted mentions; PubTator may be mention lines alone.
+
+    Raises CorpusError for predictions about other documents, or about other texts, than the gold's.
+    """
+    predicted = read_documents(path, gold)
     texts = {document.id: document.text for document in gold}
     strangers = {document.id for document in predicted} - texts.keys()
     if strangers:
-        raise CorpusError(f"{predicted_path}: documents that are not in {gold_path}: {_some(strangers)}")
+        raise CorpusError(f"{path}: documents that are not in {gold_path}: {_some(strangers)}")
     for document in predicted:
         if document.text != texts[document.id]:
             raise CorpusError(
-                f"{predicted_path}: the text of document {document.id} differs from that in "
+                f"{path}: the text of document {document.id} differs from that in "
                 f"{gold_path}; offsets mean nothing across different texts"
             )
-    result = score(span_keys(gold), span_keys(predicted), labels_of(gold))
-    return {**result, "documents": len(gold), "missing": len(gold) - len(predicted)}
+    return predicted
 
 
 def _some(ids: Iterable[str]) -> str:

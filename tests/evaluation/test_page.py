@@ -7,8 +7,8 @@ from html import unescape
 from html.parser import HTMLParser
 
 from llamalora.corpus.documents import Document, Span, all_sentences, sentence_bounds
-from llamalora.evaluation.page import html_page
-from llamalora.task.errors import KINDS, analyse, match
+from llamalora.evaluation.page import ERRORS, describe, html_page
+from llamalora.task.errors import KINDS, analyse, match, tables
 from llamalora.task.score import span_keys
 
 HOSTILE = "</script><b>&amp;\"'\u2028{{data}}"
@@ -37,14 +37,15 @@ CONFIDENCE = dict.fromkeys(span_keys(MINE), 0.25)
 KNOWN = {("Disease", "fever"), ("Chemical", "aspirin")}
 
 
-def page_of(documents=GOLD, predicted=PREDICTED, **changes) -> str:
-    gold, texts = span_keys(documents), {d.id: d.text for d in documents}
-    arguments = {
-        "title": "Predictions of <runs/one>", "facts": ["3 & 4"], "documents": documents,
-        "asked": all_sentences(documents), "gold": gold, "predicted": predicted, "confidence": CONFIDENCE,
-        "known": KNOWN, "errors": analyse(gold, predicted, (), texts, KNOWN, CONFIDENCE),
-    }  # fmt: skip
-    return html_page(**arguments | changes)
+def page_of(documents=GOLD, predicted=PREDICTED, asked=None, gold=None, confidence=CONFIDENCE, known=KNOWN) -> str:
+    texts = {document.id: document.text for document in documents}
+    gold = span_keys(documents) if gold is None else gold
+    shown = describe(match(gold, predicted), texts, confidence, known)
+    counts = tables(analyse(gold, predicted, (), texts, known, confidence))
+    asked = all_sentences(documents) if asked is None else asked
+    return html_page(
+        "Predictions of <runs/one>", ["3 & 4"], documents, asked, shown, ERRORS, ["correct"], "Only errors", counts
+    )
 
 
 class Reader(HTMLParser):
@@ -87,19 +88,19 @@ def test_the_page_holds_every_mention_at_its_place():
     for unit in data["units"]:
         for mention in unit["mentions"]:
             sides = (words(unit, mention.get(side)) for side in ("gold", "predicted"))
-            seen.append((unit["document"], mention["kind"], *sides, mention["seen"], mention.get("confidence")))
+            seen.append((unit["document"], mention["kind"], *sides, mention["seen"], *mention["notes"]))
     assert sorted(seen, key=str) == sorted([
-        ("7", "boundary", "renal failure", "Severe renal failure", False, 0.25),
-        ("7", "correct", "aspirin", "aspirin", True, 0.25),
-        ("7", "type", "lead", "lead", False, 0.25),
-        ("7", "boundary_and_type", "gold", "or gold", False, 0.25),
-        ("7", "missing", "fever", None, True, None),
-        ("7", "spurious", None, "rash", False, 0.25),
-        ("7", "spurious", None, "nausea <i>", False, None),
-        ("9", "correct", HOSTILE, HOSTILE, False, 0.25),
-        ("9", "correct", "rash", "rash", False, 0.25),
+        ("7", "boundary", "renal failure", "Severe renal failure", False, "confidence 0.25"),
+        ("7", "correct", "aspirin", "aspirin", True, "confidence 0.25"),
+        ("7", "type", "lead", "lead", False, "confidence 0.25"),
+        ("7", "boundary_and_type", "gold", "or gold", False, "confidence 0.25"),
+        ("7", "missing", "fever", None, True),
+        ("7", "spurious", None, "rash", False, "confidence 0.25"),
+        ("7", "spurious", None, "nausea <i>", False),
+        ("9", "correct", HOSTILE, HOSTILE, False, "confidence 0.25"),
+        ("9", "correct", "rash", "rash", False, "confidence 0.25"),
     ], key=str)  # fmt: skip
-    assert data["labels"] == ["Disease", "Chemical", "<Gene>"] and data["kinds"] == list(KINDS)
+    assert data["labels"] == ["Disease", "Chemical", "<Gene>"] and list(data["kinds"]) == list(KINDS)
     assert [unit["text"] for unit in data["units"] if unit["document"] == "8"] == ["Nothing here.", "Nor there."]
 
 
@@ -121,10 +122,9 @@ def test_nothing_in_the_data_breaks_the_page_and_it_loads_nothing():
     assert "prefers-color-scheme: dark" in page
 
 
-def test_without_training_confidence_and_errors():
-    data = data_of(page_of(known=(), confidence={}, errors=None))
-    assert data["seen"] is False
-    assert not [m for unit in data["units"] for m in unit["mentions"] if {"seen", "confidence"} & m.keys()]
+def test_without_training_and_confidence():
+    mentions = [mention for unit in data_of(page_of(known=(), confidence={}))["units"] for mention in unit["mentions"]]
+    assert len(mentions) == 9 and not any("seen" in mention or mention["notes"] for mention in mentions)
 
 
 # ---- in a browser ----
@@ -212,7 +212,7 @@ def test_five_thousand_sentences_are_drawn_as_one_scrolls(opened):
         for n in range(5000)
     ]
     predicted = {(*key[:3], "Gene") if key[0].endswith("7") else key for key in span_keys(documents)}
-    page = page_of(documents, predicted, confidence={}, errors=None)
+    page = page_of(documents, predicted, confidence={})
     script = """<script>
     const start = performance.now();
     apply();
