@@ -14,12 +14,14 @@ from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
 from llamalora.evaluation.answer import DRAFT_TOKENS, Answer, select_sentences
+from llamalora.evaluation.page import result_page
 from llamalora.evaluation.result import format_report, predicted_documents, write_result
 from llamalora.evaluation.systems import joint_labels, load_run, load_system, score_split
 from llamalora.files import replace_file
 from llamalora.model.precision import DTYPES, choose_precision
 from llamalora.runs.folder import read_settings, read_task
 from llamalora.runs.settings import Settings
+from llamalora.task.errors import format_tables
 from llamalora.task.prompt import listed_labels
 
 
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     )
     on.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     on.add_argument("--predictions", metavar="FILE", help="write the predicted mentions there as PubTator")
+    on.add_argument("--html", metavar="FILE", help="write a page there that shows predictions beside gold")
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     arguments = parser.parse_args(argv)
@@ -56,13 +59,16 @@ def main(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1")
     with join_world() as world:
-        result, answers, documents = score(arguments, world)
+        result, answers, documents, known = score(arguments, world)
         if not world.is_main:
             return
         if arguments.predictions:
             text = StringIO()
             write_pubtator(predicted_documents(documents, answers), text)
             replace_file(Path(arguments.predictions), text.getvalue())
+        if arguments.html:
+            title = f"Predictions of {', '.join(arguments.run) or arguments.adapter or arguments.model}"
+            replace_file(Path(arguments.html), result_page(title, result, documents, answers, known))
         folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -70,13 +76,16 @@ def main(argv: list[str]) -> None:
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
-            print(format_report(result))
+            print(f"{format_report(result)}\n\n{format_tables(result['errors'])}")
             if folder:
                 print(f"written to {written}")
 
 
-def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[Answer], list[Document]]:
-    """The result for `eval-SPLIT.json`, the answers, and the documents that they are about."""
+def score(
+    arguments: argparse.Namespace, world: World
+) -> tuple[dict, list[Answer], list[Document], set[tuple[str, str]]]:
+    """The result for `eval-SPLIT.json`, the answers, the documents that they are about, and the (label, string) of the
+    mentions in training."""
     precision, why = choose_precision(arguments.precision, world.device)
     data = arguments.data or (read_settings(Path(arguments.run[0])).data if arguments.run else None)
     if data is None:
@@ -101,11 +110,11 @@ def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[Answe
         asking = {name: getattr(arguments, name) for name in ("model", "format", "labels", "instruction", "shots")}
         loaders = [partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)]
     drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
-    result, answers = score_split(
+    result, answers, known = score_split(
         loaders, arguments.split, documents, asked, precision, world, arguments.batch, drafted, order,
         quiet=arguments.json, constrain=arguments.constrain,
     )  # fmt: skip
-    return result, answers, documents
+    return result, answers, documents, known
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m llamalora COMMAND`: dispatches to the module that does the work."""
 
 from .cli import UsageError, run_command
-from .commands import audit, fetch, inspect, merge, predict, score, verify
+from .commands import audit, compare, fetch, inspect, merge, predict, score, verify
 from .paper import stats, tables
 
 HELP = """usage: python -m llamalora COMMAND ...
@@ -12,6 +12,7 @@ commands:
   audit    exact parameter counts, storage and GPU memory of a model before it is trained
   predict  annotate new text with a trained run
   score    score PubTator predictions against gold
+  compare  two runs, or two files of predictions, on the same gold
   merge    base model and adapter as one Hugging Face folder
   tables   the paper's tables again, ours beside the paper's
   verify   check every file that a run has saved against its SHA-256 sum
@@ -26,6 +27,7 @@ COMMANDS = {
     "audit": audit.main,
     "predict": predict.main,
     "score": score.main,
+    "compare": compare.main,
     "merge": merge.main,
     "inspect": inspect.main,
     "tables": tables.main,

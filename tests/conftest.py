@@ -1,6 +1,9 @@
 """Data that the project may not hold: tests that want it skip, with the reason, where it is absent."""
 
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,26 @@ def bc5cdr_iob() -> Path:
 def llama2_tokenizer() -> Path:
     """The folder of Llama-2's tokenizer.model."""
     return _folder("Llama-2 tokenizer", "tokenizer.model", ROOT / "../shared/data/llama2-tokenizer")
+
+
+@pytest.fixture
+def opened(tmp_path) -> Callable[[str], str]:
+    """What becomes of a page when its scripts run in headless Chromium: LLAMALORA_CHROMIUM, or one on the path."""
+    names = [os.environ.get("LLAMALORA_CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
+    browser = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    if browser is None:
+        pytest.skip("no Chromium: LLAMALORA_CHROMIUM names none, and none is on the path")
+
+    def open_page(page: str) -> str:
+        (tmp_path / "opened.html").write_text(page, encoding="utf-8")
+        flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
+        command = [browser, *(f"--{flag}" for flag in flags.split()), "--disable-sync", "--window-size=1200,900"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'opened.html'}"]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return open_page
 
 
 # ---- models and tokenizers ----

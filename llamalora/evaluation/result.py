@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..corpus.documents import Document, Sentence, Span, label_order
+from ..corpus.documents import CorpusError, Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
+from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.prompt import Task
-from ..task.score import Keys, bootstrap, document_counts, format_table, score
+from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from .answer import Answer
 
 
@@ -29,7 +30,12 @@ def confidence_by_mention(answers: Sequence[Answer]) -> dict[tuple[str, int, int
     return {_key(item.sentence, span): sure for item in answers for span, sure in item.confidence.items()}
 
 
-def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Sequence[str]) -> dict:
+def assess(
+    documents: Sequence[Document],
+    answers: Sequence[Answer],
+    labels: Sequence[str],
+    known: Collection[tuple[str, str]] = (),
+) -> dict:
     """Scores of answers against documents' own mentions of these labels, ready for JSON.
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
@@ -38,27 +44,25 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
     other labels, which nobody asked for. `secondary` has two other conventions: each string placed at its first
     occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
     false positives and false negatives of each document for the headline, and for the first of the others,
-    so that results can be compared document by document.
+    so that results can be compared document by document. `errors` is `task.errors.analyse`.
+
+    Args:
+        known: the (label, string) of the mentions in training, if those seen there are to be told apart.
     """
-    gold: Keys = {(d.id, s.start, s.end, s.label) for d in documents for s in d.spans if s.label in labels}
-    placed: Keys = set()
-    invented: Keys = set()
-    first: Keys = set()
-    strings: Keys = set()
-    gold_strings: Keys = set()
+    gold = gold_keys(documents, labels)
+    placed, exact = placed_keys(answers), predicted_keys(answers)
+    first, strings, gold_strings = exact - placed, Keys(), Keys()
     for item in answers:
         sentence, parsed = item.sentence, item.parsed
         here, text = (sentence.document, sentence.start), sentence.text
         named = [(span.label, text[span.start : span.end]) for span in parsed.spans]
-        invented |= {(*here, "not in source", string, label) for label, string in parsed.not_in_source}
-        placed |= {_key(sentence, span) for span in parsed.spans}
         first |= {_key(sentence, span) for span in parsed.first}
         strings |= {(*here, string, label) for label, string in (*named, *parsed.not_in_source)}
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
         }
-    exact, first = placed | invented, first | invented
     unscored = Counter(s.label for d in documents for s in d.spans if s.label not in labels)
+    texts = {document.id: document.text for document in documents}
     ids = [document.id for document in documents]
     by_document = document_counts(gold, exact, ids)
     return {
@@ -70,6 +74,7 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
             "first_occurrence": score(gold, first, labels),
             "string_set": score(gold_strings, strings, labels),
         },
+        "errors": analyse(gold, exact, labels, texts, known or None, confidence_by_mention(answers)),
         "health": health(answers),
         "documents": len(documents),
         "sentences": len(answers),
@@ -78,6 +83,30 @@ def assess(documents: Sequence[Document], answers: Sequence[Answer], labels: Seq
             "first_occurrence": dict(zip(ids, document_counts(gold, first, ids).tolist(), strict=True)),
         },
     }
+
+
+def gold_keys(documents: Sequence[Document], labels: Collection[str]) -> Keys:
+    """The documents' own mentions of these labels."""
+    return {key for key in span_keys(documents) if key[-1] in labels}
+
+
+def placed_keys(answers: Sequence[Answer]) -> Keys:
+    """The mentions of the answers, as far as their sentences hold them."""
+    return {_key(item.sentence, span) for item in answers for span in item.parsed.spans}
+
+
+def predicted_keys(answers: Sequence[Answer]) -> Keys:
+    """The mentions of the answers, and the entities that are not in their sentence, by a key without a place."""
+    keys = placed_keys(answers)
+    for item in answers:
+        here = (item.sentence.document, item.sentence.start, "not in source")
+        keys |= {(*here, string, label) for label, string in item.parsed.not_in_source}
+    return keys
+
+
+def mention_strings(sentences: Sequence[Sentence]) -> set[tuple[str, str]]:
+    """The (label, string) of all their mentions."""
+    return {(span.label, item.text[span.start : span.end]) for item in sentences for span in item.spans}
 
 
 def _key(sentence: Sentence, span: Span) -> tuple[str, int, int, str]:
@@ -121,12 +150,17 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
 
     Args:
         asked: the sentences that they are about, in order.
+
+    Raises:
+        CorpusError: they are about others.
     """
     answers = []
-    with (folder / f"answers-{split}.jsonl").open(encoding="utf-8") as file:
-        for sentence, line in zip(asked, file, strict=True):
-            kept = json.loads(line)
-            assert (kept["document"], kept["start"]) == (sentence.document, sentence.start), "other sentences"
+    path = folder / f"answers-{split}.jsonl"
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+        if [(kept["document"], kept["start"]) for kept in lines] != [(item.document, item.start) for item in asked]:
+            raise CorpusError(f"{path}: answers about other sentences than the corpus has now")
+        for sentence, kept in zip(asked, lines, strict=True):
             parsed = parse(task, sentence.text, kept["output"], kept["truncated"])
             confidence = {Span(m["start"], m["end"], m["label"]): m["confidence"] for m in kept["mentions"]}
             answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))
@@ -142,6 +176,7 @@ def format_report(result: dict) -> str:
         f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
         f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
         f"string set {100 * secondary['string_set']['micro']['f1']:.2f}",
+        *([format_summary(result["errors"])] if "errors" in result else []),  # runs of earlier versions have none
         f"outputs: {100 * state['exact_copy']:.1f} % exact copies; "
         + ", ".join(
             f"{name.replace('_', ' ')} {state[name]}"

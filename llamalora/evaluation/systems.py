@@ -19,7 +19,7 @@ from ..runs.setup import check_constraint, load_trained, make_task
 from ..task.prompt import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
-from .result import assess
+from .result import assess, mention_strings
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class System:
     model: Llama
     tokenizer: Tokenizer
     task: Task
-    known: Sequence[Sentence] = ()  # with their mentions: drafts learn from them
+    known: Sequence[Sentence] = ()  # of the training, with their mentions: drafts learn from them
 
 
 def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     model, tokenizer = load_trained(folder, which, precision, world.device)
     task = read_task(folder)
-    known = _training_sentences(read_settings(folder).data) if task.format == "tagging" else ()
+    settings = read_settings(folder)
+    known = _training_sentences(settings.data)[: settings.limit_train]
     return System(merge(model), tokenizer, task, known)
 
 
@@ -88,7 +89,7 @@ def score_split(
     order: Sequence[str] = (),
     quiet: bool = False,
     constrain: bool = False,
-) -> tuple[dict, list[Answer]]:
+) -> tuple[dict, list[Answer], set[tuple[str, str]]]:
     """Decodes and scores sentences of a split.
 
     Args:
@@ -99,10 +100,10 @@ def score_split(
         order: labels by priority where several systems are joined; the corpus's if empty.
 
     Returns:
-        The result for `eval-SPLIT.json`, and the (joined) answers.
+        The result for `eval-SPLIT.json`, the (joined) answers, and the (label, string) of the mentions in training.
     """
     by_label: dict[str, list[Answer]] = {}
-    tasks, speeds = [], []
+    tasks, speeds, known = [], [], set()
     for load in loaders:
         system = load()
         if constrain:
@@ -114,10 +115,11 @@ def score_split(
         by_label["+".join(system.task.labels)] = answers
         tasks.append(system.task)
         speeds.append(speed)
+        known |= mention_strings(system.known)
         del system  # before the next is loaded
     labels = joint_labels(tasks)
     if len(by_label) > 1:
         answers = join_answers(by_label, order or labels)
     speed = replace(sum(speeds[1:], speeds[0]), sentences=len(asked))
-    scores = assess(documents, answers, labels)
-    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers
+    scores = assess(documents, answers, labels, known)
+    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers, known

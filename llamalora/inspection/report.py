@@ -1,12 +1,11 @@
 """The result of `inspect` as a table for the terminal, PNG heat maps, and one HTML page that needs no other file."""
 
 import html
-import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..html_template import fill
 from ..text_table import aligned
 
 PAGE = Path(__file__).with_name("page.html")
@@ -177,24 +176,21 @@ def html_page(result: dict) -> str:
         "epsilon": result["epsilon"],
         "matrices": [_for_page(matrix) for matrix in result["matrices"]],
     }
-    text = json.dumps(_rounded(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     facts = [
         f"{len(result['matrices'])} matrices",
         f"{sum(kind['parameters'] for kind in result['kinds'].values()):,} parameters",
         "rank " + ", ".join(map(str, sorted({matrix["rank"] for matrix in result["matrices"]}))),
     ]
     facts += [f"{title} {result[name]}" for name, title in (("model", "base"), ("against", "against")) if result[name]]
-    places = {
-        "title": html.escape(result["adapter"]),
-        "facts": html.escape(" · ".join(facts)),
-        "table": _html_table(result, metrics),
-        "meanings": "".join(
-            f"<dt>{html.escape(METRICS[name].title)}</dt><dd>{html.escape(METRICS[name].meaning)}</dd>\n"
-            for name in metrics
-        ),
-        "data": text.replace("<", "\\u003c"),  # nothing in it can end the script element
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], PAGE.read_text(encoding="utf-8"))
+    terms = ((html.escape(METRICS[name].title), html.escape(METRICS[name].meaning)) for name in metrics)
+    return fill(
+        PAGE,
+        _rounded(data),
+        title=html.escape(result["adapter"]),
+        facts=html.escape(" · ".join(facts)),
+        table=_html_table(result, metrics),
+        meanings="".join(f"<dt>{title}</dt><dd>{meaning}</dd>\n" for title, meaning in terms),
+    )
 
 
 def _for_page(matrix: dict) -> dict:

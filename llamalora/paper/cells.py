@@ -197,7 +197,7 @@ class Runner:
         loaders = [partial(load_run, cell.folder, "best", cell.settings.precision, self.world) for cell in cells]
         gc.collect()
         try:
-            result, answers = score_split(
+            result, answers, _ = score_split(
                 loaders, split, documents, asked, cells[0].settings.precision, self.world, self.base.eval_batch
             )
         except (RuntimeError, InputError) as error:

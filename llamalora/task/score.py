@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..corpus.documents import CorpusError, Document, label_order, labels_of, told
+from ..corpus.documents import CorpusError, Document, Documents, label_order, labels_of, told
 from ..corpus.read import read_documents
 from ..text_table import aligned
 
@@ -29,19 +29,19 @@ def score(gold: Keys, predicted: Keys, labels: Iterable[str] = ()) -> dict:
         labels: types to list even if no key has them.
 
     Returns:
-        `{"micro": S, "types": {label: S}}` with `S = {tp, fp, fn, precision, recall, f1}`; a fraction that is
-        undefined is 0.0.
+        `{"micro": S, "types": {label: S}}` with `S = {tp, fp, fn, precision, recall, f1}`, see `fractions`.
     """
     counts = {label: [0, 0, 0] for label in label_order([*labels, *(key[-1] for key in gold | predicted)])}
     for column, keys in enumerate((gold & predicted, predicted - gold, gold - predicted)):
         for label, number in Counter(key[-1] for key in keys).items():
             counts[label][column] = number
     micro = [sum(column) for column in zip([0, 0, 0], *counts.values(), strict=True)]
-    types = {label: _fractions(*numbers) for label, numbers in counts.items()}
-    return {"micro": _fractions(*micro), "types": types}
+    types = {label: fractions(*numbers) for label, numbers in counts.items()}
+    return {"micro": fractions(*micro), "types": types}
 
 
-def _fractions(tp: int, fp: int, fn: int) -> dict:
+def fractions(tp: float, fp: float, fn: float) -> dict:
+    """Counts, or shares of counts, with precision, recall and F1; a fraction that is undefined is 0.0."""
     return {
         "tp": tp,
         "fp": fp,
@@ -114,25 +114,33 @@ def score_files(gold_path: str | Path, predicted_path: str | Path) -> dict:
     """`score` of two files, with the number of `documents`, of those `missing` in the predictions, and `notes` on what
     of the files was not taken as it stands.
 
-    What is missing counts as missed. PubTator predictions may be mention lines alone. Raises CorpusError for
-    predictions about other documents, or about other texts, than the gold's.
+    What is missing counts as missed. Raises CorpusError as `read_predictions`.
     """
     gold = read_documents(gold_path)
-    predicted = read_documents(predicted_path, gold)
-    texts = {document.id: document.text for document in gold}
-    strangers = {document.id for document in predicted} - texts.keys()
-    if strangers:
-        raise CorpusError(f"{predicted_path}: documents that are not in {gold_path}: {_some(strangers)}")
-    for document in predicted:
-        if document.text != texts[document.id]:
-            raise CorpusError(
-                f"{predicted_path}: the text of document {document.id} differs from that in "
-                f"{gold_path}; offsets mean nothing across different texts"
-            )
+    predicted = read_predictions(predicted_path, gold, gold_path)
     result = score(span_keys(gold), span_keys(predicted), labels_of(gold))
     files = {gold_path: gold, predicted_path: predicted}
     notes = [f"{path}: {note}" for path, documents in files.items() for note in told(documents.notes)]
     return {**result, "documents": len(gold), "missing": len(gold) - len(predicted), "notes": notes}
+
+
+def read_predictions(path: str | Path, gold: Sequence[Document], gold_path: str | Path) -> Documents:
+    """Documents with predicted mentions; PubTator may be mention lines alone.
+
+    Raises CorpusError for predictions about other documents, or about other texts, than the gold's.
+    """
+    predicted = read_documents(path, gold)
+    texts = {document.id: document.text for document in gold}
+    strangers = {document.id for document in predicted} - texts.keys()
+    if strangers:
+        raise CorpusError(f"{path}: documents that are not in {gold_path}: {_some(strangers)}")
+    for document in predicted:
+        if document.text != texts[document.id]:
+            raise CorpusError(
+                f"{path}: the text of document {document.id} differs from that in "
+                f"{gold_path}; offsets mean nothing across different texts"
+            )
+    return predicted
 
 
 def _some(ids: Iterable[str]) -> str:

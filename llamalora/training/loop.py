@@ -15,7 +15,7 @@ from ..cli import Interrupt
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
-from ..evaluation.result import assess, format_report, read_result, write_result
+from ..evaluation.result import assess, format_report, mention_strings, read_result, write_result
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
@@ -143,7 +143,7 @@ def evaluate_now(job: Job, model: Llama, world: World, stop: Callable[[], int]) 
     model.train()
     if any(world.sum([stop()])):
         return None
-    scores = assess(documents, answers, job.task.labels)
+    scores = assess(documents, answers, job.task.labels, mention_strings(job.sentences[: settings.limit_train]))
     return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
 
 

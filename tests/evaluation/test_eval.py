@@ -45,16 +45,24 @@ def run_eval(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+def invented(result: dict) -> int:
+    return result["health"]["not_in_source"]
+
+
 def test_eval_agrees_with_score_on_its_own_predictions(runs, tmp_path, capsys):
     predictions = tmp_path / "predictions.PubTator"
-    result = run_eval(capsys, "--run", runs / "all", "--split", "test", "--predictions", predictions)
+    flags = ("--predictions", predictions, "--html", tmp_path / "page.html")
+    result = run_eval(capsys, "--run", runs / "all", "--split", "test", *flags)
+    assert "</html>" in (tmp_path / "page.html").read_text()
+    assert result["errors"]["schemes"]["strict"]["micro"]["f1"] == result["micro"]["f1"]
+    assert result["errors"]["calibration"]["count"] == result["micro"]["tp"] + result["micro"]["fp"] - invented(result)
+    assert result["errors"]["seen"]["seen"]["fn"] > 0
     assert result == json.loads((runs / "all" / "eval-test.json").read_text())
     run_command(command, ["score", "data/sample/test.PubTator.txt", str(predictions), "--json"])
     scored = json.loads(capsys.readouterr().out)
     # entities that no source holds have no place in a PubTator file; `placed` counts without them
     assert result["placed"] == {key: scored[key] for key in ("micro", "types")}
-    invented = result["health"]["not_in_source"]
-    for key, more in (("tp", 0), ("fn", 0), ("fp", invented)):
+    for key, more in (("tp", 0), ("fn", 0), ("fp", invented(result))):
         assert result["micro"][key] == scored["micro"][key] + more
 
 
@@ -182,6 +190,22 @@ def test_any_label_set_is_trained_and_scored(tmp_path, capsys):
     run_command(train.main, [*size, "--out", str(tmp_path / "one"), "--labels", "T047,T033", "--limit-train", "2"])
     assert read_task(tmp_path / "one") == Task("tagging", ("T047,T033",), per_label=True)
     assert read_result(tmp_path / "one", "dev")["unscored"] == {"C++": 3, "T047": 3}
+
+
+def test_compare_reads_what_eval_left_in_runs(runs, capsys):
+    scores = [run_eval(capsys, "--run", runs / name, "--split", "test", "--limit", 9) for name in ("all", "Disease")]
+    flags = ["compare", str(runs / "all"), str(runs / "Disease"), "--split"]
+    run_command(command, [*flags, "test", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["types"]) == ["Disease"]  # the label that both answer for
+    for name, alone in zip("ab", scores, strict=True):
+        assert result["micro"][name] == alone["types"]["Disease"]
+    run_eval(capsys, "--run", runs / "Disease", "--split", "test", "--limit", 3)
+    for split, words in (("test", "different sentences (9 and 3)"), ("train", "not scored on train")):
+        with pytest.raises(SystemExit) as stop:
+            run_command(command, [*flags, split])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """The table, the heat maps and the page of `inspect`: complete, well-formed, and without any other file."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -139,8 +137,7 @@ def test_adapters_of_few_kinds_and_without_training(folders, name, tmp_path):
         assert all(value == 0 for cell in data["matrices"] for value in cell["singular_values"])
 
 
-@pytest.mark.skipif(not os.environ.get("LLAMALORA_CHROMIUM"), reason="LLAMALORA_CHROMIUM names no browser")
-def test_pointing_at_cells_in_a_browser(page, tmp_path):
+def test_pointing_at_cells_in_a_browser(page, opened):
     """Hovering shows a spectrum, clicking holds it, arrow keys walk, another metric repaints."""
     script = """<script>
     const log = [], at = (name, event) => {
@@ -156,12 +153,7 @@ def test_pointing_at_cells_in_a_browser(page, tmp_path):
     document.body.replaceChildren();
     element(document.body, "pre", {id: "log"}, JSON.stringify(log));
     </script></body>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", script), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    command = [os.environ["LLAMALORA_CHROMIUM"], *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    dom = subprocess.run(
-        [*command, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120
-    ).stdout
+    dom = opened(page.replace("</body>", script))
     log = json.loads(re.search(r'<pre id="log">(.*?)</pre>', dom)[1])
     assert [name for name, _, _ in log] == ["layer 0 · q", "layer 1 · up", "layer 1 · up", "output head", "output head"]
     assert all(points == 3 for _, points, _ in log)  # one for each singular value
