@@ -3,7 +3,8 @@
 The legal answers are those that `render_answer` can write and `parse` can read: the source, in it mentions that
 neither overlap nor begin or end with whitespace, nor inside a word or right behind another mention unless the training
 data shows it. An automaton reads an answer byte by byte, because a token may hold the end of a word and the beginning
-of a tag, or a part of a character.
+of a tag, or a part of a character. Where the model wants what is not legal, the best legal token follows, except where
+that would only close a mention that the model has given up: then the mention is taken back.
 """
 
 from collections.abc import Iterable, Sequence

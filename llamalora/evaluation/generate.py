@@ -107,7 +107,7 @@ def generate(
     if ends & model.config.end_ids:
         ends |= model.config.end_ids
     requests = [
-        _Row(index, list(prompt), limit, [grammar and grammar.start(index)])
+        _Row(index, list(prompt), limit, [grammar.start(index) if grammar else None])
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
@@ -132,6 +132,7 @@ def generate(
         for place, row in zip(places, active, strict=True):
             if row is not None and row.finished:
                 rows[place] = None
+                row.states.clear()
                 progress(1)
     return Decoding(
         [row.output for row in requests],
