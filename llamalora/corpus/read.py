@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from ..mistakes import wrong_folder
 from .conll import CONLL_NAME, read_conll
 from .documents import CorpusError, Document, sentence_bounds
 from .lines import decoded_lines, read_lines
@@ -77,10 +78,8 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     Raises CorpusError if there is none, or two for one split.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such folder; give the folder that holds the corpus files")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         for split, (official, plain) in _SPLITS.items():
             plain = rf"({plain})\.(tsv|conll|iob|bio|txt|pubtator|pubtator\.txt)"
             name = rf"(cdr_{official}set\.pubtator\.txt|{plain})(\.gz)?"
@@ -91,10 +90,11 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
                 raise CorpusError(f"{folder}: two files for {split}, {both}; keep one")
             found[split] = path
     if not found:
-        raise CorpusError(
+        missing = (
             f"{folder}: no corpus file in it; looked for CDR_TrainingSet.PubTator.txt, "
             "CDR_DevelopmentSet.PubTator.txt, CDR_TestSet.PubTator.txt, or train, dev (devel, "
             "valid, validation), test with the ending .tsv .conll .iob .bio .txt .PubTator "
             ".PubTator.txt, each also .gz"
         )
+        raise CorpusError(wrong_folder(folder, "corpus folder", missing))
     return {split: found[split] for split in _SPLITS if split in found}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..mistakes import wrong_folder
 from ..model.checkpoint import read_json, skeleton
 from ..model.config import LlamaConfig
 from ..model.tensors import CheckpointError, read_tensor, tensor_shapes
@@ -135,8 +136,9 @@ def read_adapter(folder: str | Path, model: nn.Module | None = None) -> Adapter:
             tensors that are missing, unexpected, or of shapes that fit neither each other nor the model.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such adapter folder")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        missing = f"{folder / ADAPTER_CONFIG}: no such file"
+        raise CheckpointError(wrong_folder(folder, "adapter folder", missing))
     config = read_json(folder / ADAPTER_CONFIG)
     _refuse_unsupported(folder / ADAPTER_CONFIG, config)
     path = folder / ADAPTER_WEIGHTS

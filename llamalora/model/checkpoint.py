@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..mistakes import is_run, wrong_folder
 from .config import ConfigError, LlamaConfig
 from .llama import Llama
 from .tensors import CheckpointError, read_tensor, save_tensors, tensor_shapes
@@ -22,8 +23,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
     """
     path = Path(folder) / "config.json"
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+    if not path.is_file() or is_run(path.parent):
+        raise CheckpointError(wrong_folder(folder, "model folder", f"{path}: no such file"))
     config = read_json(path)
     try:
         return LlamaConfig.from_dict(config)

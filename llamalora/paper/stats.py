@@ -1,10 +1,9 @@
 """`python -m llamalora stats`: what a corpus holds, beside the paper's Table 5, and how long its sentences are."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError
 from ..corpus.documents import Document, all_sentences, corpus_statistics, label_order, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..task.prompt import Task, render_answer
@@ -14,12 +13,12 @@ from .printed import SPLITS, TABLE5
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora stats", description=__doc__)
+    parser = Parser(prog="python -m llamalora stats", description=__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="corpus folder")
     parser.add_argument("--model", metavar="FOLDER", help="model folder, whose tokenizer gives lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    tokenizer = load_tokenizer(arguments.model) if arguments.model else None
+    tokenizer = None if arguments.model is None else load_tokenizer(arguments.model)
     splits = {name: read_documents(path) for name, path in find_splits(arguments.data).items()}
     result = statistics(splits, tokenizer)
     print(json.dumps(result, indent=2) if arguments.json else show(result))

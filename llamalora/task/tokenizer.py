@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import InputError
+from ..mistakes import wrong_folder
 
 
 class TokenizerError(InputError):
@@ -152,7 +153,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         eos = _read(folder / "config.json").get("eos_token_id")
         return JsonTokenizer(folder / "tokenizer.json", next(iter(eos), None) if isinstance(eos, list) else eos)
-    raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+    missing = f"{folder}: has neither tokenizer.model nor tokenizer.json"
+    raise TokenizerError(wrong_folder(folder, "model folder", missing))
 
 
 def check_fit(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:
