@@ -3,26 +3,30 @@
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from llamalora.cli import UsageError, run_command
-from llamalora.corpus.documents import Document
+from llamalora.cli import Parser, UsageError, check_least, refuse_idle, run_command
 from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
-from llamalora.evaluation.answer import DRAFT_TOKENS, Answer, select_sentences
+from llamalora.evaluation.answer import DRAFT_TOKENS, select_sentences
+from llamalora.evaluation.own import foreign, scored_with
 from llamalora.evaluation.result import format_report, predicted_documents, write_result
-from llamalora.evaluation.systems import joint_labels, load_run, load_system, score_split
+from llamalora.evaluation.systems import System, joint_labels, load_run, load_system, score_split
 from llamalora.files import replace_file
+from llamalora.mistakes import is_run
 from llamalora.model.precision import DTYPES, choose_precision
-from llamalora.runs.folder import read_settings, read_task
+from llamalora.runs.folder import fingerprint, read_settings, read_task
 from llamalora.runs.settings import Settings
+from llamalora.runs.setup import check_constraint
+from llamalora.runs.state import MANIFEST
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     what = parser.add_argument_group("what is scored")
     what.add_argument("--run", action="append", default=[], help="run folder; two one-label runs are joined")
     what.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
@@ -47,59 +51,113 @@ def main(argv: list[str]) -> None:
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    if bool(arguments.run) == bool(arguments.model):
-        parser.error("give either --run, or --model with or without --adapter")
-    for name in ("limit", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    check_flags(arguments)
     with join_world() as world:
-        result, answers, documents = score(arguments, world)
+        precision, why = choose_precision(arguments.precision, world.device)
+        data = arguments.data
+        if data is None:
+            data = read_settings(Path(arguments.run[0])).data
+        splits = find_splits(data)
+        if arguments.split not in splits:
+            raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
+        models = [Path(run) / arguments.which for run in arguments.run]
+        models += [folder for folder in (arguments.model, arguments.adapter) if folder is not None]
+        corpus = fingerprint(sorted(splits.values()))
+        scored = scored_with(models, corpus, arguments.limit, precision, arguments.constrain)
+        folder, note = choose_folder(arguments, scored)
+
+        documents, asked = select_sentences(read_documents(splits[arguments.split]), arguments.limit)
+        if not arguments.json:
+            world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why}){note}")
+        drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
+        order = () if arguments.order is None else arguments.order.split(",")
+        result, answers = score_split(
+            loaders(arguments, data, precision, world), arguments.split, documents, asked, world, arguments.batch,
+            drafted, order, arguments.json, arguments.constrain,
+        )  # fmt: skip
+        result |= scored
         if not world.is_main:
             return
-        if arguments.predictions:
+        if arguments.predictions is not None:
             text = StringIO()
             write_pubtator(predicted_documents(documents, answers), text)
             replace_file(Path(arguments.predictions), text.getvalue())
-        folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            written = write_result(result, answers, Path(folder))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            written = write_result(result, answers, folder)
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
             print(format_report(result))
-            if folder:
+            if folder is not None:
                 print(f"written to {written}")
 
 
-def score(arguments: argparse.Namespace, world: World) -> tuple[dict, list[Answer], list[Document]]:
-    """The result for `eval-SPLIT.json`, the answers, and the documents that they are about."""
-    precision, why = choose_precision(arguments.precision, world.device)
-    data = arguments.data or (read_settings(Path(arguments.run[0])).data if arguments.run else None)
-    if data is None:
+def check_flags(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: flags that do not go together, a number out of range, files that cannot be written.
+        CheckpointError: what is no run.
+    """
+    if bool(arguments.run) == (arguments.model is not None):
+        raise UsageError("give either --run, or --model with or without --adapter")
+    if arguments.model is not None and arguments.data is None:
         raise UsageError("--model needs --data, the corpus to score on")
-    splits = find_splits(data)
-    if arguments.split not in splits:
-        raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
-    documents, asked = select_sentences(read_documents(splits[arguments.split]), arguments.limit)
-    if not arguments.json:
-        world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
-    order = arguments.order.split(",") if arguments.order else ()
-    if arguments.run:
-        labels = joint_labels([read_task(Path(folder)) for folder in arguments.run])
-        if len(arguments.run) > 1 and order and sorted(order) != sorted(labels):
-            raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
-        loaders = [partial(load_run, Path(f), arguments.which, precision, world) for f in arguments.run]
+    check_least(arguments, limit=1, batch=1, shots=0)
+    tasks = [read_task(Path(run)) for run in arguments.run]
+    formats = {task.format for task in tasks} or {arguments.format}
+    refuse_idle(arguments, {
+        "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
+        "which": not arguments.run and "without --run",
+        "order": len(tasks) < 2 and "unless several runs are joined",
+        "draft": formats == {"extraction"} and "on extraction, whose answers do not repeat the sentence",
+    })  # fmt: skip
+    if arguments.constrain:
+        for form in formats:
+            check_constraint(form)
+    labels = joint_labels(tasks)
+    if arguments.order is not None and sorted(arguments.order.split(",")) != sorted(labels):
+        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
+    if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise UsageError(f"--out {arguments.out}: is a file, not a folder")
+    if arguments.predictions is not None:
+        file = Path(arguments.predictions)
+        if file.is_dir() or not file.parent.is_dir():
+            raise UsageError(f"--predictions {file}: must be a file in a folder that is there")
+
+
+def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | None, str]:
+    """Where the result is written, if anywhere, and what to say about it.
+
+    A run keeps nothing but its own results, as it would score itself.
+
+    Raises:
+        UsageError: --out is a run, and the result is not its own; or it is a saved model.
+    """
+    run = Path(arguments.run[0]) if len(arguments.run) == 1 else None
+    folder = run if arguments.out is None else Path(arguments.out)
+    if folder is not None and (folder / MANIFEST).exists():
+        raise UsageError(f"--out {folder}: holds a saved model; choose another folder")
+    if folder is None or not is_run(folder):
+        return folder, ""
+    if run is not None and run.resolve() == folder.resolve():
+        reasons = foreign(scored, run, arguments.split)
     else:
+        reasons = ["it is not about that run alone"]
+    if not reasons:
+        return folder, ""
+    if arguments.out is not None:
+        raise UsageError(f"--out {folder}: a run keeps its own results only, and {'; '.join(reasons)}")
+    return None, f"\nnot kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
+
+
+def loaders(arguments: argparse.Namespace, data: str, precision: str, world: World) -> Iterator[Callable[[], System]]:
+    """What loads the systems that are scored."""
+    for run in arguments.run:
+        yield partial(load_run, Path(run), arguments.which, precision, world)
+    if arguments.model is not None:
         asking = {name: getattr(arguments, name) for name in ("model", "format", "labels", "instruction", "shots")}
-        loaders = [partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)]
-    drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
-    result, answers = score_split(
-        loaders, arguments.split, documents, asked, precision, world, arguments.batch, drafted, order,
-        quiet=arguments.json, constrain=arguments.constrain,
-    )  # fmt: skip
-    return result, answers, documents
+        yield partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)
 
 
 if __name__ == "__main__":

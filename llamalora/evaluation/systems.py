@@ -10,12 +10,13 @@ from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
 from ..lora.inject import merge
-from ..model.checkpoint import load_model, read_config
+from ..lora.peft_format import read_adapter
+from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
-from ..runs.setup import check_constraint, load_trained, make_task
+from ..runs.setup import load_trained, make_task
 from ..task.prompt import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
@@ -43,12 +44,14 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
     """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
     instruction, shots)."""
-    tokenizer = load_tokenizer(settings.model)
-    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
+    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
+    check_fit(tokenizer, config.vocab_size, settings.model)
+    if adapter is not None:
+        read_adapter(adapter, skeleton(config))  # what is wrong with it is said before a model is loaded
     splits = {name: read_documents(path) for name, path in find_splits(settings.data).items()}
     task = make_task(settings, splits)
     model = load_model(settings.model, DTYPES[precision], world.device)
-    if adapter:
+    if adapter is not None:
         merge(load_adapter(model, adapter))
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
@@ -81,7 +84,6 @@ def score_split(
     split: str,
     documents: Sequence[Document],
     asked: Sequence[Sentence],
-    precision: str,
     world: World,
     batch: int = 32,
     draft_tokens: int = DRAFT_TOKENS,
@@ -99,14 +101,12 @@ def score_split(
         order: labels by priority where several systems are joined; the corpus's if empty.
 
     Returns:
-        The result for `eval-SPLIT.json`, and the (joined) answers.
+        The result for `eval-SPLIT.json`, which still lacks `scored_with`, and the (joined) answers.
     """
     by_label: dict[str, list[Answer]] = {}
     tasks, speeds = [], []
     for load in loaders:
         system = load()
-        if constrain:
-            check_constraint(system.task)
         answers, speed = answer_sentences(
             system.model, system.tokenizer, system.task, asked, world, batch, draft_tokens, quiet, constrain,
             system.known,
@@ -120,4 +120,4 @@ def score_split(
         answers = join_answers(by_label, order or labels)
     speed = replace(sum(speeds[1:], speeds[0]), sentences=len(asked))
     scores = assess(documents, answers, labels)
-    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers
+    return {"split": split, **scores, "speed": speed.to_dict()}, answers

@@ -46,7 +46,9 @@ def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
     except ValueError as error:
         raise UsageError(f"--labels: {error}") from None
     if settings.shots:
-        sentences = all_sentences(splits["train"])
+        sentences = all_sentences(splits.get("train", ()))
+        if settings.shots > len(sentences):
+            raise UsageError(f"--shots is {settings.shots}; the training split has {len(sentences)} sentences")
         shown = draw_demonstrations(task, sentences, settings.shots, settings.seed)
         task = replace(task, demonstrations=shown)
     return task
@@ -113,7 +115,7 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     return model, load_tokenizer(settings.model)
 
 
-def check_constraint(task: Task) -> None:
-    """Refuses --constrain for a task without a source to copy."""
-    if task.format != "tagging":
-        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {task.format}")
+def check_constraint(form: str) -> None:
+    """Refuses --constrain for a format whose answers have no source to copy."""
+    if form != "tagging":
+        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {form}")
