@@ -4,35 +4,40 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from llamalora.cli import UsageError, run_command
-from llamalora.corpus.documents import Document, told
+from llamalora.cli import Parser, UsageError, check_least, flag, refuse_idle, run_command
+from llamalora.corpus.documents import told
 from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
-from llamalora.evaluation.answer import DRAFT_TOKENS, Answer, select_sentences
+from llamalora.evaluation.answer import DRAFT_TOKENS, select_sentences
+from llamalora.evaluation.own import foreign, scored_with
 from llamalora.evaluation.page import result_page
 from llamalora.evaluation.result import format_report, predicted_documents, write_result
-from llamalora.evaluation.systems import joint_labels, load_run, load_system, score_split
+from llamalora.evaluation.systems import System, joint_labels, load_run, load_system, score_split
 from llamalora.files import replace_file
+from llamalora.mistakes import is_run
 from llamalora.model.precision import DTYPES, choose_precision
-from llamalora.runs.folder import read_settings, read_task
+from llamalora.runs.folder import fingerprint, read_settings, read_task
 from llamalora.runs.settings import Settings
+from llamalora.runs.setup import check_constraint_format
+from llamalora.runs.state import MANIFEST
 from llamalora.task.errors import format_tables
-from llamalora.task.prompt import listed_labels
+from llamalora.task.prompt import FORMATS, listed_labels
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     what = parser.add_argument_group("what is scored")
     what.add_argument("--run", action="append", default=[], help="run folder; two one-label runs are joined")
     what.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
     what.add_argument("--model", help="Hugging Face folder, instead of --run")
     what.add_argument("--adapter", help="PEFT adapter folder for --model")
-    what.add_argument("--format", default="tagging", choices=("tagging", "extraction"), help="with --model")
+    what.add_argument("--format", default="tagging", choices=FORMATS, help="with --model")
     what.add_argument("--labels", default="all", help="with --model: as in train.py")
     what.add_argument("--instruction", action="store_true", help="with --model: as in train.py")
     what.add_argument("--shots", type=int, default=0, help="with --model: as in train.py")
@@ -52,69 +57,132 @@ def main(argv: list[str]) -> None:
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    if bool(arguments.run) == bool(arguments.model):
-        parser.error("give either --run, or --model with or without --adapter")
-    for name in ("limit", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    check_flags(arguments)
     with join_world() as world:
-        result, answers, documents, known = score(arguments, world)
+        precision, why = choose_precision(arguments.precision, world.device)
+        data = arguments.data
+        if data is None:
+            data = read_settings(Path(arguments.run[0])).data
+        splits = find_splits(data)
+        if arguments.split not in splits:
+            raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
+        models = [Path(run) / arguments.which for run in arguments.run]
+        models += [folder for folder in (arguments.model, arguments.adapter) if folder is not None]
+        corpus = fingerprint(sorted(splits.values()))
+        scored = scored_with(models, corpus, arguments.limit, precision, arguments.constrain)
+        folder, note = choose_folder(arguments, scored)
+
+        read = read_documents(splits[arguments.split])
+        for note in told(read.notes) if world.is_main else ():
+            print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
+        documents, asked = select_sentences(read, arguments.limit)
+        if not arguments.json:
+            world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why}){note}")
+        drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
+        order = () if arguments.order is None else listed_order(arguments)
+        result, answers, known = score_split(
+            loaders(arguments, data, precision, world), arguments.split, documents, asked, world, arguments.batch,
+            drafted, order, arguments.json, arguments.constrain,
+        )  # fmt: skip
+        result |= scored
         if not world.is_main:
             return
-        if arguments.predictions:
+        if arguments.predictions is not None:
             text = StringIO()
             write_pubtator(predicted_documents(documents, answers), text)
             replace_file(Path(arguments.predictions), text.getvalue())
-        if arguments.html:
+        if arguments.html is not None:
             title = f"Predictions of {', '.join(arguments.run) or arguments.adapter or arguments.model}"
             replace_file(Path(arguments.html), result_page(title, result, documents, answers, known))
-        folder = arguments.out or (arguments.run[0] if len(arguments.run) == 1 else None)
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            written = write_result(result, answers, Path(folder))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            written = write_result(result, answers, folder)
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
             print(f"{format_report(result)}\n\n{format_tables(result['errors'])}")
-            if folder:
+            if folder is not None:
                 print(f"written to {written}")
 
 
-def score(
-    arguments: argparse.Namespace, world: World
-) -> tuple[dict, list[Answer], list[Document], set[tuple[str, str]]]:
-    """The result for `eval-SPLIT.json`, the answers, the documents that they are about, and the (label, string) of the
-    mentions in training."""
-    precision, why = choose_precision(arguments.precision, world.device)
-    data = arguments.data or (read_settings(Path(arguments.run[0])).data if arguments.run else None)
-    if data is None:
+def check_flags(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: flags that do not go together, a number out of range, files that cannot be written.
+        CheckpointError: what is no run.
+    """
+    if bool(arguments.run) == (arguments.model is not None):
+        raise UsageError("give either --run, or --model with or without --adapter")
+    if arguments.model is not None and arguments.data is None:
         raise UsageError("--model needs --data, the corpus to score on")
-    splits = find_splits(data)
-    if arguments.split not in splits:
-        raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
-    read = read_documents(splits[arguments.split])
-    for note in told(read.notes) if world.is_main else ():
-        print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
-    documents, asked = select_sentences(read, arguments.limit)
-    if not arguments.json:
-        world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})")
-    order: tuple[str, ...] = ()
-    if arguments.run:
-        labels = joint_labels([read_task(Path(folder)) for folder in arguments.run])
-        order = listed_labels(arguments.order or "", labels)
-        if len(arguments.run) > 1 and order and sorted(order) != sorted(labels):
-            raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
-        loaders = [partial(load_run, Path(f), arguments.which, precision, world) for f in arguments.run]
+    check_least(arguments, limit=1, batch=1, shots=0)
+    tasks = [read_task(Path(run)) for run in arguments.run]
+    formats = {task.format for task in tasks} or {arguments.format}
+    refuse_idle(arguments, {
+        "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
+        "which": not arguments.run and "without --run",
+        "order": len(tasks) < 2 and "unless several runs are joined",
+        "draft": formats == {"extraction"} and "on extraction, whose answers do not repeat the sentence",
+    })  # fmt: skip
+    if arguments.constrain:
+        for form in formats:
+            check_constraint_format(form)
+    joint_labels(tasks)
+    if arguments.order is not None:
+        listed_order(arguments)
+    if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise UsageError(f"--out {arguments.out}: is a file, not a folder")
+    for name in ("predictions", "html"):
+        file = getattr(arguments, name)
+        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+            raise UsageError(f"{flag(name)} {file}: must be a file in a folder that is there")
+
+
+def listed_order(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The labels that --order lists, by priority.
+
+    Raises:
+        UsageError: they are not the labels of the runs.
+    """
+    labels = joint_labels([read_task(Path(run)) for run in arguments.run])
+    order = listed_labels(arguments.order, labels)
+    if sorted(order) != sorted(labels):
+        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
+    return order
+
+
+def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | None, str]:
+    """Where the result is written, if anywhere, and what to say about it.
+
+    A run keeps nothing but its own results, as it would score itself.
+
+    Raises:
+        UsageError: --out is a run, and the result is not its own; or it is a saved model.
+    """
+    run = Path(arguments.run[0]) if len(arguments.run) == 1 else None
+    folder = run if arguments.out is None else Path(arguments.out)
+    if folder is not None and (folder / MANIFEST).exists():
+        raise UsageError(f"--out {folder}: holds a saved model; choose another folder")
+    if folder is None or not is_run(folder):
+        return folder, ""
+    if run is not None and run.resolve() == folder.resolve():
+        reasons = foreign(scored, run, arguments.split)
     else:
+        reasons = ["it is not about that run alone"]
+    if not reasons:
+        return folder, ""
+    if arguments.out is not None:
+        raise UsageError(f"--out {folder}: a run keeps its own results only, and {'; '.join(reasons)}")
+    return None, f"\nnot kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
+
+
+def loaders(arguments: argparse.Namespace, data: str, precision: str, world: World) -> Iterator[Callable[[], System]]:
+    """What loads the systems that are scored."""
+    for run in arguments.run:
+        yield partial(load_run, Path(run), arguments.which, precision, world)
+    if arguments.model is not None:
         asking = {name: getattr(arguments, name) for name in ("model", "format", "labels", "instruction", "shots")}
-        loaders = [partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)]
-    drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
-    result, answers, known = score_split(
-        loaders, arguments.split, documents, asked, precision, world, arguments.batch, drafted, order,
-        quiet=arguments.json, constrain=arguments.constrain,
-    )  # fmt: skip
-    return result, answers, documents, known
+        yield partial(load_system, Settings(data=data, **asking), arguments.adapter, precision, world)
 
 
 if __name__ == "__main__":

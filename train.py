@@ -4,11 +4,10 @@
 The loop itself is `llamalora/training/loop.py`.
 """
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from llamalora.cli import UsageError, add_flags, from_flags, run_command
+from llamalora.cli import Parser, UsageError, add_flags, refuse_idle, run_command
 from llamalora.distributed.world import join_world
 from llamalora.runs.folder import read_settings
 from llamalora.runs.settings import Settings
@@ -16,21 +15,24 @@ from llamalora.training.loop import train
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue the run in RUN (default: --out)")
     add_flags(parser, Settings)
     arguments = parser.parse_args(argv)
-    settings = from_flags(Settings, arguments)
+    chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume"}}
     resume = arguments.resume is not None
     if resume:
-        folder = arguments.resume or settings.out
+        folder = arguments.resume or arguments.out
         if not folder:
             raise UsageError("--resume needs the run to continue: --resume RUN")
-        stored = asdict(read_settings(Path(folder)))
-        # argparse leaves alone what a namespace holds already, so what is still None was not on the command line
-        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments)))))
-        explicit = {name: given[name] for name in stored if given[name] is not None}
-        settings = Settings(**stored | explicit | {"out": folder})
+        refuse_idle(arguments, {"out": arguments.resume and "with --resume RUN, which goes on in that folder"})
+        chosen = asdict(read_settings(Path(folder))) | chosen | {"out": folder}
+    settings = Settings(**chosen)
+    refuse_idle(arguments, {
+        " ".join(settings.idle): f"with --method {settings.method}",
+        "dropout loraplus": settings.targets == "embed" and "on the embedding, which is the only target",
+        "batch_tokens": settings.batch_sentences and "with --batch-sentences, which takes its place",
+    })  # fmt: skip
     with join_world(settings.timeout) as world:
         train(settings, world, resume)
 

@@ -2,6 +2,7 @@
 
 from .cli import UsageError, run_command
 from .commands import audit, compare, fetch, inspect, merge, predict, score, verify
+from .mistakes import nearest
 from .paper import stats, tables
 
 HELP = """usage: python -m llamalora COMMAND ...
@@ -34,12 +35,16 @@ COMMANDS = {
     "verify": verify.main,
 }
 
+SCRIPTS = ("train", "eval")
+
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
     elif argv[0] not in COMMANDS:
-        raise UsageError(f"unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
+        hint = nearest(argv[0], (*COMMANDS, *SCRIPTS)) or f"; choose from {', '.join(COMMANDS)}"
+        hint = f"; that is python {argv[0]}.py" if argv[0] in SCRIPTS else hint
+        raise UsageError(f"unknown command {argv[0]!r}{hint}")
     else:
         COMMANDS[argv[0]](argv[1:])
 

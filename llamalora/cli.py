@@ -1,22 +1,86 @@
-"""Command-line flags derived from dataclass fields, and how a command ends on bad input."""
+"""The command line: flags derived from dataclass fields, flags without effect refused, and how a command ends."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from typing import NoReturn
 
 from .errors import InputError, RunError
+from .mistakes import nearest
 
 
 class UsageError(InputError):
     """A flag whose value cannot be used; the message names the flag and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose arguments say which of them were on the command line (`given`), and which refuses with a
+    `UsageError`."""
+
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, **how)  # or the --rank of train.py would be the --ranks of `tables`
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
+
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        # argparse leaves alone what a namespace holds already, so what is still None was not on the command line
+        found, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+        if unknown and unknown[0].startswith("-"):
+            name = unknown[0].partition("=")[0]
+            raise UsageError(f"{name}: no such flag{nearest(name, self._option_string_actions)}")
+        if unknown:
+            raise UsageError(f"{unknown[0]!r} is one argument too many; --help lists what there is")
+        given = {name: value for name, value in vars(found).items() if value is not None}
+        return argparse.Namespace(**defaults | given, given=frozenset(given))
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def flag(name: str) -> str:
+    """The flag of a setting or an argument: `batch_tokens` -> `--batch-tokens`."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse_idle(arguments: argparse.Namespace, rules: Mapping[str, object]) -> None:
+    """Refuses flags that were given although they have no effect.
+
+    Args:
+        rules: names of arguments, separated by spaces, and where they have no effect, if that is the case here.
+
+    Raises:
+        UsageError: the flags, and where they have no effect.
+    """
+    for names, where in rules.items():
+        idle = [flag(name) for name in names.split() if name in arguments.given]
+        if where and idle:
+            raise UsageError(f"{', '.join(idle)}: no effect {where}; leave it out")
+
+
 def option(default, help: str, choices: tuple | None = None, bare=None):
     """A documented dataclass field that becomes a command-line flag, which stands for `bare` if it has no value."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+
+
+def check_least(values: object, **least: int) -> None:
+    """Refuses numbers that are too small, or too large for any count.
+
+    Args:
+        values: has the numbers, or `None` or `auto` in their place, as attributes.
+        least: by name.
+
+    Raises:
+        UsageError: the flag and what it may be.
+    """
+    for name, bound in least.items():
+        value = getattr(values, name)
+        if value not in (None, "auto") and not bound <= value < 2**31:
+            wanted = f"at least {bound}" if not bound <= value else f"below {2**31:,}"
+            raise UsageError(f"{flag(name)} is {value}; it must be {wanted}")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] | None = None) -> None:
@@ -25,11 +89,10 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] |
     for item in fields(cls):
         if names is not None and item.name not in names:
             continue
-        flag = "--" + item.name.replace("_", "-")
         default, help = item.default, item.metadata["help"]
         assert default is not MISSING
         if item.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            parser.add_argument(flag(item.name), action="store_true", help=help)
             continue
         kind = item.type if isinstance(item.type, type) else item.type.__args__[0]
         if item.type == int | str:
@@ -37,16 +100,26 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] |
         shown = "" if default is None else f" (default: {default})"
         optional = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
         parser.add_argument(
-            flag, type=kind, default=default, choices=item.metadata["choices"], help=help + shown, **optional
+            flag(item.name), type=kind, default=default, choices=item.metadata["choices"], help=help + shown, **optional
         )
 
 
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
 def number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-def from_flags(cls: type, arguments: argparse.Namespace):
-    return cls(**{item.name: getattr(arguments, item.name) for item in fields(cls)})
+    return text if text == "auto" else whole_number(text)
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

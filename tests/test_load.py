@@ -4,6 +4,7 @@ there."""
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_document_of_100_000_characters(tmp_path):
     assert sum(len(one.spans) for one in inside) == len(spans)
     assert {one.text[s.start : s.end] for one in inside for s in one.spans} == {"fever"}
     (tmp_path / "line.txt").write_text(text + "\n")
-    (read,) = stream_documents(str(tmp_path / "line.txt"))
+    (read,) = stream_documents(str(tmp_path / "line.txt"), Counter())
     assert read.text == text and len(read.sentences) == len(inside)
 
 

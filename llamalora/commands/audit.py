@@ -6,9 +6,10 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..lora import counts
 from ..lora.inject import KINDS, METHODS, make_trainable, parse_targets, what_learns
+from ..mistakes import wrong_folder
 from ..model.checkpoint import read_config, skeleton
 from ..model.config import LLAMA_2, LlamaConfig
 from ..model.llama import Llama
@@ -20,7 +21,7 @@ from ..training.memory import GIB, REPORTED, USABLE, plan_memory
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora audit", description=__doc__)
+    parser = Parser(prog="python -m llamalora audit", description=__doc__)
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
@@ -41,9 +42,17 @@ def main(argv: list[str]) -> None:
                          help="recompute every K-th block in the backward pass (1: all; default: 0, none)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
-
-    if arguments.rank < 1:
-        raise UsageError(f"--rank is {arguments.rank}; it must be at least 1")
+    table = next((name for name in ("table7", "table8", "hardware") if getattr(arguments, name)), None)
+    method = METHODS[arguments.method]
+    refuse_idle(arguments, {
+        "model": arguments.hardware and "with --hardware, which is about every Llama-2",
+        "targets rank method dora": table and f"with --{table}",
+        "targets": not method.targeted and f"with --method {arguments.method}",
+        "rank dora": not method.adapts and f"with --method {arguments.method}",
+        "gpus gpu_memory precision micro_tokens activation_checkpointing": not arguments.memory and "without --memory",
+    })  # fmt: skip
+    check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0)
+    capacity = parse_capacity(arguments.gpu_memory)
     config = read_shape(arguments.model)
     if arguments.hardware:
         result, show = hardware.table(), hardware.show
@@ -57,12 +66,11 @@ def main(argv: list[str]) -> None:
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
         model = make_trainable(skeleton(config), arguments.method, targets, arguments.rank, dora=arguments.dora)
-        method = METHODS[arguments.method]
         result = {"model": arguments.model, "tied": config.tie_word_embeddings, "method": arguments.method}
         result |= {"trained": what_learns(arguments.method, targets, arguments.rank, arguments.dora)}
         result |= {"targets": targets} if method.targeted else {}
         result |= {"rank": arguments.rank, "dora": arguments.dora} if method.adapts else {}
-        result |= memory_plans(arguments, model) if arguments.memory else asdict(counts.audit(model))
+        result |= memory_plans(arguments, model, capacity) if arguments.memory else asdict(counts.audit(model))
         show = show_memory if arguments.memory else show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 
@@ -71,19 +79,13 @@ def read_shape(model: str) -> LlamaConfig:
     """The configuration of a Llama-2 by name, or of a model folder."""
     if model in LLAMA_2:
         return LLAMA_2[model]
-    if not Path(model).is_dir():
-        raise UsageError(f"--model {model}: no such model folder, and none of {', '.join(LLAMA_2)}")
+    if not Path(model).exists():
+        raise UsageError(f"--model: {wrong_folder(model, 'model folder', '')}; by name there are {', '.join(LLAMA_2)}")
     return read_config(model)
 
 
-def memory_plans(arguments: argparse.Namespace, model: Llama) -> dict:
+def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> dict:
     """The plans for ddp and fsdp, and what they are for."""
-    for name in ("gpus", "micro_tokens"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    capacity = parse_capacity(arguments.gpu_memory)
-    if arguments.activation_checkpointing < 0:
-        raise UsageError(f"--activation-checkpointing is {arguments.activation_checkpointing}; it must be at least 0")
     gpus, precision, recompute = arguments.gpus, arguments.precision, arguments.activation_checkpointing
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
     for parallel in ("ddp", "fsdp"):
@@ -95,7 +97,7 @@ def memory_plans(arguments: argparse.Namespace, model: Llama) -> dict:
 
 def parse_capacity(text: str) -> int:
     """`16GB`, the name of a card, or `15.77GiB`, what it reports -> bytes that it reports."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?(GB|GiB)", text.strip())
     if not match or not float(match[1]):
         raise UsageError(f"--gpu-memory {text}: write 16GB (the card's name) or 15.77GiB (what it reports)")
     return int(float(match[1]) * GIB * (REPORTED if match[2] == "GB" else 1))

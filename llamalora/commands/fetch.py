@@ -4,7 +4,6 @@ Archives are not trusted. Only the files named here are taken from them, under n
 The model must have a pinned SHA-256; the corpus, whose archive has no published one, the counts of Table 5.
 """
 
-import argparse
 import gzip
 import hashlib
 import lzma
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
 from ..files import HOME, is_occupied, new_folder
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
         UsageError: a target that is there already, a source that cannot be had or is not what it should be, a
             disk that cannot be written. Nothing is left behind then, nor after a signal (exit code 128 + number).
     """
-    parser = argparse.ArgumentParser(prog="python -m llamalora fetch", description="Fetches a model or a corpus.")
+    parser = Parser(prog="python -m llamalora fetch", description="Fetches a model or a corpus.")
     parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"))
     parser.add_argument(
         "--from",

@@ -4,19 +4,20 @@ import argparse
 import json
 from pathlib import Path
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..files import is_occupied, new_folder
 from ..inspection import analysis, report
 from ..lora.inject import kind_of
 from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
+from ..mistakes import is_run
 from ..model.checkpoint import read_config, skeleton
-from ..runs.folder import RUN_CONFIG, read_settings, trained_folder
+from ..runs.folder import read_settings, trained_folder
 
 DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm only where there is no ratio
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora inspect", description=__doc__)
+    parser = Parser(prog="python -m llamalora inspect", description=__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder of train.py (its best)")
     parser.add_argument("--model", metavar="FOLDER", help="base model, to set the updates against W0")
     parser.add_argument("--against", metavar="ADAPTER2", help="second adapter, for subspace similarity")
@@ -47,10 +48,8 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     """
     if arguments.spectra and arguments.model is None:
         raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
-    if arguments.layers is not None and not arguments.spectra:
-        raise UsageError("--layers limits --spectra, the rest is quick; give both or neither")
-    if arguments.top < 1:
-        raise UsageError(f"--top is {arguments.top}; it must be at least 1")
+    refuse_idle(arguments, {"layers top epsilon": not arguments.spectra and "without --spectra"})
+    check_least(arguments, top=1)
     if not 0 < arguments.epsilon <= 1:
         raise UsageError(f"--epsilon is {arguments.epsilon}; it must be above 0 and at most 1")
     if arguments.out is None:
@@ -91,7 +90,7 @@ def adapter_folder(given: str) -> Path:
         CheckpointError: a run that has saved nothing yet, or whose adapter is damaged.
     """
     folder = Path(given)
-    if (folder / ADAPTER_CONFIG).is_file() or not (folder / RUN_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or not is_run(folder):
         return folder
     settings = read_settings(folder)
     if not settings.adapts:

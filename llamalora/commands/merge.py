@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError
 from ..files import is_occupied, new_folder
 from ..lora.inject import KINDS, adapt, kind_of, lora_layers
 from ..lora.layers import PARTS, LoRALayer
@@ -39,14 +39,15 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora merge", description=__doc__)
+    parser = Parser(prog="python -m llamalora merge", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="run folder of train.py: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--model", metavar="FOLDER", help="base model (with --run: in place of the run's)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
-    parser.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
-    parser.add_argument("--no-probe", action="store_true", help="leave that out: it reads both models once")
+    probe = parser.add_mutually_exclusive_group()
+    probe.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
+    probe.add_argument("--no-probe", action="store_true", help="leave that out: it reads both models once")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     arguments = parser.parse_args(argv)
     adapter, model = _sources(arguments)
@@ -66,13 +67,11 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
             raise UsageError("--adapter needs the base model as well: --model FOLDER")
         return Path(arguments.adapter), Path(arguments.model)
     folder = Path(arguments.run)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such run folder")
     settings = read_settings(folder)
     if not settings.adapts:
         raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
                          "model already")  # fmt: skip
-    return trained_folder(folder, "best"), Path(arguments.model or settings.model)
+    return trained_folder(folder, "best"), Path(settings.model if arguments.model is None else arguments.model)
 
 
 def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:

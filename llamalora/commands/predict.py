@@ -1,6 +1,5 @@
 """Annotates new text with a trained model: one document a line, PubTator or CoNLL, as a stream."""
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ..cli import Interrupt, UsageError
+from ..cli import Interrupt, Parser, check_least
 from ..corpus.documents import CorpusError, Document, told
 from ..corpus.pubtator import write_pubtator
 from ..corpus.read import stream_documents
@@ -17,13 +16,14 @@ from ..evaluation.answer import Answer, answer_sentences, select_sentences
 from ..evaluation.result import confidence_by_mention, predicted_documents
 from ..evaluation.systems import load_run
 from ..model.precision import DTYPES, choose_precision
-from ..runs.setup import check_constraint
+from ..runs.folder import read_task
+from ..runs.setup import check_constraint, check_constraint_format
 
 DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora predict", description=__doc__)
+    parser = Parser(prog="python -m llamalora predict", description=__doc__)
     parser.add_argument("--run", required=True, help="run folder of train.py")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
     parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
@@ -32,10 +32,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     parser.add_argument("file", help="text with one document a line, PubTator or CoNLL; - for standard input")
     arguments = parser.parse_args(argv)
-    if arguments.batch < 1:
-        raise UsageError(f"--batch is {arguments.batch}; it must be at least 1")
+    check_least(arguments, batch=1)
     if arguments.file != "-" and not Path(arguments.file).is_file():
-        raise CorpusError(f"{arguments.file}: no such file")
+        raise CorpusError(f"{arguments.file}: {'is a folder' if Path(arguments.file).is_dir() else 'no such file'}")
+    if arguments.constrain:
+        check_constraint_format(read_task(Path(arguments.run)).format)
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load_run(Path(arguments.run), arguments.which, precision, world)

@@ -1,14 +1,14 @@
 """`python -m llamalora score`: anyone's predictions against gold, by exact mentions."""
 
-import argparse
 import json
 import sys
 
+from ..cli import Parser
 from ..task.score import format_table, score_files
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora score", description="Exact-mention P/R/F1.")
+    parser = Parser(prog="python -m llamalora score", description="Exact-mention P/R/F1.")
     parser.add_argument("gold", metavar="GOLD", help="PubTator or CoNLL file")
     parser.add_argument("predicted", metavar="PRED", help="predictions about it; PubTator may lack the texts")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")

@@ -1,12 +1,14 @@
 """`python -m llamalora verify RUN`: checks every file that a run has saved against the SHA-256 sums taken when it was
-written."""
+written, and that its results are its own."""
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..cli import Parser
+from ..evaluation.own import foreign, own_scoring
+from ..evaluation.result import RESULT, find_changes, read_result
 from ..model.tensors import CheckpointError
 from ..runs.folder import RUN_CONFIG, read_settings, read_task
 from ..runs.state import checkpoints_of, find_damage, find_leftovers
@@ -28,6 +30,7 @@ class Report:
 
     Attributes:
         config: what is wrong with `config.json`; None if it is sound.
+        results: name of each `eval-SPLIT.json` -> what is wrong with it or its answers, and how it is not the run's.
         leftovers: of an interrupted save, each with what --resume does about it.
         resume: the newest sound checkpoint, from which --resume goes on; None if there is none.
     """
@@ -35,16 +38,18 @@ class Report:
     run: str
     config: str | None
     folders: tuple[Folder, ...]
+    results: dict[str, tuple[str, ...]]
     leftovers: dict[str, str]
     resume: str | None
 
     @property
     def sound(self) -> bool:
-        return self.config is None and not any(folder.damage for folder in self.folders)
+        damage = [*(folder.damage for folder in self.folders), *self.results.values()]
+        return self.config is None and not any(damage)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llamalora verify",
         description=__doc__,
         epilog="Exit code: 0 if all is sound, 1 if something is damaged, 2 if RUN is no run.",
@@ -62,19 +67,21 @@ def check_run(folder: Path) -> Report:
     Raises:
         CheckpointError: no such folder, or one that is no run.
     """
-    if not (folder / RUN_CONFIG).exists():
-        raise CheckpointError(f"{folder}: no run folder of train.py ({RUN_CONFIG} is not there)")
+    saved = [*checkpoints_of(folder), *(folder / name for name in ("best", "last") if (folder / name).exists())]
     try:
         read_settings(folder)
         read_task(folder)
         config = None
     except CheckpointError as error:
+        if not saved:
+            raise
         config = str(error)
-    saved = [*checkpoints_of(folder), *(folder / name for name in ("best", "last") if (folder / name).exists())]
     folders = [_check(folder, path) for path in saved]
     sound = (item.name for item in folders if item.name.startswith("checkpoints/") and not item.damage)
+    splits = [path.stem.removeprefix("eval-") for path in sorted(folder.glob(RESULT.format("*")))]
+    results = {RESULT.format(split): _check_result(folder, split, config is None) for split in splits}
     leftovers = {path.relative_to(folder).as_posix(): _fate(path) for path in find_leftovers(folder)}
-    return Report(str(folder), config, tuple(folders), leftovers, next(sound, None))
+    return Report(str(folder), config, tuple(folders), results, leftovers, next(sound, None))
 
 
 def _fate(path: Path) -> str:
@@ -88,6 +95,17 @@ def _check(folder: Path, saved: Path) -> Folder:
     return Folder(saved.relative_to(folder).as_posix(), len(sizes), sum(sizes), tuple(find_damage(saved)))
 
 
+def _check_result(run: Path, split: str, comparable: bool) -> tuple[str, ...]:
+    found = find_changes(run, split)
+    if comparable and not found:
+        found = [f"not the run's own result: {how}" for how in foreign(read_result(run, split), run, split)]
+    if comparable and found:
+        own = own_scoring(run, split)
+        limit = "" if own["limit"] is None else f" --limit {own['limit']}"
+        found.append(f"python eval.py --run {run} --split {split}{limit} --precision {own['precision']} writes it anew")
+    return tuple(found)
+
+
 def show(report: Report) -> str:
     lines = [f"{report.run}: {RUN_CONFIG} {'DAMAGED' if report.config else 'sound'}"]
     lines += [f"  {report.config}"] if report.config else []
@@ -95,6 +113,9 @@ def show(report: Report) -> str:
         state = "DAMAGED" if item.damage else "sound"
         lines.append(f"{item.name:<24} {state:<8} {item.files} files, {item.bytes / 2**20:.1f} MiB")
         lines += [f"  {problem}" for problem in item.damage]
+    for name, damage in report.results.items():
+        lines.append(f"{name:<24} {'DAMAGED' if damage else 'sound'}")
+        lines += [f"  {problem}" for problem in damage]
     for name, fate in report.leftovers.items():
         lines.append(f"{name:<24} left by an interrupted save; {fate}")
     damaged = sum(bool(item.damage) for item in report.folders)
@@ -107,6 +128,8 @@ def show(report: Report) -> str:
         lines.append(f"all {len(report.folders)} saved folders are sound")
     else:
         lines.append("nothing has been saved yet")
+    if wrong := [name for name, damage in report.results.items() if damage]:
+        lines.append(f"not as the run itself wrote it: {', '.join(wrong)}")
     if report.resume and not report.config:
         lines.append(f"python train.py --resume {report.run} would go on from {report.resume}")
     elif not report.resume and any(item.name.startswith("checkpoints/") for item in report.folders):

@@ -13,6 +13,7 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import cast
 
+from ..mistakes import wrong_folder
 from .conll import CONLL_NAME, ENDINGS, conll_documents, is_conll
 from .documents import CorpusError, Document, Documents, Reading, sentence_bounds
 from .lines import decoded_lines, read_lines
@@ -104,10 +105,8 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     Raises CorpusError if there is none, or two for one split.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such folder; give the folder that holds the corpus files")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         for split, (official, plain) in _SPLITS.items():
             plain = rf"({plain})\.({'|'.join(ENDINGS)}|pubtator|pubtator\.txt)"
             name = rf"(cdr_{official}set\.pubtator\.txt|{plain})(\.gz)?"
@@ -118,10 +117,11 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
                 raise CorpusError(f"{folder}: two files for {split}, {both}; keep one")
             found[split] = path
     if not found:
-        raise CorpusError(
+        missing = (
             f"{folder}: no corpus file in it; looked for CDR_TrainingSet.PubTator.txt, "
             "CDR_DevelopmentSet.PubTator.txt, CDR_TestSet.PubTator.txt, or train, dev (devel, "
             f"valid, validation), test with the ending .{' .'.join(ENDINGS)} .PubTator "
             ".PubTator.txt, each also .gz"
         )
+        raise CorpusError(wrong_folder(folder, "corpus folder", missing))
     return {split: found[split] for split in _SPLITS if split in found}

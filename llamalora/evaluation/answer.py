@@ -90,7 +90,7 @@ def answer_sentences(
     texts = [mine[index].text for index in fits]
     limits = [new_tokens(tokenizer, task, mine[index].text, context - len(prompts[index]), constrain) for index in fits]
     drafter = None
-    if task.format == "tagging" and draft_tokens:
+    if task.copies and draft_tokens:
         rows = min(batch_size, len(fits))
         drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
     # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text

@@ -53,7 +53,7 @@ class Constraint:
         limits: Sequence[int],
         known: Iterable[Sentence] = (),
     ):
-        assert task.format == "tagging"
+        assert task.copies
         self.eos_id = tokenizer.eos_id
         self.tokens: dict[bytes, list[int]] = {}
         for token, spelling in enumerate(tokenizer.spellings):

@@ -58,7 +58,7 @@ class SourceDrafter:
         length: int = 40,
         known: Iterable[Sentence] = (),
     ):
-        assert task.format == "tagging"
+        assert task.copies
         self.tokenizer, self.risk, self.length = tokenizer, risk, length
         self.tags = {label: task.tags(label) for label in task.labels}
         self.meaning = {tag: (label, tag == pair[0]) for label, pair in self.tags.items() for tag in pair}

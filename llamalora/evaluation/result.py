@@ -1,5 +1,6 @@
 """Answers -> scores, and the files that keep both."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -8,11 +9,15 @@ from pathlib import Path
 
 from ..corpus.documents import CorpusError, Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
+from ..model.checkpoint import read_json
+from ..model.tensors import CheckpointError
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.prompt import Task
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from .answer import Answer
+
+RESULT, ANSWERS = "eval-{}.json", "answers-{}.jsonl"  # of a split
 
 
 def predicted_documents(documents: Sequence[Document], answers: Sequence[Answer]) -> list[Document]:
@@ -129,20 +134,45 @@ def health(answers: Sequence[Answer]) -> dict:
 
 def write_result(result: dict, answers: Sequence[Answer], folder: Path) -> Path:
     """Writes `answers-SPLIT.jsonl`, what the model wrote about each sentence and how sure it was of the mentions (as
-    offsets into the sentence), and then `eval-SPLIT.json` into a folder; a reader never meets half of one. Returns
-    the path of the second."""
+    offsets into the sentence), and then `eval-SPLIT.json`, with the SHA-256 of both, into a folder; a reader never
+    meets half of one. Returns the path of the second."""
     lines = []
     for item in answers:
         place = {"document": item.sentence.document, "start": item.sentence.start}
         state = {"output": item.output, "truncated": item.parsed.truncated, "overlong": item.overlong}
         mentions = [vars(span) | {"confidence": round(sure, 4)} for span, sure in item.confidence.items()]
         lines.append(json.dumps(place | state | {"mentions": mentions}, ensure_ascii=False) + "\n")
-    replace_file(folder / f"answers-{result['split']}.jsonl", "".join(lines))
-    return write_json(result, folder / f"eval-{result['split']}.json")
+    written = "".join(lines)
+    path, answers_path = (folder / name.format(result["split"]) for name in (RESULT, ANSWERS))
+    replace_file(answers_path, written)
+    sums = {path.name: _sha256(json.dumps(result)), answers_path.name: _sha256(written)}
+    return write_json(result | {"sha256": sums}, path)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_result(folder: Path, split: str) -> dict:
-    return json.loads((folder / f"eval-{split}.json").read_text())
+    """What was given to `write_result`."""
+    result = json.loads((folder / RESULT.format(split)).read_text())
+    result.pop("sha256", None)
+    return result
+
+
+def find_changes(folder: Path, split: str) -> list[str]:
+    """Which of the two files of a result are not as `write_result` wrote them."""
+    path, answers = (folder / name.format(split) for name in (RESULT, ANSWERS))
+    try:
+        result = read_json(path)
+        written = answers.read_text(encoding="utf-8") if answers.is_file() else ""
+    except (CheckpointError, ValueError) as error:
+        return [str(error)]
+    sums = result.pop("sha256", None)
+    found = {path: _sha256(json.dumps(result)), answers: _sha256(written)}
+    if not isinstance(sums, dict):
+        return [f"{path}: has no SHA-256, so it is another program's or another version's"]
+    return [f"{file}: changed since it was written" for file, sum in found.items() if sums.get(file.name) != sum]
 
 
 def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]) -> list[Answer]:
@@ -155,7 +185,7 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
         CorpusError: they are about others.
     """
     answers = []
-    path = folder / f"answers-{split}.jsonl"
+    path = folder / ANSWERS.format(split)
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
         if [(kept["document"], kept["start"]) for kept in lines] != [(item.document, item.start) for item in asked]:

@@ -10,7 +10,8 @@ from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
 from ..lora.inject import merge
-from ..model.checkpoint import load_model, read_config
+from ..lora.peft_format import read_adapter
+from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.folder import read_settings, read_task
@@ -44,12 +45,15 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
     """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
     instruction, shots)."""
-    tokenizer = load_tokenizer(settings.model)
-    check_fit(tokenizer, read_config(settings.model).vocab_size, settings.model)
+    assert settings.model is not None and settings.data is not None, "a system has a model and a corpus"
+    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
+    check_fit(tokenizer, config.vocab_size, settings.model)
+    if adapter is not None:
+        read_adapter(adapter, skeleton(config))  # what is wrong with it is said before a model is loaded
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
     model = load_model(settings.model, DTYPES[precision], world.device)
-    if adapter:
+    if adapter is not None:
         merge(load_adapter(model, adapter))
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
@@ -82,7 +86,6 @@ def score_split(
     split: str,
     documents: Sequence[Document],
     asked: Sequence[Sentence],
-    precision: str,
     world: World,
     batch: int = 32,
     draft_tokens: int = DRAFT_TOKENS,
@@ -95,12 +98,13 @@ def score_split(
     Args:
         loaders: each makes a system, one after the other, so that one model is in memory at a time; the
             answers of several are joined.
-        documents, asked: from `evaluate.select`.
-        batch, draft_tokens, constrain: as in `evaluate.answer`.
+        documents, asked: from `select_sentences`.
+        batch, draft_tokens, constrain: as in `answer_sentences`.
         order: labels by priority where several systems are joined; the corpus's if empty.
 
     Returns:
-        The result for `eval-SPLIT.json`, the (joined) answers, and the (label, string) of the mentions in training.
+        The result for `eval-SPLIT.json`, which still lacks `scored_with`, the (joined) answers, and the (label, string)
+        of the mentions in training.
     """
     by_label: dict[str, list[Answer]] = {}
     tasks, speeds, known = [], [], set()
@@ -122,4 +126,4 @@ def score_split(
         answers = join_answers(by_label, order or labels)
     speed = replace(sum(speeds[1:], speeds[0]), sentences=len(asked))
     scores = assess(documents, answers, labels, known)
-    return {"split": split, **scores, "speed": speed.to_dict(), "precision": precision}, answers, known
+    return {"split": split, **scores, "speed": speed.to_dict()}, answers, known

@@ -45,13 +45,13 @@ METHODS = {"lora": Method(True, True), "partial": Method(False, True), "full": M
 
 
 def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """`all`, a comma list or a sequence of kinds -> kinds in the paper's order.
+    """`all`, a comma list or a sequence of kinds, or of PEFT's names for them (`q_proj`) -> kinds in the paper's order.
 
     Raises:
         InputError: an unknown or missing kind.
     """
     given = targets.split(",") if isinstance(targets, str) else targets
-    names = [name.strip() for name in given if name.strip()]
+    names = [_KIND_OF.get(name.strip(), name.strip()) for name in given if name.strip()]
     unknown = [name for name in names if name not in (*KINDS, "all")]
     if unknown or not names:
         raise InputError(f"unknown target {', '.join(unknown) or targets!r}; choose all or any of {','.join(KINDS)}")

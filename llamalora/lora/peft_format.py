@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..mistakes import wrong_folder
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
@@ -153,8 +154,9 @@ def read_adapter(folder: str | Path, model: Llama | None = None) -> Adapter:
             floating-point numbers, or of shapes that fit neither each other nor the model.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such adapter folder")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        missing = f"{folder / ADAPTER_CONFIG}: no such file"
+        raise CheckpointError(wrong_folder(folder, "adapter folder", missing))
     config = read_peft_config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..mistakes import is_run, wrong_folder
 from .config import ConfigError, LlamaConfig, token_ids
 from .llama import Llama
 from .tensors import CheckpointError, Entries, read_tensor, save_tensors, tensor_entries
@@ -24,8 +25,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
     """
     path = Path(folder) / "config.json"
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+    if not path.is_file() or is_run(path.parent):
+        raise CheckpointError(wrong_folder(folder, "model folder", f"{path}: no such file"))
     config = read_json(path)
     beside = path.with_name("generation_config.json")
     further = token_ids(read_json(beside).get("eos_token_id")) if beside.is_file() else ()

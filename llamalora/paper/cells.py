@@ -15,6 +15,7 @@ from ..corpus.read import find_splits, read_documents
 from ..distributed.world import World
 from ..errors import InputError
 from ..evaluation.answer import join_answers, select_sentences
+from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, read_answers, write_result
 from ..evaluation.systems import load_run, score_split
 from ..files import write_json
@@ -197,15 +198,14 @@ class Runner:
         loaders = [partial(load_run, cell.folder, "best", cell.settings.precision, self.world) for cell in cells]
         gc.collect()
         try:
-            result, answers, _ = score_split(
-                loaders, split, documents, asked, cells[0].settings.precision, self.world, self.base.eval_batch
-            )
+            result, answers, _ = score_split(loaders, split, documents, asked, self.world, self.base.eval_batch)
         except (RuntimeError, InputError) as error:
             if not on_every_process(error, self.world):
                 raise
             return failure(error)
         if self.world.is_main:
-            write_result(result, answers, cells[0].folder)
+            if len(cells) == 1 and self.base.eval_limit is None:
+                write_result(result | own_scoring(cells[0].folder, split), answers, cells[0].folder)
             replace(cells[0], path=path).keep(result)
         self.world.barrier()
         return result

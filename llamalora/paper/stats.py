@@ -1,9 +1,9 @@
 """`python -m llamalora stats`: what a corpus holds, beside the paper's Table 5, and how long its sentences are."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
+from ..cli import Parser
 from ..corpus.documents import Document, Documents, all_sentences, corpus_statistics, label_order, labels_of, told
 from ..corpus.read import read_splits
 from ..task.parse import parse
@@ -15,12 +15,12 @@ from .printed import SPLITS, TABLE5
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora stats", description=__doc__)
+    parser = Parser(prog="python -m llamalora stats", description=__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="corpus folder")
     parser.add_argument("--model", metavar="FOLDER", help="model folder, whose tokenizer gives lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    tokenizer = load_tokenizer(arguments.model) if arguments.model else None
+    tokenizer = None if arguments.model is None else load_tokenizer(arguments.model)
     result = statistics(read_splits(arguments.data), tokenizer)
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 

@@ -1,16 +1,18 @@
 """`python -m llamalora tables`: the paper's tables again, ours beside the paper's, as Markdown, JSON and PNG."""
 
 import argparse
+import math
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from datetime import date
 from pathlib import Path
 
 import torch
 
-from ..cli import UsageError, add_flags
-from ..corpus.documents import Span, labels_of
+from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
+from ..corpus.documents import Span, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World, join_world
 from ..files import replace_file, write_json
@@ -31,7 +33,7 @@ CHOICES = (*TRAINED[:4], *COUNTED, "all", *TRAINED[4:])
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora tables", description=__doc__)
+    parser = Parser(prog="python -m llamalora tables", description=__doc__)
     parser.add_argument("which", nargs="+", metavar="TABLE", help=f"any of {', '.join(CHOICES)} (all: 1 to 8)")
     parser.add_argument("--seeds", default="0", help="each row is run with each seed of this comma list (default: 0)")
     parser.add_argument("--limit-eval", type=int, help="score on the first N sentences of the split")
@@ -54,10 +56,14 @@ def main(argv: list[str]) -> None:
     if unknown:
         raise UsageError(f"no table {', '.join(unknown)}; choose from {', '.join(CHOICES)}")
     which = [name for name in CHOICES if name in arguments.which or "all" in arguments.which and name.isdigit()]
-    if arguments.limit_eval is not None and arguments.limit_eval < 1:
-        raise UsageError(f"--limit-eval is {arguments.limit_eval}; it must be at least 1")
+    refuse_idle(arguments, idle_flags(set(which), common))
+    check_least(arguments, limit_eval=1, demonstrations=0)
+    seeds, rate = numbers(arguments.seeds, "seeds", int), arguments.lr_full
+    if rate is not None and not 0 < rate < 10:
+        raise UsageError(f"--lr-full is {rate}; it must be above 0 (and below 10)")
+    if (out := Path(arguments.out)).is_file():
+        raise UsageError(f"--out {out}: is a file, not a folder")
     base = Settings(eval_limit=arguments.limit_eval, **{name: getattr(arguments, name) for name in common})
-    out = Path(arguments.out)
     predictions = {}
     for item in arguments.predictions:
         name, _, file = item.partition("=")
@@ -69,7 +75,7 @@ def main(argv: list[str]) -> None:
         base = replace(base, model=places.model, data=places.data)
         sections = [counted(name, base) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
-            runner = Runner(base, numbers(arguments.seeds, "seeds", int), out, world, arguments.lr_full)
+            runner = Runner(base, seeds, out, world, rate)
             chosen = [define(name, arguments, base) for name in which if name in TRAINED]
             missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(base.data).keys()
             if missing:
@@ -86,23 +92,46 @@ def main(argv: list[str]) -> None:
             print(f"\n{text}\n\nwritten to {out / 'tables.md'}")
 
 
+def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
+    """The rules of `refuse_idle` for these tables.
+
+    Args:
+        common: the settings of every run.
+    """
+    trained = which & set(TRAINED)
+    return {
+        " ".join({"seeds", "limit_eval", *common} - {"data"}): not trained and "on tables that train nothing",
+        "data": not trained | which & {"5"} and "on tables without a corpus",
+        "chat_model demonstrations": "1" not in which and "without table 1",
+        "ranks": "3" not in which and "without table 3",
+        "predictions": "4" not in which and "without table 4",
+        "rates": "recipe" not in which and "without recipe",
+        "lr": trained == {"recipe"} and "on recipe, which tries --rates",
+        "lr_full": not which & {"4", "methods"} and "without table 4 or methods",
+    }
+
+
 def numbers(text: str, flag: str, kind: type) -> tuple:
     """A comma list from the command line."""
     try:
         found = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"--{flag} {text}: must be a comma list of numbers") from None
-    if min(found) < 0 or flag == "ranks" and 0 in found:
+    least = 0 if flag == "seeds" else 1 if kind is int else math.ulp(0.0)
+    if not all(least <= value < math.inf for value in found):
         raise UsageError(f"--{flag} {text}: must be positive")
     return found
 
 
 def define(name: str, arguments: argparse.Namespace, base: Settings) -> Table:
     if name in ("1", "2"):
-        labels = labels_of(document for documents in read_splits(base.data).values() for document in documents)
+        splits = read_splits(base.data)
+        labels = labels_of(document for documents in splits.values() for document in documents)
         if not labels:
             raise UsageError(f"--data {base.data}: the corpus holds no mention, so there is no label to learn")
         if name == "1":
+            if arguments.demonstrations > (most := len(all_sentences(splits.get("train", ())))):
+                raise UsageError(f"--demonstrations: the training split has no more than {most} sentences")
             return table1(labels, arguments.demonstrations, arguments.chat_model)
         return table2(labels)
     if name == "3":

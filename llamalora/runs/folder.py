@@ -14,6 +14,7 @@ from ..corpus.read import find_splits
 from ..distributed.world import World
 from ..files import replace_file
 from ..lora.inject import count_parameters
+from ..mistakes import wrong_folder
 from ..model.checkpoint import read_json
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError
@@ -31,13 +32,26 @@ def trained_folder(run: Path, which: str) -> Path:
     Raises:
         CheckpointError: no such run, one without a trained model yet, or a damaged one.
     """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
+    _read_config(run)
     folder = run / which
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: the run has saved no such model yet")
     verify_folder(folder)
     return folder
+
+
+def _read_config(run: Path) -> dict:
+    """The contents of a run's `config.json`.
+
+    Raises:
+        CheckpointError: no run is there, but perhaps something else, which is named.
+    """
+    path = run / RUN_CONFIG
+    config = read_json(path) if path.is_file() else {}
+    if "settings" not in config:
+        lacking = "holds no settings of a llamalora run" if path.is_file() else "no such file"
+        raise CheckpointError(wrong_folder(run, "run folder", f"{path}: {lacking}"))
+    return config
 
 
 def read_settings(run: Path) -> ResolvedSettings:
@@ -46,7 +60,7 @@ def read_settings(run: Path) -> ResolvedSettings:
     Raises:
         CheckpointError: no run is there, or its configuration is not this version's.
     """
-    stored = read_json(run / RUN_CONFIG).get("settings")
+    stored = _read_config(run)["settings"]
     names = {field.name for field in fields(ResolvedSettings)}
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run of this version")
@@ -67,7 +81,7 @@ def read_task(run: Path) -> Task:
         CheckpointError: no run is there, or its configuration is not this version's.
     """
     try:
-        return Task.from_dict(read_json(run / RUN_CONFIG)["task"])
+        return Task.from_dict(_read_config(run)["task"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -99,13 +113,19 @@ def fingerprints(settings: ResolvedSettings) -> dict[str, str]:
     weights = sorted(model.glob("*.safetensors"))
     tokenizers = [model / name for name in TOKENIZER_FILES[:2] if (model / name).is_file()]
     return {
-        "base model": _fingerprint([model / "config.json", *weights]),
-        "tokenizer": _fingerprint(tokenizers),
-        "data": _fingerprint(sorted(find_splits(settings.data).values())),
+        "base model": fingerprint([model / "config.json", *weights]),
+        "tokenizer": fingerprint(tokenizers),
+        "data": fingerprint(sorted(find_splits(settings.data).values())),
     }
 
 
-def _fingerprint(paths: list[Path]) -> str:
+def read_fingerprints(run: Path) -> dict:
+    """Those of when the run was started."""
+    stored = _read_config(run).get("fingerprints")
+    return stored if isinstance(stored, dict) else {}
+
+
+def fingerprint(paths: list[Path]) -> str:
     """Of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
     digest = hashlib.sha256()
     for path in paths:
@@ -123,19 +143,26 @@ def _foreign(folder: Path) -> bool:
     return any(path.name not in (LOCK, f"{RUN_CONFIG}.tmp") for path in folder.iterdir())
 
 
+def find_obstacle(folder: Path) -> str | None:
+    """Why no new run can be started in a folder."""
+    if (folder / RUN_CONFIG).exists():
+        return f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
+    if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+        return f"--out {folder}: exists and is not an empty folder"
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    return None if above.is_dir() else f"--out {folder}: {above} is a file"
+
+
 def start_folder(folder: Path, config: dict, world: World) -> None:
     """Claims a new output folder for this process and records the run's configuration in it.
 
     Raises:
-        UsageError: the folder holds a run already, or other files.
+        UsageError: what `find_obstacle` finds, or another process was faster.
     """
     problem = None
     if world.is_main:
-        if (folder / RUN_CONFIG).exists():
-            problem = f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
-        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
-            problem = f"--out {folder}: exists and is not an empty folder"
-        else:
+        problem = find_obstacle(folder)
+        if not problem:
             folder.mkdir(parents=True, exist_ok=True)
             problem, held = _lock(folder)
             with held:
@@ -182,8 +209,7 @@ def check_resumable(folder: Path, settings: ResolvedSettings) -> None:
         for name, value in asdict(settings).items()
         if name not in (*Settings.FREE, "model", "data") and value != stored[name]
     ]
-    then = read_json(folder / RUN_CONFIG).get("fingerprints")
-    then = then if isinstance(then, dict) else {}
+    then = read_fingerprints(folder)
     for name, value in fingerprints(settings).items():
         if then.get(name) != value:
             differences.append(f"the {name} is not the one that the run was started with")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..cli import UsageError, option
+from ..cli import UsageError, check_least, flag, option
 from ..files import HOME
 from ..lora.inject import KINDS, METHODS, parse_targets
 from ..model.checkpoint import read_config
 from ..model.precision import choose_precision
+from ..task.prompt import FORMATS
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Settings:
     model: str | None = option(None, "Hugging Face folder (default: weights/llama-2-7b if there, else weights/tiny)")
     data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else data/sample)")
     out: str | None = option(None, "folder of the run (default: a new one under runs/)")
-    format: str = option("tagging", "what the model answers", ("tagging", "extraction"))
+    format: str = option("tagging", "what the model answers", FORMATS)
     labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
     instruction: bool = option(False, "put the instruction of figure 2 before the input")
     shots: int = option(0, "demonstrations from the training split before the input")
@@ -86,34 +87,39 @@ class Settings:
         for field in fields(Settings):
             name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
             if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be finite")
+                raise UsageError(f"{flag(name)} is {value}; it must be finite")
             unknown = field.type == int | str and isinstance(value, str) and value != "auto"
             if unknown or choices and value not in choices:
-                raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is none of its values")
-        for name, least in {
-            "rank": 1, "epochs": 1, "batch_tokens": 1, "batch_sentences": 1, "micro_tokens": 1, "limit_train": 1,
-            "eval_every": 1, "eval_limit": 1, "eval_batch": 1, "save_every": 1, "keep": 1, "shots": 0, "clip": 0,
-            "weight_decay": 0, "warmup": 0, "loraplus": 1, "activation_checkpointing": 0,
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value not in (None, "auto") and not value >= least:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+                raise UsageError(f"{flag(name)} is {value!r}, which is none of its values")
+        check_least(
+            self, rank=1, epochs=1, batch_tokens=1, batch_sentences=1, micro_tokens=1, limit_train=1, eval_every=1,
+            eval_limit=1, eval_batch=1, save_every=1, keep=1, shots=0, clip=0, weight_decay=0, warmup=0, loraplus=1,
+            activation_checkpointing=0,
+        )  # fmt: skip
         chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
         if not self.adapts and any(chosen.values()):
-            flag = next(name for name in chosen if chosen[name])
-            raise UsageError(f"--{flag} is a variant of LoRA, and --method is {self.method}")
+            variant = next(name for name in chosen if chosen[name])
+            raise UsageError(f"{flag(variant)} is a variant of LoRA, and --method is {self.method}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UsageError(f"--alpha is {self.alpha}; it must be above 0, or nothing is learnt")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed is {self.seed}; it must be at least 0 and below 2**63")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.lr is not None and not 0 < self.lr < 10:
             raise UsageError(f"--lr is {self.lr}; it must be above 0 (and below 10)")
         if not 0 < self.timeout <= 10**6:
             raise UsageError(f"--timeout is {self.timeout}; it must be above 0 (and at most a million) minutes")
+        if self.epochs is not None and self.epochs > 10**4:
+            raise UsageError(f"--epochs is {self.epochs}; it must be at most 10,000, all of which are planned at once")
         if self.warmup > 1:
             raise UsageError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
         try:
-            parse_targets(self.targets)
+            kinds = parse_targets(self.targets)
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
+        # one form of each choice, by which runs are compared
+        object.__setattr__(self, "targets", "all" if len(kinds) == len(KINDS) else ",".join(kinds))
 
 
 @dataclass(frozen=True, kw_only=True)

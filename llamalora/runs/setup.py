@@ -16,7 +16,7 @@ from ..model.checkpoint import load_model, model_files, read_config, save_model,
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
-from ..task.prompt import Task, draw_demonstrations, listed_labels, render_answer
+from ..task.prompt import COPYING, Task, draw_demonstrations, listed_labels, render_answer
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .folder import TOKENIZER_FILES, read_settings, trained_folder
 from .settings import ResolvedSettings, Settings
@@ -46,7 +46,9 @@ def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
     except ValueError as error:
         raise UsageError(f"--labels: {error}") from None
     if settings.shots:
-        sentences = all_sentences(splits["train"])
+        sentences = all_sentences(splits.get("train", ()))
+        if settings.shots > len(sentences):
+            raise UsageError(f"--shots is {settings.shots}; the training split has {len(sentences)} sentences")
         shown = draw_demonstrations(task, sentences, settings.shots, settings.seed)
         task = replace(task, demonstrations=shown)
     return task
@@ -113,10 +115,15 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     return model, load_tokenizer(settings.model)
 
 
+def check_constraint_format(form: str) -> None:
+    """Refuses --constrain for a format whose answers have no source to copy."""
+    if form not in COPYING:
+        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {form}")
+
+
 def check_constraint(task: Task, tokenizer: Tokenizer) -> None:
-    """Refuses --constrain for a task without a source to copy, and for a tokenizer that cannot copy it."""
-    if task.format != "tagging":
-        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {task.format}")
+    """Refuses --constrain also for a tokenizer with which no answer can be its sentence with tags."""
+    check_constraint_format(task.format)
     for label in task.labels:
         answer = " " + render_answer(task, "x yz w", [Span(2, 4, label)])
         written = tokenizer.spell(tokenizer.encode_continuation(answer)).decode(errors="replace")

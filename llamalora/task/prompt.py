@@ -12,6 +12,11 @@ from ..corpus.documents import Sentence, Span
 _NAME = re.compile(r"(?![\s/])[^\[\]@#:;,\n\r\t]+(?<!\s)")  # a label that tags and lists can hold as it is
 
 
+# formats whose answers are the sentence again: drafts come from it, and --constrain can hold them to it
+COPYING = ("tagging",)
+FORMATS = (*COPYING, "extraction")
+
+
 @dataclass(frozen=True)
 class Task:
     """What the model is asked. `dataclasses.asdict` and `from_dict` carry it through JSON.
@@ -32,8 +37,8 @@ class Task:
     demonstrations: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.format not in ("tagging", "extraction"):
-            raise ValueError(f"format is {self.format!r}, must be 'tagging' or 'extraction'")
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}, must be {' or '.join(map(repr, FORMATS))}")
         if not isinstance(self.labels, tuple) or not self.labels or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels must be a tuple of one or more different labels, not {self.labels!r}")
         if not all(isinstance(label, str) and label.strip() for label in self.labels):
@@ -49,6 +54,11 @@ class Task:
             raise ValueError(f"unknown fields of a task: {', '.join(sorted(unknown))}")
         pairs = tuple((text, answer) for text, answer in values.get("demonstrations", ()))
         return cls(**{**values, "labels": tuple(values["labels"]), "demonstrations": pairs})
+
+    @property
+    def copies(self) -> bool:
+        """Whether an answer is the sentence again, with marks in it."""
+        return self.format in COPYING
 
     @cached_property
     def names(self) -> dict[str, str]:

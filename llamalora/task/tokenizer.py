@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import InputError
+from ..mistakes import wrong_folder
 
 
 class TokenizerError(InputError):
@@ -164,7 +165,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     elif beside.is_file():
         tokenizer = JsonTokenizer(beside)
     else:
-        raise TokenizerError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        missing = f"{folder}: has neither tokenizer.model nor tokenizer.json"
+        raise TokenizerError(wrong_folder(folder, "model folder", missing))
     _check_added(folder, tokenizer)
     written = tokenizer.spell(tokenizer.encode_continuation(" x y"))
     if written != b" x y" and written.replace(b" ", b"") == b"xy":

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from ..cli import UsageError, flag
 from ..corpus.documents import CorpusError, Documents, Sentence, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
-from ..runs.folder import check_resumable
+from ..runs.folder import check_resumable, find_obstacle
 from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..runs.setup import make_task, read_base
 from ..task.prompt import Task
@@ -74,9 +75,14 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day
     if resume:
         check_resumable(Path(resolved.out), resolved)
+    elif obstacle := world.from_main(find_obstacle(Path(resolved.out))):
+        raise UsageError(obstacle)
     splits = read_splits(resolved.data)
     if "train" not in splits:
         raise CorpusError(f"{resolved.data}: has no training split")
+    unused = [name for name in ("eval_every", "eval_limit") if getattr(resolved, name) is not None]
+    if unused and "dev" not in splits:
+        raise UsageError(f"{flag(unused[0])}: {resolved.data} has no development split to evaluate on")
     task = make_task(resolved, splits)
     config, tokenizer = read_base(resolved)
     sentences = all_sentences(splits["train"])

@@ -15,6 +15,7 @@ from ..cli import Interrupt
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
+from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, format_report, mention_strings, read_result, write_result
 from ..model.llama import Llama
 from ..model.precision import autocast
@@ -77,7 +78,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                     progress.best = result["micro"]["f1"]
                     save(model, settings, folder, "best", world)
                     if world.is_main:
-                        write_result(result, answers, folder)
+                        write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
                 save_progress(folder, optimizer, progress, settings.keep, world)
             if progress.cursor == len(steps):
@@ -144,7 +145,7 @@ def evaluate_now(job: Job, model: Llama, world: World, stop: Callable[[], int]) 
     if any(world.sum([stop()])):
         return None
     scores = assess(documents, answers, job.task.labels, mention_strings(job.sentences[: settings.limit_train]))
-    return {"split": "dev", **scores, "speed": speed.to_dict(), "precision": settings.precision}, answers
+    return {"split": "dev", **scores, "speed": speed.to_dict()}, answers
 
 
 @dataclass

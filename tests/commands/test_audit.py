@@ -252,12 +252,22 @@ def test_the_memory_plan_is_printed_and_given_as_json(capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--targets", "q,x"], "unknown target 'x'"),
     (["--rank", "0"], "rank is 0"),
-    (["--model", "llama-3-8b"], "no such model folder, and none of llama-2-7b"),
+    (["--model", "llama-3-8b"], "by name there are llama-2-7b, llama-2-13b"),
     (["--memory", "--gpu-memory", "lots"], "write 16GB"),
     (["--memory", "--gpu-memory", "0GB"], "write 16GB"),
     (["--memory", "--gpus", "0"], "--gpus is 0"),
     (["--memory", "--micro-tokens", "0"], "--micro-tokens is 0"),
     (["--table7", "--table8"], "not allowed with"),
+    (["--rank", "99999999999999999999"], "--rank is 99999999999999999999; it must be below"),
+    (["--memory", "--gpu-memory", "9" * 400 + "GB"], "write 16GB"),
+    (["--gpus", "4"], "--gpus: no effect without --memory"),
+    (["--gpu-memory", "16GB", "--precision", "fp16"], "--gpu-memory, --precision: no effect without --memory"),
+    (["--micro-tokens", "2048", "--activation-checkpointing"], "--micro-tokens, --activation-checkpointing: no effect"),
+    (["--table7", "--rank", "8"], "--rank: no effect with --table7"),
+    (["--table8", "--targets", "q", "--method", "full", "--dora"], "--targets, --method, --dora: no effect"),
+    (["--hardware", "--model", "llama-2-7b"], "--model: no effect with --hardware"),
+    (["--method", "full", "--targets", "q"], "--targets: no effect with --method full"),
+    (["--method", "partial", "--rank", "8", "--dora"], "--rank, --dora: no effect with --method partial"),
 ])  # fmt: skip
 def test_bad_input_ends_with_code_2(flags, message, capsys):
     with pytest.raises(SystemExit) as ended:

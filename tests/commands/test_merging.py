@@ -393,6 +393,8 @@ def test_flags_that_lack_something(folders, tmp_path, capsys):
     refused(capsys, "--adapter needs the base model", "--adapter", folders[1], "--out", tmp_path / "out")
     refused(capsys, "one of the arguments --run --adapter", "--model", folders[0], "--out", tmp_path / "out")
     refused(capsys, "no such run folder", "--run", tmp_path / "no", "--out", tmp_path / "out")
+    both = ("--model", folders[0], "--adapter", folders[1], "--out", tmp_path / "out")
+    refused(capsys, "--no-probe: not allowed with argument --probe", *both, "--probe", "fever", "--no-probe")
 
 
 # ---- streaming ----

@@ -531,7 +531,7 @@ def test_no_splits(tmp_path):
     with pytest.raises(CorpusError, match="no corpus file.*CDR_TrainingSet.*validation.*tsv") as caught:
         find_splits(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
-    with pytest.raises(CorpusError, match="no such folder"):
+    with pytest.raises(CorpusError, match="no such corpus folder"):
         find_splits(tmp_path / "absent")
 
 

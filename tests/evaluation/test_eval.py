@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_model
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
@@ -20,7 +23,8 @@ from llamalora.evaluation.constrain import Constraint
 from llamalora.evaluation.generate import generate
 from llamalora.evaluation.result import assess, format_report, predicted_documents, read_answers, read_result
 from llamalora.evaluation.systems import load_run
-from llamalora.runs.folder import read_task
+from llamalora.runs.folder import read_settings, read_task
+from llamalora.runs.state import _seal
 from llamalora.task.parse import parse
 from llamalora.task.prompt import Task, render_answer, render_prompt
 from llamalora.task.tokenizer import load_tokenizer
@@ -29,7 +33,8 @@ pytestmark = pytest.mark.slow
 
 HOME = Path(train.__file__).parent
 SIZE = ["--limit-train", "40", "--epochs", "1", "--eval-limit", "2"]
-FLAGS = ["--model", "weights/tiny", "--data", "data/sample", *SIZE]
+MODEL = ["--model", "weights/tiny", "--data", "data/sample"]
+FLAGS = [*MODEL, *SIZE]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def test_eval_agrees_with_score_on_its_own_predictions(runs, tmp_path, capsys):
     assert result["errors"]["schemes"]["strict"]["micro"]["f1"] == result["micro"]["f1"]
     assert result["errors"]["calibration"]["count"] == result["micro"]["tp"] + result["micro"]["fp"] - invented(result)
     assert result["errors"]["seen"]["seen"]["fn"] > 0
-    assert result == json.loads((runs / "all" / "eval-test.json").read_text())
+    assert result == read_result(runs / "all", "test")
     run_command(command, ["score", "data/sample/test.PubTator.txt", str(predictions), "--json"])
     scored = json.loads(capsys.readouterr().out)
     # entities that no source holds have no place in a PubTator file; `placed` counts without them
@@ -216,13 +221,127 @@ def test_compare_reads_what_eval_left_in_runs(runs, capsys):
         (["--model", "weights/tiny"], "--data"),
         (["--run", "RUN", "--run", "RUN"], "two systems answer"),
         (["--model", "weights/tiny", "--adapter", "weights", "--data", "data/sample"], "adapter_config.json"),
+        (["--run", "RUN", "--run", "DISEASE", "--order", "Disease"], "two systems answer"),
+        (["--run", "RUN/best"], "RUN/best: no run folder but a PEFT adapter in the run RUN"),
+        ([*MODEL, "--adapter", "RUN"], "RUN: no adapter folder but a run of train.py"),
+        (
+            ["--model", "RUN", "--data", "data/sample"],
+            "its base model is weights/tiny, what it has learnt",
+        ),
+        (["--model", "RUN/best", "--data", "data/sample"], "no model folder but a PEFT adapter in the run RUN"),
+        ([*MODEL, "--shots", "9999"], "--shots is 9999; the training split has 417 sentences"),
+        ([*MODEL, "--out", "README.md"], "--out README.md: is a file"),
+        ([*MODEL, "--out", "RUN"], "it is not about that run alone"),
+        (["--run", "DISEASE", "--out", "RUN"], "it is not about that run alone"),
+        (["--run", "RUN", "--out", "RUN/best"], "holds a saved model"),
+        ([*MODEL, "--predictions", "nowhere/x"], "--predictions nowhere/x"),
+        ([*MODEL, "--adapter", ""], "adapter_config.json: no such file"),
+        # flags without effect
+        (["--run", "RUN", "--adapter", "RUN/best"], "--adapter: no effect with --run"),
+        (["--run", "RUN", "--labels", "all", "--format", "tagging"], "--format, --labels: no effect with --run"),
+        (["--run", "RUN", "--shots", "0", "--instruction"], "--instruction, --shots: no effect with --run"),
+        (["--run", "RUN", "--model", "weights/tiny"], "give either --run, or --model"),
+        (["--run", "RUN", "--order", "Disease,Chemical"], "--order: no effect unless several runs are joined"),
+        ([*MODEL, "--which", "best"], "--which: no effect without --run"),
+        ([*MODEL, "--format", "extraction", "--draft", "none"], "--draft: no effect on extraction"),
     ],
 )
 def test_bad_input_is_refused(runs, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        run_command(evaluation.main, [str(runs / "all") if flag == "RUN" else flag for flag in flags])
+        named = {"RUN": str(runs / "all"), "DISEASE": str(runs / "Disease")}
+        run_command(evaluation.main, [re.sub("RUN|DISEASE", lambda name: named[name[0]], flag) for flag in flags])
     assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words.replace("RUN", str(runs / "all")) in capsys.readouterr().err
+
+
+# ---- a run's own results ----
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of a run that is scored on the first 2 sentences; its last adapter is not its best."""
+    folder = shutil.copytree(runs / "all", tmp_path / "run")
+    tensors = load_file(folder / "last/adapter_model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, folder / "last/adapter_model.safetensors")
+    (folder / "last/manifest.json").unlink()
+    _seal(folder / "last")
+    return folder
+
+
+def verified(run: Path, capsys) -> tuple[int, str]:
+    """The exit code of `verify`, and what it prints."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, ["verify", str(run)])
+    return int(ended.value.code), capsys.readouterr().out
+
+
+FOREIGN = {
+    "it is on the first 1, the run's own on the first 2": ["--limit", "1"],
+    "it is on all sentences, the run's own on the first 2": [],
+    "it is not about the model in": ["--limit", "2", "--which", "last"],
+    "its answers were constrained": ["--limit", "2", "--constrain"],
+    "it was computed in": ["--limit", "2", "--precision", "OTHER"],
+    "it is not on the corpus of the run": ["--limit", "2", "--data", "DATA"],
+}
+
+
+@pytest.mark.parametrize("reason", FOREIGN)
+def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
+    other = "fp32" if read_settings(run).precision != "fp32" else "bf16"
+    shutil.copytree(HOME / "data/sample", tmp_path / "data")
+    with (tmp_path / "data/test.PubTator.txt").open("a") as file:
+        file.write("\n9999|t|One more.\n")
+    places = {"OTHER": other, "DATA": str(tmp_path / "data")}
+    flags = ["--run", str(run), *(places.get(flag, flag) for flag in FOREIGN[reason])]
+    before = contents(run)
+    run_command(evaluation.main, flags)
+    assert f"not the run's own result: {reason}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        run_command(evaluation.main, [*flags, "--out", str(run)])
+    assert refused.value.code == 2 and reason in capsys.readouterr().err
+    assert contents(run) == before
+    # written elsewhere and brought there, it is noticed
+    run_command(evaluation.main, [*flags, "--out", str(tmp_path / "out")])
+    for path in (tmp_path / "out").iterdir():
+        shutil.copy(path, run)
+    capsys.readouterr()
+    code, output = verified(run, capsys)
+    assert code == 1 and f"not the run's own result: {reason}" in output
+    assert f"eval.py --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
+
+
+def test_a_run_scored_as_it_scores_itself(run, capsys):
+    before = read_result(run, "dev")
+    assert verified(run, capsys)[0] == 0
+    (run / "eval-dev.json").unlink()
+    again = run_eval(capsys, "--run", run, "--limit", 2, "--batch", 1, "--draft", "none")
+    assert again == read_result(run, "dev")
+    assert {name: again[name] for name in before if name != "speed"} == {k: before[k] for k in before if k != "speed"}
+    assert verified(run, capsys)[0] == 0
+
+
+def test_results_that_were_changed_are_noticed(run, runs, capsys):
+    result, answers = run / "eval-dev.json", run / "answers-dev.jsonl"
+    right, written = result.read_text(), answers.read_text()
+    for path, content, named in (
+        (result, right.replace('"documents": 1', '"documents": 2'), result),
+        (result, right.replace('"split"', '"spilt"'), result),
+        (result, right[:-9], result),
+        (result, "{}", result),
+        (answers, written.replace("output", "Output", 1), answers),
+        (answers, "", answers),
+        (result, (runs / "Disease/eval-dev.json").read_text(), answers),
+    ):
+        path.write_text(content)
+        code, output = verified(run, capsys)
+        assert code == 1 and str(named) in output, output
+        result.write_text(right)
+        answers.write_text(written)
+    assert verified(run, capsys)[0] == 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- confidence ----

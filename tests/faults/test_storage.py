@@ -88,7 +88,7 @@ def test_a_sound_run_and_no_run(copied, tmp_path):
     code, output = run(tmp_path / "log", ["verify", copied], main=commands.main)
     assert code == 0 and "all 4 saved folders are sound" in output, output
     code, output = run(tmp_path / "log", ["verify", tmp_path], main=commands.main)
-    assert code == 2 and f"{tmp_path}: no run folder" in output, output
+    assert code == 2 and f"{tmp_path}/config.json: no such file" in output, output
     (copied / "config.json").write_text("{")
     code, output = run(tmp_path / "log", ["verify", copied], main=commands.main)
     assert code == 1 and "config.json DAMAGED" in output, output

@@ -401,8 +401,11 @@ def test_a_damaged_base_model(bad, tmp_path):
 def test_flags_that_do_not_go_together(bad, tmp_path, capsys, monkeypatch):
     assert "--model" in refusal(capsys, bad, "--spectra")
     assert "--spectra" in refusal(capsys, bad, "--layers", "0")
-    assert "--top" in refusal(capsys, bad, "--top", "0")
-    assert "--epsilon" in refusal(capsys, bad, "--epsilon", "2")
+    base = ("--model", tmp_path / "base", "--spectra")
+    assert "--top is 0" in refusal(capsys, bad, *base, "--top", "0")
+    assert "--epsilon is 2" in refusal(capsys, bad, *base, "--epsilon", "2")
+    message = refusal(capsys, bad, "--top", "10", "--epsilon", "0.5")
+    assert "--top, --epsilon: no effect without --spectra" in message
     assert "no such adapter folder" in refusal(capsys, tmp_path / "nowhere")
     save_model(tiny_model(), tmp_path / "base")
     assert "adapter_config.json: no such file" in refusal(capsys, tmp_path / "base" / "..")

@@ -64,11 +64,15 @@ def test_targets(targets, kinds):
     assert parse_targets(targets) == kinds
 
 
+def test_targets_by_the_names_of_peft():
+    assert parse_targets("lm_head, q_proj,v") == parse_targets(["v_proj", "q", "lm_head"]) == ("q", "v", "head")
+
+
 @pytest.mark.parametrize("targets, named", [
     ("", "unknown target ''"),
     (",", "unknown target ','"),
     ("q,w", "unknown target 'w'"),
-    ("q_proj,lm_head", "unknown target 'q_proj, lm_head'"),
+    ("q_projs,lm_head,z", "unknown target 'q_projs, z'"),
     ("ALL", "unknown target 'ALL'"),
 ])  # fmt: skip
 def test_unknown_targets_are_named_with_the_choices(targets, named):

@@ -86,8 +86,8 @@ def test_a_corpus_without_mentions(tmp_path, tiny_sentencepiece, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere"], "nowhere: no such folder"),
-    (["--data", str(SAMPLE), "--model", str(SAMPLE)], "neither tokenizer.model nor tokenizer.json"),
+    (["--data", "nowhere"], "nowhere: no such corpus folder"),
+    (["--data", str(SAMPLE), "--model", str(SAMPLE)], "no model folder but a corpus folder"),
     ([], "--data"),
 ])  # fmt: skip
 def test_bad_input_ends_with_code_2(flags, message, capsys):

@@ -209,7 +209,8 @@ def test_a_failed_cell_is_shown_and_tried_again(done, monkeypatch, tmp_path, cap
     gold = HOME / "data/sample/test.PubTator.txt"
     rows = run_tables("4", out=out, flags=(*SHORT, "--predictions", f"gold={gold}"))["tables"]["4"]["rows"]
     assert rows[-1]["title"] == ["gold"] and rows[-1]["f1"] == 1.0
-    assert json.loads(next(out.glob("runs/*full*/eval-test.json")).read_text())["sentences"] == 2
+    assert json.loads(next(out.glob("cells/*full*.test.json")).read_text())["sentences"] == 2
+    assert not list(out.glob("runs/*/eval-test.json"))  # where a run keeps nothing that is scored on a part of it
 
 
 def test_after_ctrl_c_no_finished_cell_is_repeated(done, tmp_path):
@@ -273,9 +274,23 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("4", "--predictions", "x"): "NAME=FILE",
         ("1", "--limit-eval", "0"): "--limit-eval is 0",
         ("1", "--model", "nowhere"): "no such model folder",
+        ("1", "--demonstrations", "9999"): "--demonstrations: the training split has no more than 417 sentences",
+        ("4", "--lr-full", "nan"): "--lr-full is nan",
+        ("recipe", "--rates", "nan"): "--rates nan",
+        ("1", "--out", str(HOME / "README.md")): "is a file",
+        ("5", "--seeds", "1"): "--seeds: no effect on tables that train nothing",
+        ("7", "--data", "data/sample"): "--data: no effect",
+        ("3", "--rank", "2"): "--rank: no such flag; did you mean --ranks?",
+        ("6", "8", "--epochs", "1"): "--epochs: no effect on tables that train nothing",
+        ("2", "--chat-model", "weights/tiny", "--demonstrations", "2"): "--chat-model, --demonstrations: no effect",
+        ("1", "--ranks", "2"): "--ranks: no effect",
+        ("1", "--rates", "1e-3"): "--rates: no effect",
+        ("2", "recipe", "--lr-full", "1e-3"): "--lr-full: no effect",
+        ("recipe", "5", "--lr", "1e-3"): "--lr: no effect on recipe",
+        ("1", "--predictions", "x=README.md"): "--predictions: no effect",
     }.items():
         with pytest.raises(SystemExit) as stop:
-            run_command(command, ["tables", *flags, "--out", str(tmp_path)])
+            run_command(command, ["tables", "--out", str(tmp_path), *flags])
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "cells").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import eval as evaluate
 import train
 from llamalora.cli import run_command
 from llamalora.runs.folder import read_settings
+from llamalora.runs.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -207,6 +209,21 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("--loraplus", "0.5"): ("--loraplus", "at least 1"),
         ("--loraplus", "4", "--method", "full"): ("--loraplus", "--method is full"),
         ("--dora", "--method", "partial"): ("--dora", "--method is partial"),
+        ("--rank", "8", "--alpha", "8", "--method", "full"): ("--rank, --alpha", "no effect with --method full"),
+        ("--targets", "all", "--method", "full"): ("--targets: no effect with --method full",),
+        ("--dropout", "0.1", "--loraplus", "4", "--targets", "embed_tokens"): ("--dropout, --loraplus: no effect on",),
+        ("--batch-sentences", "4"): ("--batch-tokens: no effect with --batch-sentences",),  # which is in SHORT
+        ("--alpha", "0"): ("--alpha is 0.0",),
+        ("--alpha", "-1"): ("--alpha is -1.0",),
+        ("--alpha", "nan"): ("--alpha is nan",),
+        ("--shots", "9999"): ("--shots is 9999", "417 sentences"),
+        ("--seed", "99999999999999999999"): ("--seed",),
+        ("--epochs", "1000000000"): ("--epochs is 1000000000",),
+        ("--rank", "eight"): ("error: --rank: 'eight' is not a whole number",),
+        ("--lr", "fast"): ("error: --lr: 'fast' is not a number",),
+        ("--micro-tokens", "some"): ("error: --micro-tokens: 'some' is not a whole number",),
+        ("--rnak", "8"): ("error: --rnak: no such flag; did you mean --rank?",),
+        ("weights/tiny",): ("'weights/tiny' is one argument too many",),
         ("--resume",): ("--resume",),
         ("--resume", tmp_path / "none"): ("none",),
     }.items():
@@ -251,6 +268,7 @@ def test_resuming_as_another_run_is_refused(capsys, whole, tmp_path):
     run = whole[0]
     assert "--targets is q" in refused(capsys, "--out", run, "--resume", "--targets", "q")
     assert "--rank is 9" in refused(capsys, "--resume", run, "--rank", "9")
+    assert "--out: no effect with --resume RUN" in refused(capsys, "--resume", run, "--out", tmp_path / "elsewhere")
     other = copy_tiny(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
@@ -261,6 +279,24 @@ def test_a_flag_at_its_default_counts_when_resuming(capsys, tmp_path):
     out = tmp_path / "run"
     run_command(train.main, [*SHORT, "--epochs", "1", "--targets", "q", "--out", str(out)])
     assert "--targets is all" in refused(capsys, "--epochs", "1", "--resume", out, "--targets", "all")
+
+
+def test_a_folder_that_cannot_be_had_is_refused_before_the_model_is_read(capsys, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr("llamalora.training.loop.build_model", None)  # a call would be a traceback
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, "--out", tmp_path / "file" / "run")
+    assert "holds a run already" in refused(capsys, "--out", whole[0])
+    (tmp_path / "data").mkdir()
+    shutil.copy(HOME / "data/sample/train.PubTator.txt", tmp_path / "data")
+    message = refused(capsys, "--out", tmp_path / "run", "--data", tmp_path / "data")
+    assert "--eval-limit" in message and "no development split" in message
+
+
+def test_targets_have_one_form():
+    """By whatever names and in whatever order they are given: cells and resumed runs are compared by them."""
+    nine = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj,gate_proj,embed_tokens,lm_head"
+    assert Settings(targets="v_proj,q_proj").targets == Settings(targets="v, q").targets == "q,v"
+    assert Settings(targets=nine).targets == Settings(targets="q,all").targets == "all"
 
 
 def test_rank_above_a_dimension_warns(tmp_path):

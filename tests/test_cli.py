@@ -1,0 +1,146 @@
+"""The command line: which flags were given, and what is said to those who give the wrong thing."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model
+
+from llamalora.__main__ import main
+from llamalora.cli import Parser, UsageError, refuse_idle, run_command
+from llamalora.corpus.read import find_splits
+from llamalora.errors import InputError
+from llamalora.lora.adapter import save_adapter
+from llamalora.lora.inject import inject_lora
+from llamalora.lora.peft_format import read_adapter
+from llamalora.model.checkpoint import read_config, save_model
+from llamalora.runs.folder import read_settings, read_task, trained_folder
+from llamalora.runs.settings import ResolvedSettings
+
+# ---- flags ----
+
+
+def parser() -> Parser:
+    made = Parser()
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--alpha", type=float)
+    made.add_argument("--run", action="append", default=[])
+    made.add_argument("--resume", nargs="?", const="")
+    made.add_argument("--json", action="store_true")
+    made.add_argument("files", nargs="*", default=[])
+    return made
+
+
+@pytest.mark.parametrize("argv, given", [
+    ([], set()),
+    (["--rank", "8"], {"rank"}),  # at its default, and yet given
+    (["--json", "--alpha", "0"], {"json", "alpha"}),
+    (["--run", "a", "--run", "b", "--resume"], {"run", "resume"}),
+])  # fmt: skip
+def test_the_flags_that_were_given(argv, given):
+    arguments = parser().parse_args(argv)
+    plain = argparse.ArgumentParser(parents=[parser()], add_help=False).parse_args(argv)
+    assert arguments.given - {"files"} == given
+    assert {name: value for name, value in vars(arguments).items() if name != "given"} == vars(plain)
+
+
+def test_flags_without_effect_are_named_and_only_those_that_were_given():
+    arguments = parser().parse_args(["--rank", "8", "--json"])
+    refuse_idle(arguments, {"rank json": False, "alpha run": "here"})
+    with pytest.raises(UsageError, match="^--rank, --json: no effect here; leave it out$"):
+        refuse_idle(arguments, {"alpha": "there", "rank alpha json": "here"})
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rank", "eight"], "--rank: 'eight' is not a whole number"),
+    (["--rank", "8.0"], "--rank: '8.0' is not a whole number"),
+    (["--alpha", "much"], "--alpha: 'much' is not a number"),
+    (["--rnak=8"], "--rnak: no such flag; did you mean --rank?"),
+    (["-rank", "8"], "-rank: no such flag; did you mean --rank?"),
+    (["--al", "1"], "--al: no such flag"),  # no abbreviations
+    (["--rank"], "--rank: expected one argument"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_flag(argv, message):
+    with pytest.raises(UsageError) as caught:
+        parser().parse_args(argv)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("inspct", "did you mean inspect?"), ("table", "did you mean tables?"), ("trian", "did you mean train?"),
+    ("train", "that is python train.py"), ("eval", "that is python eval.py"), ("x", "choose from fetch, stats"),
+])  # fmt: skip
+def test_unknown_commands(name, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, [name])
+    assert ended.value.code == 2
+    assert f"error: unknown command {name!r}; {hint}" in capsys.readouterr().err
+
+
+# ---- folders ----
+
+READERS = {
+    "model": read_config,
+    "adapter": read_adapter,
+    "run": read_settings,
+    "run's task": read_task,
+    "run's best": lambda folder: trained_folder(folder, "best"),
+    "corpus": find_splits,
+}
+PLACES = {  # what is there -> what is said about it
+    "model": "a model folder, by its config.json",
+    "run/best": "a PEFT adapter in the run PLACE/run; its base model is PLACE/model",
+    "adapter": "a PEFT adapter; its base model is not named",
+    "run": "a run of train.py; its base model is PLACE/model, what it has learnt is in PLACE/run/best",
+    "run/checkpoints": "a folder in the run PLACE/run",
+    "corpus": "a corpus folder",
+    "corpus/train.tsv": "a file",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder of each kind."""
+    place = tmp_path_factory.mktemp("place")
+    model = inject_lora(tiny_model(), "q", 2)
+    save_model(tiny_model(), place / "model")
+    save_adapter(model, place / "adapter")
+    save_adapter(model, place / "run/best", str(place / "model"))
+    settings = ResolvedSettings(model=str(place / "model"), data=str(place / "corpus"), out="", lr=1e-3)
+    (place / "run/config.json").write_text(json.dumps({"settings": asdict(settings)}))
+    (place / "run/checkpoints").mkdir()
+    (place / "corpus").mkdir()
+    (place / "corpus/train.tsv").write_text("Fever\tB-Disease\n")
+    (place / "empty").mkdir()
+    return place
+
+
+RIGHT = {("model", "model"), ("adapter", "adapter"), ("adapter", "run/best"), ("run", "run"), ("corpus", "corpus")}
+WRONG = [(wanted, there) for wanted in READERS for there in PLACES if (wanted.partition("'")[0], there) not in RIGHT]
+
+
+@pytest.mark.parametrize("wanted, there", WRONG)
+def test_a_folder_of_another_kind_is_recognised(wanted, there, place):
+    kind = wanted.partition("'")[0]
+    with pytest.raises(InputError) as caught:
+        READERS[wanted](place / there)
+    said = PLACES[there].replace("PLACE", str(place))
+    assert str(caught.value) == f"{place / there}: no {kind} folder but {said}"
+
+
+@pytest.mark.parametrize("wanted", READERS)
+def test_a_folder_that_is_missing_or_empty(wanted, place):
+    kind = wanted.partition("'")[0]
+    with pytest.raises(InputError) as caught:
+        READERS[wanted](place / "modle")
+    assert str(caught.value) == f"{place / 'modle'}: no such {kind} folder; did you mean {place / 'model'}?"
+    with pytest.raises(InputError, match=r"no such file|no corpus file"):
+        READERS[wanted](place / "empty")
+
+
+@pytest.mark.parametrize("wanted", ["model", "adapter"])
+def test_a_name_on_the_hub(wanted):
+    with pytest.raises(InputError, match="meta-llama/Llama-2-7b-hf: no such .*hf download meta-llama/Llama-2-7b-hf"):
+        READERS[wanted]("meta-llama/Llama-2-7b-hf")
