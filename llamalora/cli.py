@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from .errors import InputError, RunError
 from .mistakes import nearest
@@ -83,7 +83,7 @@ def check_least(values: object, **least: int) -> None:
             raise UsageError(f"{flag(name)} is {value}; it must be {wanted}")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] | None = None) -> None:
+def add_flags(parser: argparse._ActionsContainer, cls: type, names: Sequence[str] | None = None) -> None:
     """One `--flag` for each field of a dataclass, or for those named; `None` defaults say in their help what they
     stand for."""
     for item in fields(cls):
@@ -94,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] |
         if item.type is bool:
             parser.add_argument(flag(item.name), action="store_true", help=help)
             continue
-        kind = item.type if isinstance(item.type, type) else item.type.__args__[0]
+        kind = item.type if isinstance(item.type, type) else get_args(item.type)[0]
         if item.type == int | str:
             kind = number_or_auto
         shown = "" if default is None else f" (default: {default})"

@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..lora import counts
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> None:
     check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0)
     capacity = parse_capacity(arguments.gpu_memory)
     config = read_shape(arguments.model)
+    result: Any
+    show: Callable[[Any], str]
     if arguments.hardware:
         result, show = hardware.table(), hardware.show
     elif arguments.table7:

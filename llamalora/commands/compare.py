@@ -1,6 +1,5 @@
 """Two systems on the same gold: how far apart their scores are, and which mentions only one of them finds."""
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from ..cli import UsageError
+from ..cli import Parser, UsageError, refuse_idle
 from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..evaluation.answer import select_sentences
@@ -45,7 +44,7 @@ class Predictions:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llamalora compare", description=__doc__)
+    parser = Parser(prog="python -m llamalora compare", description=__doc__)
     parser.add_argument("a", metavar="A", help="run that eval.py has scored, or with --gold a file of predictions")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--split", default="dev", choices=("train", "dev", "test"), help="of the runs (default: dev)")
@@ -53,8 +52,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page there that shows both in the sentences")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
     arguments = parser.parse_args(argv)
+    refuse_idle(arguments, {"split": arguments.gold is not None and "with --gold, which is one split already"})
     a, b = (
-        read_file(name, arguments.gold) if arguments.gold else read_run(Path(name), arguments.split)
+        read_file(name, arguments.gold) if arguments.gold is not None else read_run(Path(name), arguments.split)
         for name in (arguments.a, arguments.b)
     )
     if a.asked != b.asked:
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     if not labels:
         raise UsageError(f"{arguments.a} and {arguments.b} have no label in common")
     result = compare(a, b, labels)
-    if arguments.html:
+    if arguments.html is not None:
         title = f"{arguments.a} (A) and {arguments.b} (B)"
         replace_file(Path(arguments.html), page(title, result, a, b, labels))
     print(json.dumps(result, indent=2) if arguments.json else format_comparison(result, arguments.a, arguments.b))

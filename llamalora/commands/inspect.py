@@ -7,7 +7,6 @@ from pathlib import Path
 from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..files import is_occupied, new_folder
 from ..inspection import analysis, report
-from ..lora.inject import kind_of
 from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
 from ..mistakes import is_run
 from ..model.checkpoint import read_config, skeleton
@@ -107,8 +106,8 @@ def chosen_layers(adapter: Adapter, wanted: str | None) -> list[str]:
         UsageError: a layer in which the adapter has no update.
     """
     by_layer: dict[str, list[str]] = {}
-    for name in adapter.layers:
-        layer = kind_of(name) if block_of(name) is None else str(block_of(name))
+    for name, factors in adapter.layers.items():
+        layer = factors.kind if block_of(name) is None else str(block_of(name))
         by_layer.setdefault(layer, []).append(name)
     chosen = list(by_layer) if wanted is None else [layer.strip() for layer in wanted.split(",")]
     for layer in chosen:

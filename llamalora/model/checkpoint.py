@@ -29,7 +29,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise CheckpointError(wrong_folder(folder, "model folder", f"{path}: no such file"))
     config = read_json(path)
     beside = path.with_name("generation_config.json")
-    further = token_ids(read_json(beside).get("eos_token_id")) if beside.is_file() else ()
+    further = list(token_ids(read_json(beside).get("eos_token_id"))) if beside.is_file() else []
     if not all(isinstance(token, int) for token in further):
         raise CheckpointError(f"{beside}: eos_token_id is {further!r}, not the numbers of tokens")
     ends = token_ids(config.get("eos_token_id"))

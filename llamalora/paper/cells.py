@@ -137,6 +137,12 @@ class Runner:
         if self.lr_full is None and self.base.lr is not None:
             self.lr_full = self.base.lr / 10
 
+    @property
+    def data(self) -> str:
+        """The corpus folder."""
+        assert self.base.data is not None, "the base of a runner names its corpus"
+        return self.base.data
+
     def cells(self, row: Row, seed: int) -> list[Cell]:
         cells = []
         for one in row.runs:
@@ -212,7 +218,7 @@ class Runner:
 
     def documents(self, split: str) -> tuple[list[Document], list[Sentence]]:
         """The documents and sentences of a split that systems are scored on."""
-        return select_sentences(read_documents(find_splits(self.base.data)[split]), self.base.eval_limit)
+        return select_sentences(read_documents(find_splits(self.data)[split]), self.base.eval_limit)
 
 
 def _minutes(seconds: float) -> str:

@@ -18,7 +18,7 @@ from ..distributed.world import World, join_world
 from ..files import replace_file, write_json
 from ..model.checkpoint import read_config
 from ..model.config import LLAMA_2
-from ..runs.settings import Settings, resolve
+from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..task.prompt import Task, render_answer
 from ..task.score import document_counts, score, score_files, span_keys
 from . import figures, findings, stats
@@ -73,13 +73,13 @@ def main(argv: list[str]) -> None:
     with join_world(base.timeout) as world:
         places = resolve(base, world.device)[0]
         base = replace(base, model=places.model, data=places.data)
-        sections = [counted(name, base) for name in which if name in COUNTED]
+        sections = [counted(name, places.data) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
             runner = Runner(base, seeds, out, world, rate)
-            chosen = [define(name, arguments, base) for name in which if name in TRAINED]
-            missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(base.data).keys()
+            chosen = [define(name, arguments, places) for name in which if name in TRAINED]
+            missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(places.data).keys()
             if missing:
-                raise UsageError(f"--data {base.data}: these tables need a split {', '.join(sorted(missing))}, too")
+                raise UsageError(f"--data {places.data}: these tables need a split {', '.join(sorted(missing))}, too")
             runner.run(chosen)
             summaries = [summarise(table, runner, predictions) for table in chosen]
             sections += [markdown(summary) for summary in summaries]
@@ -123,7 +123,7 @@ def numbers(text: str, flag: str, kind: type) -> tuple:
     return found
 
 
-def define(name: str, arguments: argparse.Namespace, base: Settings) -> Table:
+def define(name: str, arguments: argparse.Namespace, base: ResolvedSettings) -> Table:
     if name in ("1", "2"):
         splits = read_splits(base.data)
         labels = labels_of(document for documents in splits.values() for document in documents)
@@ -157,7 +157,7 @@ def summarise(table: Table, runner: Runner, predictions: dict[str, Path]) -> dic
 def predicted(file: Path, runner: Runner, split: str) -> dict:
     """The scores of predictions that were made elsewhere, about the sentences that ours are scored on."""
     documents, asked = runner.documents(split)
-    score_files(find_splits(runner.base.data)[split], file)  # refuses predictions about other texts
+    score_files(find_splits(runner.data)[split], file)  # refuses predictions about other texts
     ends = {sentence.document: sentence.start + len(sentence.text) for sentence in asked}
     made = span_keys(read_documents(file, documents))
     gold, made = span_keys(documents), {key for key in made if key[2] <= ends.get(key[0], 0)}
@@ -169,11 +169,11 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
 # ---- tables that need no run ----
 
 
-def counted(name: str, base: Settings) -> str:
-    """Tables 5 to 8 as Markdown."""
+def counted(name: str, data: str) -> str:
+    """Tables 5 to 8 as Markdown; `data` is the corpus folder."""
     if name == "5":
-        splits = read_splits(base.data)
-        title, text = f"Mentions by label ({Path(base.data).name})", stats.show(stats.statistics(splits))
+        splits = read_splits(data)
+        title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))
     elif name == "6":
         title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())
     elif name == "7":
@@ -280,11 +280,11 @@ def _verdicts(claim: dict) -> str:
 
 def keep(summaries: list[dict], runner: Runner, chosen: list[Table], out: Path) -> None:
     """Writes `tables.json`, all that a report is made of, and the figures."""
-    curves = {}
+    curves: dict[str, dict] = {}
     for table in chosen:
         for row in table.rows:
             for cell in (cell for seed in runner.seeds for cell in runner.cells(row, seed)):
-                found = cell.read()
+                found = cell.read() or {}
                 curve = {"seconds": found.get("seconds", 0), "loss": found.get("curve", [])}
                 curves.setdefault(cell.path.stem, {"table": table.name, "row": row.name} | curve)
     common = {key: value for key, value in asdict(runner.base).items() if key not in VARIED}

@@ -7,7 +7,7 @@ import json
 import platform
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_type_hints
 
 from ..cli import UsageError
 from ..corpus.read import find_splits
@@ -65,10 +65,10 @@ def read_settings(run: Path) -> ResolvedSettings:
     if not isinstance(stored, dict) or set(stored) != names:
         raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run of this version")
     try:
-        for field in fields(ResolvedSettings):
-            value = stored[field.name]
-            if not isinstance(value, field.type) and not (isinstance(value, int) and isinstance(1.0, field.type)):
-                raise UsageError(f"{field.name} is {value!r}")
+        for name, kind in get_type_hints(ResolvedSettings).items():
+            value = stored[name]
+            if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(1.0, kind)):
+                raise UsageError(f"{name} is {value!r}")
         return ResolvedSettings(**stored)
     except UsageError as error:
         raise CheckpointError(f"{run / RUN_CONFIG}: a setting that cannot be: {error}") from None
@@ -91,7 +91,7 @@ def read_task(run: Path) -> Task:
 def describe_run(settings: ResolvedSettings, task: Task, model: Llama) -> dict:
     """The contents of a run's `config.json`: all that another person needs to repeat it."""
     packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
