@@ -4,7 +4,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from typing import NoReturn, get_args
 
@@ -128,10 +130,15 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     Exit codes: 2 for bad input (`InputError`), 1 for work that could not be finished (`RunError`) and for a file that
     cannot be read or written, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    with at_once():
+        _run(main, sys.argv[1:] if argv is None else argv)
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
     # ends as an exception does, so that what has been written in part is removed
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        main(argv)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -149,6 +156,34 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         sys.exit(128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Where this is one of several processes, ends it with its exit code, before Python tears itself down.
+
+    Torch keeps the process group, and with it gloo's threads, beyond `destroy_process_group`. One of them that comes to
+    free a tensor while the interpreter is torn down aborts the process (CPython ends the thread in the middle of a
+    destructor: "terminate called without an active exception"), after all its work was done.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 class Interrupt:

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from llamalora.lora.peft_format import read_adapter
 from llamalora.model.checkpoint import read_config, save_model
 from llamalora.runs.folder import read_settings, read_task, trained_folder
 from llamalora.runs.settings import ResolvedSettings
+
+ROOT = Path(__file__).parents[1]
 
 # ---- flags ----
 
@@ -144,3 +149,29 @@ def test_a_folder_that_is_missing_or_empty(wanted, place):
 def test_a_name_on_the_hub(wanted):
     with pytest.raises(InputError, match="meta-llama/Llama-2-7b-hf: no such .*hf download meta-llama/Llama-2-7b-hf"):
         READERS[wanted]("meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize(
+    "ending, code",
+    [("pass", 0), ("raise InputError('no')", 2), ("sys.exit('why')", 1), ("sys.exit(143)", 143), ("1 / 0", 1)],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_before_python_tears_itself_down(processes, ending, code):
+    """Gloo's threads would abort it now and then. What was printed is not lost, nor the exit code."""
+    script = f"""
+import atexit, sys
+from llamalora.cli import run_command
+from llamalora.errors import InputError
+
+def main(argv):
+    atexit.register(print, "torn down")
+    sys.stdout.write("printed")
+    {ending}
+
+run_command(main, [])
+"""
+    environment = os.environ | {"WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout == "printed" + ("torn down\n" if processes == 1 else "")
+    assert ("ZeroDivisionError" in done.stderr) == (ending == "1 / 0") and ("why" in done.stderr) == ("why" in ending)

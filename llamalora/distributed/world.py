@@ -113,5 +113,5 @@ def join_world(timeout_minutes: float = 30) -> Iterator[World]:
                 f"{timeout_minutes:g} minutes ({reason})"
             ) from None
         raise
-    finally:
-        dist.destroy_process_group()
+    # not after a failure: NCCL would wait for processes that are stuck, before anything is said
+    dist.destroy_process_group()

@@ -197,7 +197,7 @@ def test_any_label_set_is_trained_and_scored(tmp_path, capsys):
     assert read_result(tmp_path / "one", "dev")["unscored"] == {"C++": 3, "T047": 3}
 
 
-def test_compare_reads_what_eval_left_in_runs(runs, capsys):
+def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
     scores = [run_eval(capsys, "--run", runs / name, "--split", "test") for name in ("all", "Disease")]
     flags = ["compare", str(runs / "all"), str(runs / "Disease"), "--split"]
     run_command(command, [*flags, "test", "--json"])
@@ -205,10 +205,19 @@ def test_compare_reads_what_eval_left_in_runs(runs, capsys):
     assert list(result["types"]) == ["Disease"]  # the label that both answer for
     for name, alone in zip("ab", scores, strict=True):
         assert result["micro"][name] == alone["types"]["Disease"]
-    with pytest.raises(SystemExit) as stop:
-        run_command(command, [*flags, "train"])
-    assert stop.value.code == 2
-    assert "not scored on train" in capsys.readouterr().err
+    few = shutil.copytree(runs / "Disease", tmp_path / "few")
+    (few / "eval-test.json").write_text(json.dumps(read_result(few, "test") | {"sentences": 3}))
+    answers = (few / "answers-test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (few / "answers-test.jsonl").write_text("".join(answers[:3]), encoding="utf-8")
+    different = f"different sentences ({len(answers)} and 3)"
+    for argv, words in (
+        ([*flags, "train"], "not scored on train"),
+        ([*flags[:2], str(few), "--split", "test"], different),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_command(command, argv)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
