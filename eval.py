@@ -26,8 +26,8 @@ from llamalora.runs.folder import fingerprint, read_settings, read_task
 from llamalora.runs.settings import Settings
 from llamalora.runs.setup import check_constraint_format
 from llamalora.runs.state import MANIFEST
+from llamalora.task.definition import COPYING, FORMATS, listed_labels
 from llamalora.task.errors import format_tables
-from llamalora.task.prompt import FORMATS, listed_labels
 
 
 def main(argv: list[str]) -> None:
@@ -122,7 +122,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
         "which": not arguments.run and "without --run",
         "order": len(tasks) < 2 and "unless several runs are joined",
-        "draft": formats == {"extraction"} and "on extraction, whose answers do not repeat the sentence",
+        "draft": not formats & {*COPYING} and "where answers do not repeat the sentence",
     })  # fmt: skip
     if arguments.constrain:
         for form in formats:

@@ -20,8 +20,9 @@ from llamalora.distributed.world import World
 from llamalora.evaluation.answer import answer_sentences
 from llamalora.evaluation.result import health
 from llamalora.model.checkpoint import load_model, save_model
+from llamalora.task.definition import Task
 from llamalora.task.parse import parse
-from llamalora.task.prompt import Task, render_answer
+from llamalora.task.prompt import render_answer
 from llamalora.task.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ from llamalora.commands import predict
 from llamalora.evaluation.answer import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.parse import parse
-from llamalora.task.prompt import Task
+from llamalora.task.definition import Task
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -33,8 +33,9 @@ from llamalora.model.tensors import CheckpointError
 from llamalora.paper import stats, tables
 from llamalora.runs.folder import read_settings, read_task
 from llamalora.runs.settings import Settings
+from llamalora.task.definition import Task
 from llamalora.task.parse import parse
-from llamalora.task.prompt import Task, render_answer
+from llamalora.task.prompt import render_answer
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from ..corpus.documents import Document, Sentence, Span, all_sentences
 from ..distributed.sharding import in_step
 from ..distributed.world import World
 from ..model.llama import Llama
-from ..task.parse import Parsed, join_labels, parse
-from ..task.prompt import Task, render_prompt
+from ..task.definition import Parsed, Task
+from ..task.parse import join_labels, parse
+from ..task.prompt import render_prompt
 from ..task.tokenizer import TextStream, Tokenizer
 from .constrain import Constraint
 from .draft import SourceDrafter

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..corpus.documents import Sentence
-from ..task.parse import tag_places, word_part
-from ..task.prompt import Task
+from ..task.definition import Task
+from ..task.tagging import tag_places, word_part
 from ..task.tokenizer import Tokenizer
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..corpus.documents import Sentence
-from ..task.parse import inside_word
-from ..task.prompt import Task
+from ..task.definition import Task
+from ..task.tagging import inside_word
 from ..task.tokenizer import TextStream, Tokenizer
 
 _WORD = re.compile(r"\w+|[^\w\s]")

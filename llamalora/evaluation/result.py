@@ -11,9 +11,9 @@ from ..corpus.documents import CorpusError, Document, Sentence, Span, label_orde
 from ..files import replace_file, write_json
 from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError
+from ..task.definition import Task
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
-from ..task.prompt import Task
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from .answer import Answer
 

@@ -17,7 +17,7 @@ from ..model.precision import DTYPES
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, load_trained, make_task
-from ..task.prompt import Task
+from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
 from .result import assess, mention_strings

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from ..cli import Parser
 from ..corpus.documents import Document, Documents, all_sentences, corpus_statistics, label_order, labels_of, told
 from ..corpus.read import read_splits
+from ..task.definition import Task
 from ..task.parse import parse
-from ..task.prompt import Task, render_answer
+from ..task.prompt import render_answer
 from ..task.score import score, span_keys
 from ..task.tokenizer import Tokenizer, load_tokenizer
 from ..text_table import aligned

@@ -19,7 +19,8 @@ from ..files import replace_file, write_json
 from ..model.checkpoint import read_config
 from ..model.config import LLAMA_2
 from ..runs.settings import ResolvedSettings, Settings, resolve
-from ..task.prompt import Task, render_answer
+from ..task.definition import Task
+from ..task.prompt import render_answer
 from ..task.score import document_counts, score, score_files, span_keys
 from . import figures, findings, stats
 from .cells import Runner

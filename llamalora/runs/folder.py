@@ -18,7 +18,7 @@ from ..mistakes import wrong_folder
 from ..model.checkpoint import read_json
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError
-from ..task.prompt import Task
+from ..task.definition import Task
 from .settings import ResolvedSettings, Settings
 from .state import verify_folder
 

@@ -12,7 +12,7 @@ from ..files import HOME
 from ..lora.inject import KINDS, METHODS, parse_targets
 from ..model.checkpoint import read_config
 from ..model.precision import choose_precision
-from ..task.prompt import FORMATS
+from ..task.definition import FORMATS
 
 
 @dataclass(frozen=True)

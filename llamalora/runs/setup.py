@@ -16,7 +16,8 @@ from ..model.checkpoint import load_model, model_files, read_config, save_model,
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
-from ..task.prompt import COPYING, Task, draw_demonstrations, listed_labels, render_answer
+from ..task.definition import COPYING, Task, listed_labels
+from ..task.prompt import draw_demonstrations, render_answer
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .folder import TOKENIZER_FILES, read_settings, trained_folder
 from .settings import ResolvedSettings, Settings

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.packing import Packing
-from ..task.prompt import Task, render_answer, render_prompt
+from ..task.definition import Task
+from ..task.prompt import render_answer, render_prompt
 from ..task.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 16  # of a matrix that processors multiply: with one more or less they take up to 8 % longer

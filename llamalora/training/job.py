@@ -12,7 +12,7 @@ from ..distributed.world import World
 from ..runs.folder import check_resumable, find_obstacle
 from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..runs.setup import make_task, read_base
-from ..task.prompt import Task
+from ..task.definition import Task
 from ..task.tokenizer import Tokenizer
 from .batch import Example, encode_all, plan_epoch
 from .placement import Placement, place

@@ -16,8 +16,10 @@ from llamalora.evaluation.constrain import Constraint, State
 from llamalora.evaluation.draft import SourceDrafter
 from llamalora.evaluation.generate import generate
 from llamalora.runs.setup import check_constraint
-from llamalora.task.parse import parse, tag_places
-from llamalora.task.prompt import Task, render_answer, render_prompt
+from llamalora.task.definition import Task
+from llamalora.task.parse import parse
+from llamalora.task.prompt import render_answer, render_prompt
+from llamalora.task.tagging import tag_places
 from llamalora.task.tokenizer import load_tokenizer
 
 TASKS = {

@@ -7,7 +7,7 @@ import pytest
 
 from llamalora.corpus.documents import Sentence, Span
 from llamalora.evaluation.draft import SourceDrafter
-from llamalora.task.prompt import Task
+from llamalora.task.definition import Task
 from llamalora.task.tokenizer import load_tokenizer
 
 TASK = Task("tagging", ("Disease", "Chemical"), per_label=False)

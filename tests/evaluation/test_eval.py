@@ -25,8 +25,9 @@ from llamalora.evaluation.result import assess, format_report, predicted_documen
 from llamalora.evaluation.systems import load_run
 from llamalora.runs.folder import read_settings, read_task
 from llamalora.runs.state import _seal
+from llamalora.task.definition import Task
 from llamalora.task.parse import parse
-from llamalora.task.prompt import Task, render_answer, render_prompt
+from llamalora.task.prompt import render_answer, render_prompt
 from llamalora.task.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from llamalora.cli import run_command
 from llamalora.corpus.documents import Documents, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.paper.stats import statistics
-from llamalora.task.prompt import Task, render_answer
+from llamalora.task.definition import Task
+from llamalora.task.prompt import render_answer
 from llamalora.task.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,10 @@ import pytest
 from llamalora.corpus.documents import Sentence, Span, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.task import align
-from llamalora.task.parse import Parsed, join_labels, locate, parse
-from llamalora.task.prompt import Task, draw_demonstrations, listed_labels, render_answer, render_prompt
+from llamalora.task.definition import FORMATS, Parsed, Task, listed_labels
+from llamalora.task.extraction import locate
+from llamalora.task.parse import join_labels, parse
+from llamalora.task.prompt import draw_demonstrations, render_answer, render_prompt
 
 BOTH = ("Disease", "Chemical")
 ALL = Task("tagging", BOTH, per_label=False)
@@ -575,3 +577,12 @@ def test_gold_comes_back_from_damaged_copies(bc5cdr):
             wrong += len(predicted - set(sentence.spans))
             total += len(sentence.spans)
     assert right > 0.97 * total and wrong < 0.03 * total
+
+
+def test_every_format_is_registered():
+    """A name without its file would fail only when somebody asks for it."""
+    for form in FORMATS:
+        task = Task(form, ("Disease",), True, instruction=True)
+        answer = render_answer(task, "a fever", [Span(2, 7, "Disease")])
+        assert [span.label for span in parse(task, "a fever", answer).spans] == ["Disease"]
+        assert "Please " in render_prompt(task, "a fever")

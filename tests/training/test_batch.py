@@ -7,7 +7,8 @@ import torch
 from helpers import random_ids
 
 from llamalora.corpus.documents import Sentence, Span
-from llamalora.task.prompt import Task, render_answer, render_prompt
+from llamalora.task.definition import Task
+from llamalora.task.prompt import render_answer, render_prompt
 from llamalora.task.tokenizer import load_tokenizer
 from llamalora.training.batch import Example, MicroBatch, OverlongError, deal, encode, encode_all, plan_epoch, show
 
