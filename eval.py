@@ -33,7 +33,9 @@ from llamalora.task.errors import format_tables
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--run", action="append", default=[], help="run folder; two one-label runs are joined")
+    what.add_argument(
+        "--run", action="append", default=[], help="run folder; several, for different labels, are joined"
+    )
     what.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
     what.add_argument("--model", help="Hugging Face folder, instead of --run")
     what.add_argument("--adapter", help="PEFT adapter folder for --model")

@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
 
 
 def random_model(config: LlamaConfig, settings: Settings, world: World, parallel: str):
-    """As `run.build_model` makes it, but for the values: small and random, since there is no checkpoint."""
+    """As `runs.setup.build_model` makes it, but for the values: small and random, since there is no checkpoint."""
     products = DTYPES[settings.precision]
     model = skeleton(config).to(torch.float32 if settings.method == "full" else products)
     make_trainable(model, **settings.learning)

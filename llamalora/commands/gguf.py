@@ -1,4 +1,4 @@
-"""A Llama out of a GGUF file, as a Hugging Face folder."""
+"""Converts a Llama from GGUF to a Hugging Face folder, for `fetch`."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """`python -m llamalora merge`: base model and adapter become one Hugging Face folder, tensor by tensor.
 
 Only one matrix is in memory at a time, for the merge and for the probe, so a model of any size can be merged.
-The arithmetic is `lora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
+The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
 """
 
 import argparse

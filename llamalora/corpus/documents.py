@@ -45,7 +45,7 @@ class CorpusError(InputError):
 
 
 class Documents(list[Document]):
-    """The documents of a file, and what of it was not taken as it stands: `notes`, each with its count."""
+    """The documents of a file, and `notes`: what its reader changed or skipped, each with its count."""
 
     def __init__(self, documents: Iterable[Document] = (), notes: Mapping[str, int] | None = None):
         super().__init__(documents)
@@ -67,7 +67,7 @@ class Reading:
     MOST = 20  # faults that are told
 
     def check(self) -> None:
-        """Raises a CorpusError that tells the faults, if there are any."""
+        """Raises a CorpusError that lists the faults, if there are any."""
         if self.faults:
             lines = {fault: int(match[1]) for fault in self.faults if (match := re.search(r":(\d+): ", fault))}
             faults = sorted(self.faults, key=lambda fault: lines.get(fault, 0))

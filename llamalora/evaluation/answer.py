@@ -135,7 +135,7 @@ def confidences(
     tag, the text, the closing tag; for an extracted one, that of the string.
 
     Args:
-        ids, log_probs: the tokens of the output (see `decode.Decoding`).
+        ids, log_probs: the tokens of the output (see `generate.Decoding`).
         places: from and to, in characters of the output.
     """
     stream = TextStream(tokenizer)
@@ -201,7 +201,7 @@ def join_answers(by_label: dict[str, list[Answer]], order: Sequence[str]) -> lis
 
 
 def select_sentences(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
-    """The first `limit` sentences of documents, and the documents with only the gold mentions in them."""
+    """The documents, with only the gold mentions of the chosen sentences, and the first `limit` sentences."""
     every = all_sentences(documents)
     if limit is None or limit >= len(every):
         return list(documents), every

@@ -27,7 +27,7 @@ class _Reading(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far an answer has come; a key into nothing but `Constraint.moves`."""
+    """How far an answer has come; `generate` only hands it back, to `moves` and `withdraw`."""
 
     prompt: int  # its number
     room: int  # tokens that may still come

@@ -1,4 +1,4 @@
-"""Drafts for tagging: the answer repeats the source, so the source foretells it (verified in decode.py).
+"""Drafts for tagging: the answer repeats the source, so the source predicts it. `generate.py` verifies every draft.
 
 What the source does not foretell is where tags come. There a draft does as the answers before it did: what was
 mostly tagged is tagged again; and it ends where it has become more likely wrong than it is worth.

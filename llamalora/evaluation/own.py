@@ -1,4 +1,4 @@
-"""A run's own results, told from all others about its model by what they were scored with."""
+"""A run's own results, recognised by what they were scored with."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ def scored_with(
         models: folders with the weights, of adapters, too.
         data: the fingerprint of the corpus.
         limit: only the first so many sentences of the split.
-        constrained: only sentences with legal tags were allowed as answers.
+        constrained: only answers that are the sentence with legal tags were allowed.
     """
     return {
         "models": [fingerprint(sorted(Path(folder).glob("*.safetensors"))) for folder in models],

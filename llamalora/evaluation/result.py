@@ -176,7 +176,7 @@ def find_changes(folder: Path, split: str) -> list[str]:
 
 
 def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]) -> list[Answer]:
-    """The answers that `write` kept, parsed again.
+    """The answers that `write_result` wrote, parsed again.
 
     Args:
         asked: the sentences that they are about, in order.

@@ -1,4 +1,5 @@
-"""Trained systems - runs, one-label runs to be joined, any model with a PEFT adapter - and their scores on a split."""
+"""Trained systems (runs, several runs for different labels joined, a model with or without a PEFT adapter) and their
+scores on a split."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -120,7 +120,7 @@ class LoRALayer:
 
     @torch.no_grad()
     def start(self, weight: Tensor, generator: torch.Generator | None) -> None:
-        """Gives the update its initial values, which add up to zero; of a sharded one each process keeps its rows.
+        """Gives A, B and m the values with which the update is zero; of sharded ones each process keeps its rows.
 
         Args:
             weight: W0, whole.

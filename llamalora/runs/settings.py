@@ -73,13 +73,13 @@ class Settings:
 
     @property
     def learning(self) -> dict:
-        """What learns: the arguments of `lora.make_trainable`."""
+        """What learns: the arguments of `lora.inject.make_trainable`."""
         names = ("method", "targets", "rank", "alpha", "rslora", "dropout", "seed", "dora")
         return {name: getattr(self, name) for name in names}
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """The settings that say nothing with this method."""
+        """The settings that have no effect with this method."""
         of_updates = () if self.adapts else ("rank", "alpha", "rslora", "dora", "loraplus", "dropout")
         return of_updates if METHODS[self.method].targeted else (*of_updates, "targets")
 

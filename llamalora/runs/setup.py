@@ -117,9 +117,11 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
 
 
 def check_constraint_format(form: str) -> None:
-    """Refuses --constrain for a format whose answers have no source to copy."""
+    """Refuses --constrain for a format whose answers do not repeat the sentence."""
     if form not in COPYING:
-        raise UsageError(f"--constrain is for tagging, where an answer repeats its sentence; this is {form}")
+        raise UsageError(
+            f"--constrain needs a format whose answers repeat the sentence, such as tagging; this is {form}"
+        )
 
 
 def check_constraint(task: Task, tokenizer: Tokenizer) -> None:

@@ -79,7 +79,7 @@ def verify_folder(folder: Path) -> None:
     """Checks every file of a folder against its manifest.
 
     Raises:
-        CheckpointError: all that `damage` finds.
+        CheckpointError: everything that `find_damage` reports.
     """
     if found := find_damage(folder):
         raise CheckpointError("\n  ".join(found))

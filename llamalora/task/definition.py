@@ -82,7 +82,7 @@ class Parsed:
 
     Attributes:
         spans: mentions as offsets into the sentence, sorted, not overlapping.
-        written: for each of them, from where to where the output tells of it (tagging: with its tags).
+        written: for each of them, from where to where in the output it is written (tagging: with its tags).
         entities: (label, string) as the model wrote them, in its order.
         not_in_source: those of them that the sentence does not hold: false positives without a place.
         exact_copy: tagging: without its tags the output is the sentence; extraction: all strings are in it.

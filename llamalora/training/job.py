@@ -69,7 +69,7 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     """Settles settings, task, examples, steps and how the run fits the memory.
 
     Raises:
-        InputError: whatever of it cannot be, or, where a run is resumed, is not as it was.
+        InputError: a setting that cannot be, or that, where a run is resumed, differs from the run's.
     """
     resolved, why = resolve(settings, world.device)
     resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day

@@ -118,7 +118,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
 
     if "dev" not in job.splits:
         save(model, settings, folder, "best", world)
-        world.say(f"no development split; the adapter is in {folder / 'best'}")
+        world.say(f"no development split; what was trained is in {folder / 'best'}")
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
     world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")

@@ -80,7 +80,7 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
     """ddp where the leanest step fits, else fsdp; as little recomputation as lets a process's share of an
     optimizer step through in one pass; and if all of it does not suffice, the largest micro-batch that fits.
 
-    Where nothing fits, the leanest, which the plan then says: it may be wrong by a little.
+    If nothing fits, it is the leanest placement all the same, and says so: the plan may be slightly off.
 
     Args:
         model: on the meta device.

@@ -74,8 +74,8 @@ class Step:
     def logits(self) -> int:
         """The most that the output head holds beside the activations, if every token is supervised.
 
-        Of each chunk the logits and their gradient, computed of a block in fp32, under DoRA that before m / norm as
-        well; hidden states and their gradient; the gradient of the head.
+        For each chunk the logits and their gradient (computed block by block in fp32), with DoRA also the gradient
+        before m / norm; the hidden states and their gradient; the head's gradient.
         """
         config = self.model.config
         chunk, block = (
