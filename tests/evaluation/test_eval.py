@@ -251,7 +251,7 @@ def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
         (["--run", "RUN", "--model", "weights/tiny"], "give either --run, or --model"),
         (["--run", "RUN", "--order", "Disease,Chemical"], "--order: no effect unless several runs are joined"),
         ([*MODEL, "--which", "best"], "--which: no effect without --run"),
-        ([*MODEL, "--format", "extraction", "--draft", "none"], "--draft: no effect on extraction"),
+        ([*MODEL, "--format", "extraction", "--draft", "none"], "--draft: no effect where answers do not repeat"),
     ],
 )
 def test_bad_input_is_refused(runs, capsys, flags, words):
@@ -440,7 +440,7 @@ def test_the_constraint_is_for_tagging(tmp_path, capsys):
     flags = "--model weights/tiny --data data/sample --format extraction --constrain --limit 1"
     with pytest.raises(SystemExit) as stop:
         run_command(evaluation.main, flags.split())
-    assert stop.value.code == 2 and "--constrain is for tagging" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--constrain needs a" in capsys.readouterr().err
 
 
 def gold_answers(documents, task, change=lambda output: output):
