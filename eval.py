@@ -9,7 +9,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from llamalora.cli import Parser, UsageError, check_least, flag, refuse_idle, run_command
+from llamalora.cli import Parser, UsageError, check_least, check_new_file, refuse_idle, run_command
 from llamalora.corpus.documents import told
 from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
@@ -134,10 +134,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         listed_order(arguments)
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise UsageError(f"--out {arguments.out}: is a file, not a folder")
-    for name in ("predictions", "html"):
-        file = getattr(arguments, name)
-        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-            raise UsageError(f"{flag(name)} {file}: must be a file in a folder that is there")
+    check_new_file(arguments, "predictions", "html")
 
 
 def listed_order(arguments: argparse.Namespace) -> tuple[str, ...]:

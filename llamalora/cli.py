@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
+from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn, get_args
 
 from .errors import InputError, RunError
@@ -22,12 +24,19 @@ class Parser(argparse.ArgumentParser):
     """A parser whose arguments say which of them were on the command line (`given`), and which refuses with a
     `UsageError`."""
 
+    MAY_BE_EMPTY = ("--probe", "--labels")  # which have a message of their own
+
     def __init__(self, **how):
         super().__init__(allow_abbrev=False, **how)  # or the --rank of train.py would be the --ranks of `tables`
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        for before, value in pairwise(["", *argv]):
+            name = value[:-1] if value.startswith("--") and value.endswith("=") else before
+            if (value == "" or name != before) and name not in self.MAY_BE_EMPTY:
+                what = name if name.startswith("--") else "an argument"
+                raise UsageError(f"{what} is empty; was a variable of the shell not set?")
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         # argparse leaves alone what a namespace holds already, so what is still None was not on the command line
         found, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
@@ -61,6 +70,22 @@ def refuse_idle(arguments: argparse.Namespace, rules: Mapping[str, object]) -> N
         idle = [flag(name) for name in names.split() if name in arguments.given]
         if where and idle:
             raise UsageError(f"{', '.join(idle)}: no effect {where}; leave it out")
+
+
+def check_new_file(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuses places where a page or predictions cannot be written, or would take the place of something else.
+
+    Raises:
+        UsageError: the flag and what it may be.
+    """
+    for name in names:
+        given = getattr(arguments, name)
+        if given is None:
+            continue
+        if Path(given).is_dir() or not Path(given).parent.is_dir():
+            raise UsageError(f"{flag(name)} {given}: must be a file in a folder that is there")
+        if Path(given).suffix in (".json", ".jsonl", ".safetensors", ".model", ".md"):
+            raise UsageError(f"{flag(name)} {given}: that is the name of another kind of file; choose another")
 
 
 def option(default, help: str, choices: tuple | None = None, bare=None):

@@ -12,7 +12,7 @@ import pytest
 from helpers import tiny_model
 
 from llamalora.__main__ import main
-from llamalora.cli import Parser, UsageError, refuse_idle, run_command
+from llamalora.cli import Parser, UsageError, check_new_file, refuse_idle, run_command
 from llamalora.corpus.read import find_splits
 from llamalora.errors import InputError
 from llamalora.lora.adapter import save_adapter
@@ -175,3 +175,25 @@ run_command(main, [])
     assert done.returncode == code
     assert done.stdout == "printed" + ("torn down\n" if processes == 1 else "")
     assert ("ZeroDivisionError" in done.stderr) == (ending == "1 / 0") and ("why" in done.stderr) == ("why" in ending)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["stats", "--data", ""], ["merge", "--run", "", "--out", "x"], ["verify", ""], ["tables", "6", "--out", ""]],
+)
+def test_empty_values_are_refused(argv, tmp_path, monkeypatch, capsys):
+    """An unset variable of the shell meant the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, argv)
+    assert stop.value.code == 2 and "is empty" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_pages_do_not_take_the_place_of_other_files(tmp_path):
+    arguments = argparse.Namespace(html=str(tmp_path / "config.json"), predictions=None)
+    with pytest.raises(UsageError, match="another kind of file"):
+        check_new_file(arguments, "html", "predictions")
+    for place in (tmp_path, tmp_path / "none" / "page.html"):
+        with pytest.raises(UsageError, match="--html .*must be a file in a folder that is there"):
+            check_new_file(argparse.Namespace(html=str(place)), "html")
+    check_new_file(argparse.Namespace(html=str(tmp_path / "page.html")), "html")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from ..cli import Parser, UsageError, refuse_idle
+from ..cli import Parser, UsageError, check_new_file, refuse_idle
 from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..evaluation.answer import select_sentences
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
     arguments = parser.parse_args(argv)
     refuse_idle(arguments, {"split": arguments.gold is not None and "with --gold, which is one split already"})
+    check_new_file(arguments, "html")
     a, b = (
         read_file(name, arguments.gold) if arguments.gold is not None else read_run(Path(name), arguments.split)
         for name in (arguments.a, arguments.b)

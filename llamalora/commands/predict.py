@@ -33,8 +33,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", help="text with one document a line, PubTator or CoNLL; - for standard input")
     arguments = parser.parse_args(argv)
     check_least(arguments, batch=1)
-    if arguments.file != "-" and not Path(arguments.file).is_file():
-        raise CorpusError(f"{arguments.file}: {'is a folder' if Path(arguments.file).is_dir() else 'no such file'}")
+    file = Path(arguments.file)  # perhaps a pipe
+    if arguments.file != "-" and (file.is_dir() or not file.exists()):
+        raise CorpusError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}")
     if arguments.constrain:
         check_constraint_format(read_task(Path(arguments.run)).format)
     with join_world() as world:

@@ -53,6 +53,8 @@ def conll_documents(
         )
     sentences = [sentence for group in groups for sentence in group]
     _skip_numbers(sentences, reading)
+    if _skip_names(sentences, reading):
+        _skip_numbers(sentences, reading)
     layers = _layers([row for sentence in sentences for row in sentence], path, reading)
     stem = CONLL_NAME.sub("", Path(path).name)
     ids = [document.id for document in reference] or [f"{stem}-{index + 1}" for index in range(len(groups))]
@@ -132,13 +134,26 @@ def _skip_numbers(sentences: Sequence[list[_Row]], reading: Reading) -> None:
     """Takes away first columns that hold but numbers which never fall within a sentence: nobody writes such texts."""
     while _width(row for sentence in sentences for row in sentence) > 2 and all(map(_counts_up, sentences)):
         for sentence in sentences:
-            words = [row for row in sentence if row.columns[0].isdigit()]
+            # numbered throughout as 1-1, 1-2 (sentence and token), all of them are words
+            words = [row for row in sentence if row.columns[0].isdigit()] or sentence[:]
             reading.notes["lines whose running number was skipped"] += len(words)
             if more := len(sentence) - len(words):
                 reading.notes["lines that are no words (numbered as 1-2 or 8.1), skipped"] += more
             sentence[:] = words
             for row in sentence:
                 row.columns = row.columns[1:] or row.columns
+
+
+def _skip_names(sentences: Sequence[list[_Row]], reading: Reading) -> bool:
+    """Takes away a first column that is the same all through each sentence: the name of its document. Returns whether
+    there was one."""
+    longer = [sentence for sentence in sentences if len(sentence) > 1]
+    wide = _width(row for sentence in sentences for row in sentence) > 2
+    named = wide and longer and all(len({row.columns[0] for row in sentence}) == 1 for sentence in longer)
+    for row in (row for sentence in sentences for row in sentence if named and len(row.columns) > 1):
+        row.columns = row.columns[1:]
+        reading.notes["lines whose first column, the same in all of a sentence, was skipped"] += 1
+    return bool(named)
 
 
 def _counts_up(sentence: Sequence[_Row]) -> bool:

@@ -31,7 +31,8 @@ def read_documents(path: str | Path, reference: Sequence[Document] = ()) -> Docu
         CorpusError: neither of them, or a file that is malformed, with all that is wrong, or cannot be read.
     """
     path = Path(path)
-    first = next((line for _, line in read_lines(path) if line.strip()), None)
+    lines = (line for _, line in read_lines(path))
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), None)
     if first is None:
         raise CorpusError(f"{path}: empty; expected PubTator or CoNLL")
     reading = Reading()
@@ -69,7 +70,7 @@ def stream_documents(path: str, notes: Counter[str]) -> Iterator[Document]:
     lines = decoded_lines(cast(BufferedReader, sys.stdin.buffer), name) if path == "-" else read_lines(Path(path))
     ahead, lines = tee(lines)
     texts = (line for _, line in ahead)  # read no further than it takes to know the format
-    first = next((line for line in texts if line.strip()), "")
+    first = next((line for line in texts if line.strip() and not line.startswith("#")), "")
     pubtator = is_pubtator(first)
     named = CONLL_NAME.search(path) and not re.search(r"\.txt(\.gz)?$", path, re.IGNORECASE)
     conll = first and not pubtator and (named or is_conll(chain([first], texts)))

@@ -17,7 +17,7 @@ from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
-from ..runs.setup import check_constraint, load_trained, make_task
+from ..runs.setup import check_constraint, check_tags, load_trained, make_task
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
@@ -53,6 +53,7 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
         read_adapter(adapter, skeleton(config))  # what is wrong with it is said before a model is loaded
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
+    check_tags(task, tokenizer, settings.model)
     model = load_model(settings.model, DTYPES[precision], world.device)
     if adapter is not None:
         merge(load_adapter(model, adapter))

@@ -108,7 +108,7 @@ class LlamaConfig:
                 raise ConfigError(f"tie_word_embeddings is {tied!r}, not true or false")
             bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
             for token in (bos, *token_ids(eos)):
-                if not isinstance(token, int | None):
+                if not isinstance(token, int | None) or isinstance(token, bool):
                     raise ConfigError(f"bos_token_id or eos_token_id is {token!r}, not the number of a token")
             return LlamaConfig(
                 vocab_size=_whole(config, "vocab_size"),
@@ -182,7 +182,7 @@ def _refuse_unrepresentable(config: dict) -> None:
         if config.get(name, only) not in (only, None):
             raise ConfigError(f"{name} is {config[name]!r}; this Llama supports only {only!r}")
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if "LlamaForCausalLM" not in architectures:
+    if not isinstance(architectures, list) or "LlamaForCausalLM" not in architectures:
         raise ConfigError(f"architectures is {architectures}; only LlamaForCausalLM is supported")
 
 

@@ -16,6 +16,7 @@ from ..corpus.documents import Span, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World, join_world
 from ..files import replace_file, write_json
+from ..mistakes import is_run
 from ..model.checkpoint import read_config
 from ..model.config import LLAMA_2
 from ..runs.settings import ResolvedSettings, Settings, resolve
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> None:
     seeds, rate = numbers(arguments.seeds, "seeds", int), arguments.lr_full
     if rate is not None and not 0 < rate < 10:
         raise UsageError(f"--lr-full is {rate}; it must be above 0 (and below 10)")
-    if (out := Path(arguments.out)).is_file():
-        raise UsageError(f"--out {out}: is a file, not a folder")
+    if (out := Path(arguments.out)).is_file() or is_run(out):
+        raise UsageError(f"--out {out}: is {'a file' if out.is_file() else 'a run'}; choose a folder of its own")
     base = Settings(eval_limit=arguments.limit_eval, **{name: getattr(arguments, name) for name in common})
     predictions = {}
     for item in arguments.predictions:

@@ -18,7 +18,7 @@ from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..task.definition import COPYING, Task, listed_labels
 from ..task.prompt import draw_demonstrations, render_answer
-from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
+from ..task.tokenizer import Tokenizer, TokenizerError, check_fit, load_tokenizer
 from .folder import TOKENIZER_FILES, read_settings, trained_folder
 from .settings import ResolvedSettings, Settings
 
@@ -122,6 +122,22 @@ def check_constraint_format(form: str) -> None:
         raise UsageError(
             f"--constrain needs a format whose answers repeat the sentence, such as tagging; this is {form}"
         )
+
+
+def check_tags(task: Task, tokenizer: Tokenizer, folder: str) -> None:
+    """Refuses a tokenizer that takes a part of an answer for a special token, which is no text.
+
+    Raises:
+        TokenizerError: what an answer comes back as.
+    """
+    for label in task.labels:
+        answer = render_answer(task, "x yz w", [Span(2, 4, label)])
+        written = tokenizer.decode(tokenizer.encode_continuation(f" {answer}"))
+        if len("".join(written.split())) < len("".join(answer.split())):
+            raise TokenizerError(
+                f"{folder}: its tokenizer loses a part of {answer!r}, which comes back as {written!r}; "
+                "a tag must not be a special token (add it as an ordinary one)"
+            )
 
 
 def check_constraint(task: Task, tokenizer: Tokenizer) -> None:

@@ -5,10 +5,13 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import InputError
 from ..mistakes import wrong_folder
+
+PROBES = ("Input: a", "x  y", " lead", "a\nb", "[Disease]é[/Disease].")  # texts that tokenizers cut in different ways
 
 
 class TokenizerError(InputError):
@@ -117,7 +120,9 @@ class JsonTokenizer(Tokenizer):
             raise TokenizerError(f"{path}: has no tokens")
         self.vocab_size = max(self.vocabulary.values()) + 1
         pieces = self._backend.get_vocab(with_added_tokens=False)
-        spell = _byte_level_spelling if "Ġ" in pieces else _spelling
+        parts = _read(path)  # Llama-2's pieces hold an ordinary Ġ, too
+        byte_level = "ByteLevel" in json.dumps([parts.get(part) for part in ("pre_tokenizer", "decoder")])
+        spell = _byte_level_spelling if byte_level else _spelling
         self.spellings = [None] * self.vocab_size
         for piece, token in pieces.items():
             self.spellings[token] = spell(piece)
@@ -149,7 +154,8 @@ def _byte_level_spelling(piece: str) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.model`, or `tokenizer.json` if that is alone or has other tokens.
+    """The tokenizer of a model folder: `tokenizer.model`, or `tokenizer.json` if that is alone, has other tokens, or
+    cuts texts otherwise (to see which, the package tokenizers must be installed).
 
     Raises:
         TokenizerError: neither is there or it cannot be read, it lacks tokens that other files of the folder name, or
@@ -162,6 +168,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = pieces = SentencePieceTokenizer(path)
         if beside.is_file() and not pieces.holds_all_of(beside):
             tokenizer = JsonTokenizer(beside)
+        elif beside.is_file() and find_spec("tokenizers"):
+            other = JsonTokenizer(beside)
+            if any(pieces.encode(text) != other.encode(text) for text in PROBES):
+                tokenizer = other
     elif beside.is_file():
         tokenizer = JsonTokenizer(beside)
     else:

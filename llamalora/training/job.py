@@ -11,7 +11,7 @@ from ..corpus.read import read_splits
 from ..distributed.world import World
 from ..runs.folder import check_resumable, find_obstacle
 from ..runs.settings import ResolvedSettings, Settings, resolve
-from ..runs.setup import make_task, read_base
+from ..runs.setup import check_tags, make_task, read_base
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer
 from .batch import Example, encode_all, plan_epoch
@@ -85,6 +85,7 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
         raise UsageError(f"{flag(unused[0])}: {resolved.data} has no development split to evaluate on")
     task = make_task(resolved, splits)
     config, tokenizer = read_base(resolved)
+    check_tags(task, tokenizer, resolved.model)
     sentences = all_sentences(splits["train"])
     examples, skipped = encode_all(
         task, tokenizer, sentences[: resolved.limit_train], config.max_position_embeddings, resolved.overlong

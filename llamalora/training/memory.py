@@ -119,8 +119,10 @@ def micro_batch(tokens: int, lengths: Sequence[int]) -> list[int]:
     `batch.deal` orders them."""
     longest, *others = sorted(lengths, reverse=True)
     chosen, others = [longest], others or [longest]
-    while (room := tokens - sum(chosen)) > 0:
+    room = tokens - longest
+    while room > 0:
         chosen.append(min(others[len(chosen) % len(others)], room))
+        room -= chosen[-1]
     return sorted(chosen, reverse=True)
 
 

@@ -243,7 +243,7 @@ def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
         (["--run", "DISEASE", "--out", "RUN"], "it is not about that run alone"),
         (["--run", "RUN", "--out", "RUN/best"], "holds a saved model"),
         ([*MODEL, "--predictions", "nowhere/x"], "--predictions nowhere/x"),
-        ([*MODEL, "--adapter", ""], "adapter_config.json: no such file"),
+        ([*MODEL, "--adapter", ""], "--adapter is empty"),
         # flags without effect
         (["--run", "RUN", "--adapter", "RUN/best"], "--adapter: no effect with --run"),
         (["--run", "RUN", "--labels", "all", "--format", "tagging"], "--format, --labels: no effect with --run"),

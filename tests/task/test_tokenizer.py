@@ -8,7 +8,14 @@ import pytest
 
 from llamalora.corpus.documents import sentences_of
 from llamalora.corpus.read import read_documents
-from llamalora.task.tokenizer import JsonTokenizer, SentencePieceTokenizer, TokenizerError, check_fit, load_tokenizer
+from llamalora.task.tokenizer import (
+    PROBES,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    TokenizerError,
+    check_fit,
+    load_tokenizer,
+)
 
 STRINGS = (
     "x",
@@ -375,3 +382,19 @@ def test_the_tokenizer_must_fit_the_model(tokenizer):
     for other in (size - 1, 2 * size):
         with pytest.raises(TokenizerError, match=f"folder: the tokenizer has {size} tokens but the model {other}"):
             check_fit(tokenizer, other, "folder")
+
+
+def test_the_tokenizer_json_of_llama_2_is_not_byte_level(llama2_tokenizer, tmp_path):
+    """Its pieces hold an ordinary `Ġ`; read as GPT-2's bytes, answers came back with `▁` for spaces."""
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaTokenizer.from_pretrained(str(llama2_tokenizer), add_bos_token=True).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(tmp_path)
+    answer = " [Disease]Flu[/Disease] is bad\nand 漢"
+    assert tokenizer.spell(tokenizer.encode_continuation(answer)).decode() == answer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    # beside a tokenizer.model with the same tokens, it is what transformers reads, and cuts some texts otherwise
+    shutil.copy(llama2_tokenizer / "tokenizer.model", tmp_path)
+    both = load_tokenizer(tmp_path)
+    for text in (*PROBES, "Input: Naloxone reverses it.\nAnswer:"):
+        assert tokenizer.encode(text) == both.encode(text) == theirs(text)["input_ids"]
