@@ -580,22 +580,6 @@ def test_bc5cdr_iob(bc5cdr_iob):
         assert corpus_statistics(documents)["mentions"] == expected
 
 
-@pytest.mark.parametrize("first", ["{sentence}-{token}", "doc{sentence}"])
-def test_a_column_of_places_or_names_is_no_text(tmp_path, first):
-    """Numbers of sentence and token (WebAnno) dropped every word; names of documents were taken for the words."""
-    rows = [[("Ada", "B-PER"), ("L", "I-PER")], [("Flu", "B-D"), ("passed", "O")]]
-    text = "".join(
-        "".join(f"{first.format(sentence=n, token=m)}\t{word}\t{tag}\n" for m, (word, tag) in enumerate(row, 1)) + "\n"
-        for n, row in enumerate(rows, 1)
-    )
-    path = tmp_path / "train.tsv"
-    path.write_text(text)
-    documents = read_documents(path)
-    assert [document.text for document in documents] == ["Ada L", "Flu passed"]
-    assert [span for document in documents for span in document.spans] == [Span(0, 5, "PER"), Span(0, 3, "D")]
-    assert sum(documents.notes.values()) == 4
-
-
 def test_pubtator_behind_a_comment_is_refused_by_its_line(tmp_path):
     """`predict` took each of its lines for a document."""
     path = tmp_path / "text.txt"
