@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     arguments = parser.parse_args(argv)
-    check_flags(arguments)
+    order = check_flags(arguments)
     with join_world() as world:
         precision, why = choose_precision(arguments.precision, world.device)
         data = arguments.data
@@ -81,7 +81,6 @@ def main(argv: list[str]) -> None:
         if not arguments.json:
             world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why}){note}")
         drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
-        order = () if arguments.order is None else listed_order(arguments)
         result, answers, known = score_split(
             loaders(arguments, data, precision, world), arguments.split, documents, asked, world, arguments.batch,
             drafted, order, arguments.json, arguments.constrain,
@@ -107,8 +106,9 @@ def main(argv: list[str]) -> None:
                 print(f"written to {written}")
 
 
-def check_flags(arguments: argparse.Namespace) -> None:
-    """
+def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The labels that --order lists, by priority; none without it.
+
     Raises:
         UsageError: flags that do not go together, a number out of range, files that cannot be written.
         CheckpointError: what is no run.
@@ -129,24 +129,13 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.constrain:
         for form in formats:
             check_constraint_format(form)
-    joint_labels(tasks)
-    if arguments.order is not None:
-        listed_order(arguments)
+    labels = joint_labels(tasks)
+    order = () if arguments.order is None else listed_labels(arguments.order, labels)
+    if arguments.order is not None and sorted(order) != sorted(labels):
+        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise UsageError(f"--out {arguments.out}: is a file, not a folder")
     check_new_file(arguments, "predictions", "html")
-
-
-def listed_order(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The labels that --order lists, by priority.
-
-    Raises:
-        UsageError: they are not the labels of the runs.
-    """
-    labels = joint_labels([read_task(Path(run)) for run in arguments.run])
-    order = listed_labels(arguments.order, labels)
-    if sorted(order) != sorted(labels):
-        raise UsageError(f"--order {arguments.order}: must name {', '.join(labels)}, each once")
     return order
 
 

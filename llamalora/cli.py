@@ -33,9 +33,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         for before, value in pairwise(["", *argv]):
-            name = value[:-1] if value.startswith("--") and value.endswith("=") else before
-            if (value == "" or name != before) and name not in self.MAY_BE_EMPTY:
-                what = name if name.startswith("--") else "an argument"
+            if value.startswith("--") and "=" in value:
+                before, _, value = value.partition("=")
+            if value == "" and before not in self.MAY_BE_EMPTY:
+                what = before if before.startswith("--") else "an argument"
                 raise UsageError(f"{what} is empty; was a variable of the shell not set?")
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         # argparse leaves alone what a namespace holds already, so what is still None was not on the command line

@@ -179,7 +179,13 @@ run_command(main, [])
 
 @pytest.mark.parametrize(
     "argv",
-    [["stats", "--data", ""], ["merge", "--run", "", "--out", "x"], ["verify", ""], ["tables", "6", "--out", ""]],
+    [
+        ["stats", "--data", ""],
+        ["stats", "--data="],
+        ["merge", "--run", "", "--out", "x"],
+        ["verify", ""],
+        ["tables", "6", "--out", ""],
+    ],
 )
 def test_empty_values_are_refused(argv, tmp_path, monkeypatch, capsys):
     """An unset variable of the shell meant the working directory."""
@@ -187,6 +193,10 @@ def test_empty_values_are_refused(argv, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(main, argv)
     assert stop.value.code == 2 and "is empty" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_value_that_ends_with_an_equals_sign_is_not_empty():
+    assert parser().parse_args(["--run=a="]).run == ["a="]
 
 
 def test_pages_do_not_take_the_place_of_other_files(tmp_path):

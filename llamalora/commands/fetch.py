@@ -173,7 +173,7 @@ def prove(folder: Path) -> str:
 
     Raises:
         UsageError: logits that are not finite.
-        CheckpointError, TokenizerError: as their names say.
+        CheckpointError, TokenizerError: what was converted cannot be loaded.
     """
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     check_fit(tokenizer, model.config.vocab_size, folder)

@@ -152,6 +152,7 @@ def _write_merged(
     for name, source in sources.items():
         shards[files[source].name][name] = stored[source]
 
+    adapted = lora_layers(model)
     progress = tqdm(total=len(names), desc="merging", unit="tensor", leave=False)
 
     def merged(name: str) -> Tensor:
@@ -160,7 +161,7 @@ def _write_merged(
         layer = name.removesuffix(".weight")
         if layer not in adapter.layers:
             return weight
-        weight = kinds.merge(lora_layers(model)[layer], adapter.layers[layer], weight)
+        weight = kinds.merge(adapted[layer], adapter.layers[layer], weight)
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
         return weight

@@ -62,7 +62,7 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
 
 
 def _training_sentences(data: str) -> list[Sentence]:
-    """Of a corpus folder; none if it is not there any more."""
+    """The training sentences of a corpus folder; none if it is not there any more."""
     try:
         documents = read_documents(find_splits(data)["train"])
     except (CorpusError, KeyError, OSError):

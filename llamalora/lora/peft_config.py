@@ -47,11 +47,11 @@ class PeftConfig:
     alpha_pattern: dict[str, float]
 
     def rank(self, name: str) -> int:
-        """Of the layer with this module name."""
+        """The rank of the layer with this module name."""
         return _exception(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
-        """Of the layer with this module name."""
+        """The alpha of the layer with this module name."""
         return _exception(self.alpha_pattern, name, self.lora_alpha)
 
     def targets(self, name: str) -> bool:

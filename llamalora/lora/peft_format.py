@@ -41,19 +41,19 @@ class Factors:
 
     @property
     def kind(self) -> str:
-        """Of layer: `q` ... `head`."""
+        """The kind of layer: `q` ... `head`."""
         kind = kind_of(self.name)
         assert kind is not None, f"{self.name} can carry no update"
         return kind
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of A, B and, with DoRA, the magnitude in the file."""
+        """The keys in the file of A, B and, with DoRA, the magnitude."""
         return factor_keys(self.name, self.dora)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that the update belongs to: (O, I) of a linear layer, (V, D) of the embedding."""
+        """The shape of the weight that the update belongs to: (O, I) of a linear layer, (V, D) of the embedding."""
         return (self.wide, self.tall) if kind_of(self.name) == "embed" else (self.tall, self.wide)
 
     def read(self) -> tuple[Tensor, ...]:

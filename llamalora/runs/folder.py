@@ -120,13 +120,13 @@ def fingerprints(settings: ResolvedSettings) -> dict[str, str]:
 
 
 def read_fingerprints(run: Path) -> dict:
-    """Those of when the run was started."""
+    """The fingerprints that were taken when the run was started."""
     stored = _read_config(run).get("fingerprints")
     return stored if isinstance(stored, dict) else {}
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
+    """A hash of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -1,6 +1,6 @@
 """From settings to what a run works with: the task, the base model with what learns in it, the trained model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def read_base(settings: ResolvedSettings) -> tuple[LlamaConfig, Tokenizer]:
     """Shape and tokenizer of the base model.
 
     Raises:
-        CheckpointError, TokenizerError: as their names say.
+        CheckpointError, TokenizerError: one of them cannot be used.
     """
     config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
     check_fit(tokenizer, config.vocab_size, settings.model)
@@ -130,9 +130,7 @@ def check_tags(task: Task, tokenizer: Tokenizer, folder: str) -> None:
     Raises:
         TokenizerError: what an answer comes back as.
     """
-    for label in task.labels:
-        answer = render_answer(task, "x yz w", [Span(2, 4, label)])
-        written = tokenizer.decode(tokenizer.encode_continuation(f" {answer}"))
+    for answer, written in _tokenised(task, tokenizer):
         if len("".join(written.split())) < len("".join(answer.split())):
             raise TokenizerError(
                 f"{folder}: its tokenizer loses a part of {answer!r}, which comes back as {written!r}; "
@@ -140,12 +138,17 @@ def check_tags(task: Task, tokenizer: Tokenizer, folder: str) -> None:
             )
 
 
+def _tokenised(task: Task, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """An answer with a mention of each label, and what it is after the tokenizer."""
+    for label in task.labels:
+        answer = " " + render_answer(task, "x yz w", [Span(2, 4, label)])
+        yield answer, tokenizer.spell(tokenizer.encode_continuation(answer)).decode(errors="replace")
+
+
 def check_constraint(task: Task, tokenizer: Tokenizer) -> None:
     """Refuses --constrain also for a tokenizer with which no answer can be its sentence with tags."""
     check_constraint_format(task.format)
-    for label in task.labels:
-        answer = " " + render_answer(task, "x yz w", [Span(2, 4, label)])
-        written = tokenizer.spell(tokenizer.encode_continuation(answer)).decode(errors="replace")
+    for answer, written in _tokenised(task, tokenizer):
         if written != answer:
             raise UsageError(
                 f"--constrain: the tokenizer changes what stands beside a tag ({answer!r} comes back as {written!r}), "

@@ -56,7 +56,7 @@ class Match:
 
     @property
     def keys(self) -> list[tuple]:
-        """Those of the two that there are."""
+        """Gold and prediction, as far as there are any."""
         return [key for key in (self.gold, self.predicted) if key is not None]
 
     @property
