@@ -157,9 +157,9 @@ def _size(config: LlamaConfig, targets: str, rank: int) -> int:
     return count_parameters(make_trainable(skeleton(config), "lora", targets, rank))["trainable"]
 
 
-def recipe(rates: Iterable[float], rates_full: Iterable[float]) -> Table:
-    """The search for the learning rates, on the development split."""
-    rows = [Row(("LoRA", str(r), f"{lr:g}"), ({"rank": r, "lr": lr},)) for r in (8, 128) for lr in rates]
+def recipe(rates: Mapping[int, Iterable[float]], rates_full: Iterable[float]) -> Table:
+    """The search for the learning rates, on the development split: of LoRA for each rank, and of full fine-tuning."""
+    rows = [Row(("LoRA", str(r), f"{lr:g}"), ({"rank": r, "lr": lr},)) for r, those in rates.items() for lr in those]
     rows += [Row(("full", "-", f"{lr:g}"), ({"method": "full", "lr": lr},)) for lr in rates_full]
     return Table("recipe", "Learning rates tried", ("method", "r", "learning rate"), tuple(rows))
 

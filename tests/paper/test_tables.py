@@ -80,7 +80,7 @@ def every_table():
     return [
         table1(labels, 2, "chat"), table2(labels), table3(RANKS),
         table4(), ablation(config, 8), methods(),
-        recipe([1e-3], [1e-4]),
+        recipe({8: [1e-3]}, [1e-4]),
     ]  # fmt: skip
 
 
@@ -248,6 +248,42 @@ def test_two_processes_fill_a_table_together(tmp_path):
     assert ["f1" in row for row in result["tables"]["4"]["rows"]] == [True, True, False]
 
 
+def test_the_recipe_chooses_the_learning_rates_of_the_other_tables(monkeypatch, tmp_path):
+    """For each rank that with the best F1; a rank without trials takes that of the nearest."""
+    seen = []
+
+    def train(settings, world, resume=False):
+        seen.append((settings.method, settings.rank, settings.lr, settings.seed))
+        folder = Path(settings.out)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"parameters": {"trainable": 7}}')
+        (folder / "metrics.jsonl").write_text('{"loss": 1.0, "seconds": 1.0}\n')
+        best = {2: 0.04, 32: 0.01}[settings.rank] if settings.method == "lora" else 0.002
+        by_document = dict.fromkeys(findings.CONVENTIONS, {"1": [1, 0, 1]})
+        f1 = {"micro": {"f1": 1 - abs(settings.lr - best)}}
+        return f1 | {"by_document": by_document, "health": {"exact_copy": 1}, "secondary": {}, "speed": {"seconds": 1}}
+
+    monkeypatch.setattr(cells, "train", train)
+    rates = ("--rates", "2=0.01,0.02,0.04", "--rates", "32=0.01,0.02", "--rates", "full=0.001,0.002,0.003")
+    result = run_tables("recipe", out=tmp_path, flags=(*SHORT, "--seeds", "0,1", *rates))
+    assert len(seen) == 8 and {seed for *_, seed in seen} == {0}
+    assert result["settings"]["rates"] == {"2": 0.04, "32": 0.01} and result["settings"]["lr_full"] == 0.002
+    assert [cells.rate(rank, {2: 0.04, 32: 0.01}, None) for rank in (1, 2, 7, 8, 9, 128)] == [0.04] * 4 + [0.01] * 2
+    assert cells.rate(8, {}, 0.5) == 0.5
+    table, runner = methods(), Runner(BASE_SETTINGS, (0,), tmp_path, World(), 0.002, {2: 0.04, 32: 0.01})
+    used = {row.name: runner.cells(row, 0)[0].settings.lr for row in table.rows}
+    assert used["DoRA"] == 0.04 and used["full fine-tuning of the same layers"] == 0.002
+
+
+def test_a_kept_cell_says_what_it_was_made_by(done):
+    out, result = done
+    for path in out.glob("cells/*.json"):
+        kept = json.loads(path.read_text())
+        assert kept["made_by"] == result["made_by"] and kept["made_by"].startswith("0.")
+        assert len(kept["runs"]) == path.name.count("+") + 1 and str(HOME) not in json.dumps(kept)
+    assert len(list(out.glob("cells/*+*.json"))) == 2  # the systems of one model per label
+
+
 # ---- tables without runs ----
 
 
@@ -276,7 +312,9 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("1", "--model", "nowhere"): "no such model folder",
         ("1", "--demonstrations", "9999"): "--demonstrations: the training split has no more than 417 sentences",
         ("4", "--lr-full", "nan"): "--lr-full is nan",
-        ("recipe", "--rates", "nan"): "--rates nan",
+        ("recipe", "--rates", "8=nan"): "--rates 8 nan",
+        ("recipe", "--rates", "1e-3"): "--rates 1e-3: write RANK=LR,LR,...",
+        ("recipe", "--rates", "full=1e-3"): "--rates: name a rank, too",
         ("1", "--out", str(HOME / "README.md")): "is a file",
         ("5", "--seeds", "1"): "--seeds: no effect on tables that train nothing",
         ("7", "--data", "data/sample"): "--data: no effect",
@@ -285,8 +323,8 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("2", "--chat-model", "weights/tiny", "--demonstrations", "2"): "--chat-model, --demonstrations: no effect",
         ("1", "--ranks", "2"): "--ranks: no effect",
         ("1", "--rates", "1e-3"): "--rates: no effect",
-        ("2", "recipe", "--lr-full", "1e-3"): "--lr-full: no effect",
-        ("recipe", "5", "--lr", "1e-3"): "--lr: no effect on recipe",
+        ("4", "recipe", "--lr-full", "1e-3"): "--lr-full: no effect beside recipe",
+        ("recipe", "5", "--lr", "1e-3"): "--lr: no effect beside recipe",
         ("1", "--predictions", "x=README.md"): "--predictions: no effect",
     }.items():
         with pytest.raises(SystemExit) as stop:
