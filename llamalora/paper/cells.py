@@ -93,6 +93,7 @@ class Cell:
             config = json.loads((self.folder / RUN_CONFIG).read_text())
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             result = trained | {
+                "model": config["model"],
                 "trainable": config["parameters"]["trainable"],
                 "seconds": sum(step["seconds"] for step in steps) + trained["speed"]["seconds"],
                 "curve": [round(step["loss"], 5) for step in steps],

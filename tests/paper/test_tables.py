@@ -256,7 +256,7 @@ def test_the_recipe_chooses_the_learning_rates_of_the_other_tables(monkeypatch, 
         seen.append((settings.method, settings.rank, settings.lr, settings.seed))
         folder = Path(settings.out)
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text('{"parameters": {"trainable": 7}}')
+        (folder / "config.json").write_text('{"model": {}, "parameters": {"trainable": 7}}')
         (folder / "metrics.jsonl").write_text('{"loss": 1.0, "seconds": 1.0}\n')
         best = {2: 0.04, 32: 0.01}[settings.rank] if settings.method == "lora" else 0.002
         by_document = dict.fromkeys(findings.CONVENTIONS, {"1": [1, 0, 1]})
