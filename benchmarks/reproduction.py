@@ -112,7 +112,9 @@ def what_differs(result: dict) -> list[str]:
     lines = [
         "## What differs from the paper",
         "",
-        f"- The model: `{result['settings']['model']}` instead of Llama-2-7B; no chat model was tried.",
+        f"- The model: `{result['settings']['model']}` instead of Llama-2-7B, which is SmolLM2-135M-*Instruct*, "
+        "quantised to 4 bits and back (see `weights/README.md`). So the question of Table 1, chat model or base model, "
+        "could not be asked.",
         "- Sentences are those of the official PubTator text, scored by exact offsets; the paper's text is tokenised.",
         f"- {len(result['seeds'])} seed where the paper has several in Tables 1 and 2."
         if len(result["seeds"]) == 1 else f"- Seeds: {len(result['seeds'])}.",

@@ -72,6 +72,7 @@ class Table:
 
 
 def table1(labels: tuple[str, ...], shots: int, chat_model: str | None) -> Table:
+    """The first model is called a base model only beside a chat model: of one alone nobody has said which it is."""
     label = "Chemical" if "Chemical" in labels else labels[0]
     prompt = {"instruction": True, "shots": shots}
     rows = []
@@ -80,10 +81,11 @@ def table1(labels: tuple[str, ...], shots: int, chat_model: str | None) -> Table
         (_, _, *with_prompt), (_, _, *without), _ = TABLE1
         rows.append(Row(("chat model", "instruction and demonstrations"), ({**chat, **prompt},), *with_prompt))
         rows.append(Row(("chat model", "input sentence only"), (chat,), *without))
+    first = "base model" if chat_model else "the model"
     (_, _, *base) = TABLE1[-1]
-    rows.append(Row(("base model", "instruction and demonstrations"), ({"labels": label, **prompt},)))
-    rows.append(Row(("base model", "input sentence only"), ({"labels": label},), *base))
-    model = "chat model" if chat_model else "base model"
+    rows.append(Row((first, "instruction and demonstrations"), ({"labels": label, **prompt},)))
+    rows.append(Row((first, "input sentence only"), ({"labels": label},), *base))
+    model = "chat model" if chat_model else first
     claim = Claim(
         "The prompt does not matter once the model is fine-tuned",
         (model, "instruction and demonstrations"),
