@@ -5,12 +5,10 @@ import hashlib
 import json
 import math
 import re
-import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..training.loop import train
 from ..training.step import DivergedError
 from .experiments import BASE, Changes, Row, Table
+from .origin import origin
 
 # ---- cells ----
 
@@ -87,7 +86,7 @@ class Cell:
         except (RuntimeError, InputError) as error:
             result = failure(error)
             if not on_every_process(error, world):
-                self.keep(result)
+                self.keep(result, world)
                 raise  # the others have not failed, and wait
         else:
             config = json.loads((self.folder / RUN_CONFIG).read_text())
@@ -99,22 +98,22 @@ class Cell:
                 "curve": [round(step["loss"], 5) for step in steps],
             }
         if world.is_main:
-            self.keep(result)
+            self.keep(result, world)
         world.barrier()
         return result
 
-    def keep(self, result: dict) -> None:
-        keep(result, [self], self.path)
+    def keep(self, result: dict, world: World) -> None:
+        keep(result, [self], self.path, world)
 
 
-def keep(result: dict, cells: Iterable[Cell], path: Path) -> None:
+def keep(result: dict, cells: Iterable[Cell], path: Path, world: World) -> None:
     """Writes a result with the settings of its `runs`, but for where things lay, and what it was made by."""
     runs = []
     for cell in cells:
         places = {name: Path(getattr(cell.settings, name)).name for name in ("model", "data", "out")}
         runs.append(asdict(cell.settings) | places)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result | {"runs": runs, "made_by": origin()}, path)
+    write_json(result | {"runs": runs, "made_by": origin(world)}, path)
 
 
 def deciding(settings: Settings) -> dict[str, Any]:
@@ -126,17 +125,6 @@ def deciding(settings: Settings) -> dict[str, Any]:
         for field in fields(Settings)
         if field.name not in idle and (value := getattr(settings, field.name)) != field.default
     }
-
-
-def origin() -> str:
-    """The version of this package, with the commit where it runs from a clone."""
-    clone = Path(__file__).parents[2]
-    if not (clone / ".git").exists():
-        return version("llamalora")
-    described = subprocess.run(
-        ["git", "-C", str(clone), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    return f"{version('llamalora')}, commit {described}"
 
 
 def failure(error: Exception) -> dict:
@@ -154,6 +142,21 @@ def rate(rank: int, rates: Mapping[int, float], default: float | None) -> float 
     if not rates:
         return default
     return rates[min(sorted(rates), key=lambda known: abs(math.log(known / rank)))]
+
+
+def runs(row: Row, seed: int, rates: Mapping[int, float], lr: float | None, lr_full: float | None) -> list[Changes]:
+    """The settings in which the runs of a row differ from what all share.
+
+    Args:
+        rates, lr: the peak learning rates of LoRA, as in `rate`.
+        lr_full: that of full and partial fine-tuning.
+    """
+    changes: list[Changes] = []
+    for one in row.runs:
+        run = {**BASE, **one, "seed": seed}
+        run.setdefault("lr", rate(run["rank"], rates, lr) if run["method"] == "lora" else lr_full)
+        changes.append(run)
+    return changes
 
 
 @dataclass
@@ -186,12 +189,8 @@ class Runner:
         return self.base.data
 
     def cells(self, row: Row, seed: int) -> list[Cell]:
-        cells = []
-        for one in row.runs:
-            changes = {**BASE, **one, "seed": seed}
-            lr = rate(changes["rank"], self.rates, self.base.lr) if changes["method"] == "lora" else self.lr_full
-            cells.append(Cell.of(self.base, {"lr": lr} | changes, self.out, self.world))
-        return cells
+        changes = runs(row, seed, self.rates, self.base.lr, self.lr_full)
+        return [Cell.of(self.base, one, self.out, self.world) for one in changes]
 
     def run(self, tables: Iterable[Table]) -> None:
         """A failed cell is recorded and passed over; the next time it is tried again."""
@@ -223,16 +222,19 @@ class Runner:
             return {"error": errors[0]}
         if split == "dev" and len(cells) == 1:
             return known[0]
+        missing = [cell.folder for cell in cells if not cell.folder.is_dir()]
         name = "+".join(cell.path.stem for cell in cells)
         path = cells[0].path.with_name(f"{name}.json" if split == "dev" else f"{name}.{split}.json")
         if self.world.from_main(path.exists()):
             return json.loads(path.read_text())
+        if self.world.from_main(missing):
+            return {"error": f"{missing[0]} is not there; without {cells[0].path} the run is repeated"}
         result = self._join(cells) if split == "dev" else self._score(cells, split)
         if "error" in result:
             return result
         result |= {key: sum(each[key] for each in known) for key in ("trainable", "seconds")}
         if self.world.is_main:
-            keep(result, cells, path)
+            keep(result, cells, path, self.world)
         self.world.barrier()
         return result
 

@@ -2,19 +2,14 @@
 
 import argparse
 import math
-import os
-import platform
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
-from datetime import date
 from pathlib import Path
-
-import torch
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
 from ..corpus.documents import Span, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
-from ..distributed.world import World, join_world
+from ..distributed.world import join_world
 from ..files import replace_file, write_json
 from ..mistakes import is_run
 from ..model.checkpoint import read_config
@@ -24,9 +19,10 @@ from ..task.definition import Task
 from ..task.prompt import render_answer
 from ..task.score import document_counts, score, score_files, span_keys
 from . import figures, findings, markdown, stats
-from .cells import Runner, origin
+from .cells import Runner
 from .costs import show_table7, show_table8, table7, table8
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
+from .origin import origin
 from .printed import RANKS, TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
@@ -255,9 +251,7 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner
     for name in ("model", "data"):
         common[name] = Path(common[name]).name  # not where it lay
     result = {
-        "date": str(date.today()),
-        "machine": machine(runner.world),
-        "made_by": origin(),
+        "made_by": origin(runner.world),
         "settings": common | {"rates": runner.rates, "lr_full": runner.lr_full},
         "seeds": list(runner.seeds),
         "tables": {summary["name"]: summary for summary in summaries},
@@ -266,18 +260,3 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "tables.json")
     figures.save(result, out)
-
-
-def machine(world: World) -> dict:
-    """What the runs were made on."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor()
-    return {"device": name, "processes": world.size, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
