@@ -4,31 +4,18 @@
 >>> inject_lora(model, targets="all", rank=8)
 """
 
-from .evaluation.generate import generate
-from .lora.adapter import load_adapter, save_adapter
-from .lora.inject import count_parameters, inject_lora, merge, restore
-from .lora.layers import LoRAEmbedding, LoRALinear
-from .model.checkpoint import load_model, save_model
-from .model.config import LlamaConfig
-from .model.llama import Llama
-from .model.packing import KVCache, Packing
-from .task.tokenizer import load_tokenizer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "KVCache",
-    "Llama",
-    "LlamaConfig",
-    "LoRAEmbedding",
-    "LoRALinear",
-    "Packing",
-    "count_parameters",
-    "generate",
-    "inject_lora",
-    "load_adapter",
-    "load_model",
-    "load_tokenizer",
-    "merge",
-    "restore",
-    "save_adapter",
-    "save_model",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """The public names, of `api.py`. They need torch, which `llamalora --help` and a wrong flag do not wait for."""
+    from . import api
+
+    if name not in ("__all__", *api.__all__):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)

@@ -32,7 +32,7 @@ def wrong_folder(path: str | Path, wanted: str, otherwise: str) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py has started a run there."""
+    """Whether a run was started there."""
     return isinstance(_read(folder / "config.json").get("settings"), dict)
 
 
@@ -43,7 +43,7 @@ def _what_is(path: Path) -> str | None:
     config = _read(path / "config.json")
     if is_run(path):
         base = config["settings"].get("model")
-        return f"a run of train.py; its base model is {base}, what it has learnt is in {path / 'best'}"
+        return f"a training run; its base model is {base}, what it has learnt is in {path / 'best'}"
     home = next((f" in the run {parent}" for parent in path.parents if is_run(parent)), "")
     if (path / "adapter_config.json").is_file():
         base = _read(path / "adapter_config.json").get("base_model_name_or_path")

@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_flag(argv, message):
 
 @pytest.mark.parametrize("name, hint", [
     ("inspct", "did you mean inspect?"), ("table", "did you mean tables?"), ("trian", "did you mean train?"),
-    ("train", "that is python train.py"), ("eval", "that is python eval.py"), ("x", "choose from fetch, stats"),
+    ("evla", "did you mean eval?"), ("x", "choose from train, eval"),
 ])  # fmt: skip
 def test_unknown_commands(name, hint, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -98,7 +98,7 @@ PLACES = {  # what is there -> what is said about it
     "model": "a model folder, by its config.json",
     "run/best": "a PEFT adapter in the run PLACE/run; its base model is PLACE/model",
     "adapter": "a PEFT adapter; its base model is not named",
-    "run": "a run of train.py; its base model is PLACE/model, what it has learnt is in PLACE/run/best",
+    "run": "a training run; its base model is PLACE/model, what it has learnt is in PLACE/run/best",
     "run/checkpoints": "a folder in the run PLACE/run",
     "corpus": "a corpus folder",
     "corpus/train.tsv": "a file",

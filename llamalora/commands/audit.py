@@ -1,29 +1,37 @@
-"""`python -m llamalora audit`: what a model has to train, to store and to hold in memory, without its weights."""
+"""Counts what a model has to train, to store and to hold in memory, without its weights."""
 
 import argparse
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..cli import Parser, UsageError, check_least, refuse_idle
+from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
 from ..lora import counts
-from ..lora.inject import KINDS, METHODS, make_trainable, parse_targets, what_learns
+from ..lora.inject import make_trainable
+from ..lora.kinds import KINDS, METHODS, parse_targets, what_learns
 from ..mistakes import wrong_folder
 from ..model.checkpoint import read_config, skeleton
 from ..model.config import LLAMA_2, LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
+from ..runs.settings import Settings
 from ..text_table import aligned
 from ..training import hardware
-from ..training.memory import GIB, REPORTED, USABLE, plan_memory
+from ..training.memory import GIB, LENGTHS, REPORTED, USABLE
+from ..training.placement import fit
+
+EXAMPLES = """
+--rank 128
+--memory --rank 128 --gpus 4 --gpu-memory 16GB
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora audit", description=__doc__)
+    parser = Parser("audit", EXAMPLES, description=__doc__)
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
@@ -39,9 +47,7 @@ def main(argv: list[str]) -> None:
     planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
                          help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
     planned.add_argument("--precision", default="fp16", choices=tuple(DTYPES), help="of the products (default: fp16)")
-    planned.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a forward pass (default: 2048)")
-    planned.add_argument("--activation-checkpointing", nargs="?", type=int, default=0, const=1, metavar="K",
-                         help="recompute every K-th block in the backward pass (1: all; default: 0, none)")  # fmt: skip
+    add_flags(planned, Settings, ("micro_tokens", "activation_checkpointing"))
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
     table = next((name for name in ("table7", "table8", "hardware") if getattr(arguments, name)), None)
@@ -89,14 +95,18 @@ def read_shape(model: str) -> LlamaConfig:
 
 
 def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> dict:
-    """The plans for ddp and fsdp, and what they are for."""
-    gpus, precision, recompute = arguments.gpus, arguments.precision, arguments.activation_checkpointing
-    result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
+    """What `train` would plan with ddp and with fsdp, on examples as long as BC5CDR's, and which it would take."""
+    names = ("method", "targets", "rank", "dora", "precision", "micro_tokens", "activation_checkpointing")
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    gpus, precision, step = arguments.gpus, arguments.precision, settings.batch_tokens
+    result = {"gpus": gpus, "capacity": capacity, "precision": precision, "batch_tokens": step}
     for parallel in ("ddp", "fsdp"):
-        plan = plan_memory(model, parallel, gpus, capacity, precision, arguments.micro_tokens, recompute)
+        placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
+        assert (plan := placement.plan) is not None
         sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
-        result[parallel] = asdict(plan) | sums
-    return result
+        result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
+    auto = fit(model, settings, LENGTHS, gpus, capacity)
+    return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
 
 
 def parse_capacity(text: str) -> int:
@@ -137,7 +147,10 @@ def show_counts(result: dict) -> str:
 
 def show_memory(result: dict) -> str:
     plans = {parallel: result[parallel] for parallel in ("ddp", "fsdp")}
-    rows = [["GiB on each GPU", *plans]]
+    recomputed = (plan["activation_checkpointing"] for plan in plans.values())
+    rows = [["", *plans], ["tokens of a micro-batch", *(f"{plan['micro_tokens']:,}" for plan in plans.values())]]
+    rows.append(["blocks recomputed", *({0: "none", 1: "all"}.get(every, f"1 in {every}") for every in recomputed)])
+    rows.append(["GiB on each GPU", *[""] * len(plans)])
     for name in plans["ddp"]["items"]:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
     rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
@@ -149,9 +162,7 @@ def show_memory(result: dict) -> str:
         verdict = f"fits, {spare:.2f} GiB to spare" if plan["fits"] else f"does not fit, by {spare:.2f} GiB"
         room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
         verdicts.append([parallel, f"{verdict}; {room}"])
-    tokens = plans["ddp"]["micro_tokens"]
-    every = result["activation_checkpointing"]
-    recompute = {0: "", 1: ", recomputing every block"}.get(every, f", recomputing one block in {every}")
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
-    step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}"
+    step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
+    taken = "train --parallel auto takes {parallel}: {why}".format(**result["auto"])
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}"

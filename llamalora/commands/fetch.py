@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..cli import Parser, UsageError
+from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
-from ..files import HOME, is_occupied, new_folder
+from ..files import is_occupied, new_folder
 from ..model.checkpoint import load_model
 from ..paper.printed import TABLE5
 from ..task.tokenizer import check_fit, load_tokenizer
@@ -65,8 +65,10 @@ def main(argv: list[str]) -> None:
         UsageError: a target that is there already, a source that cannot be had or is not what it should be, a
             disk that cannot be written. Nothing is left behind then, nor after a signal (exit code 128 + number).
     """
-    parser = Parser(prog="python -m llamalora fetch", description="Fetches a model or a corpus.")
-    parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"))
+    parser = Parser(
+        "fetch", "smollm2-135m\nbc5cdr --from CDR_Data.zip", description="Fetches a small real model, or a corpus."
+    )
+    parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"), help="a real Llama, or the paper's corpus")
     parser.add_argument(
         "--from",
         dest="source",
@@ -83,8 +85,8 @@ def main(argv: list[str]) -> None:
     if source and not (source.is_file() or source.is_dir()):
         raise UsageError(f"--from {source}: no such file or folder")
     fetch, place = {
-        "smollm2-135m": (fetch_smollm2, HOME / "weights/smollm2-135m"),
-        "bc5cdr": (fetch_bc5cdr, HOME / "data/bc5cdr"),
+        "smollm2-135m": (fetch_smollm2, Path("weights/smollm2-135m")),
+        "bc5cdr": (fetch_bc5cdr, Path("data/bc5cdr")),
     }[arguments.what]
     target = (arguments.out or place).resolve()
     if is_occupied(target):
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{error}; nothing was written to {target}") from None
     shown = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
     flag = {"smollm2-135m": "--model", "bc5cdr": "--data"}[arguments.what]
-    print(f"wrote {shown}\n{report}\nnext: python train.py {flag} {shlex.quote(str(shown))}")
+    print(f"wrote {shown}\n{report}\nnext: {called('train')} {flag} {shlex.quote(str(shown))}")
 
 
 def copy(stream: IO[bytes] | gzip.GzipFile, path: Path, limit: int) -> str:

@@ -1,4 +1,4 @@
-"""`python -m llamalora inspect`: what a trained adapter looks like inside."""
+"""Shows what a trained adapter looks like inside."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora inspect", description=__doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder of train.py (its best)")
+    parser = Parser("inspect", "RUN --model weights/tiny --out page", description=__doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder (its best)")
     parser.add_argument("--model", metavar="FOLDER", help="base model, to set the updates against W0")
     parser.add_argument("--against", metavar="ADAPTER2", help="second adapter, for subspace similarity")
     parser.add_argument("--spectra", action="store_true", help="decompose W0: overlap, intruder dimensions (slow)")

@@ -1,4 +1,4 @@
-"""`python -m llamalora merge`: base model and adapter become one Hugging Face folder, tensor by tensor.
+"""Makes base model and adapter one Hugging Face folder, tensor by tensor.
 
 Only one matrix is in memory at a time, for the merge and for the probe, so a model of any size can be merged.
 The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..cli import Parser, UsageError
 from ..files import is_occupied, new_folder
-from ..lora.inject import KINDS, adapt, kind_of, lora_layers
+from ..lora.inject import adapt, lora_layers
+from ..lora.kinds import KINDS, kind_of
 from ..lora.layers import PARTS, LoRALayer
 from ..lora.peft_format import Adapter, Factors, read_adapter
 from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
@@ -37,11 +38,16 @@ PROBE = (
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
+EXAMPLES = """
+--run RUN --out FOLDER
+--adapter FOLDER --model FOLDER --out FOLDER
+"""
+
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora merge", description=__doc__)
+    parser = Parser("merge", EXAMPLES, description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="RUN", help="run folder of train.py: its best adapter and its base model")
+    source.add_argument("--run", metavar="RUN", help="run folder: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--model", metavar="FOLDER", help="base model (with --run: in place of the run's)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")

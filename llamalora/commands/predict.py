@@ -23,8 +23,8 @@ DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora predict", description=__doc__)
-    parser.add_argument("--run", required=True, help="run folder of train.py")
+    parser = Parser("predict", "--run RUN notes.txt", description=__doc__)
+    parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
     parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))

@@ -45,7 +45,7 @@ def assess(
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
     as a false positive. Such an entity has no offsets, so that no file of predictions can tell of it: `placed` is the
-    score without it, that which `python -m llamalora score` gives those files. `unscored` counts gold mentions of
+    score without it, that which `llamalora score` gives those files. `unscored` counts gold mentions of
     other labels, which nobody asked for. `secondary` has two other conventions: each string placed at its first
     occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
     false positives and false negatives of each document for the headline, and for the first of the others,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..lora.inject import KINDS, kind_of
+from ..lora.kinds import KINDS, kind_of
 from ..lora.peft_format import Adapter, Factors, block_of
 from ..model.checkpoint import tensor_files
 from ..model.tensors import CheckpointError, read_tensor, tensor_entries

@@ -23,7 +23,8 @@ from ..evaluation.systems import load_run, score_split
 from ..files import write_json
 from ..model.tensors import CheckpointError
 from ..runs.folder import RUN_CONFIG, fingerprints, read_settings, read_task
-from ..runs.settings import ResolvedSettings, Settings, resolve
+from ..runs.resolve import resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..training.loop import train
 from ..training.step import DivergedError
 from .experiments import BASE, Changes, Row, Table

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..lora.inject import KINDS, count_parameters, make_trainable
+from ..lora.inject import count_parameters, make_trainable
+from ..lora.kinds import KINDS
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from .printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TARGETS
 
-Changes = Mapping[str, Any]  # to the settings of train.py
+Changes = Mapping[str, Any]  # to the settings of `train`
 
 # what the tables vary themselves, and what each run of theirs has in common
 VARIED = ("out", "format", "labels", "instruction", "shots", "method", "targets", "rank", "rslora", "dora", "loraplus",

@@ -1,4 +1,5 @@
-"""`python -m llamalora tables`: the paper's tables again, ours beside the paper's, as Markdown, JSON and PNG."""
+"""Makes the paper's tables again, ours beside the paper's, as Markdown, JSON and PNG. What they need is trained once
+and kept; the flags in groups are those of `train`, for every run."""
 
 import argparse
 import math
@@ -7,32 +8,30 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
-from ..corpus.documents import Span, all_sentences, labels_of
+from ..corpus.documents import all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import join_world
 from ..files import replace_file, write_json
 from ..mistakes import is_run
 from ..model.checkpoint import read_config
-from ..model.config import LLAMA_2
-from ..runs.settings import ResolvedSettings, Settings, resolve
-from ..task.definition import Task
-from ..task.prompt import render_answer
+from ..runs.resolve import choose_data, resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..task.score import document_counts, score, score_files, span_keys
-from . import figures, findings, markdown, stats
+from . import figures, findings, markdown
 from .cells import Runner
-from .costs import show_table7, show_table8, table7, table8
+from .counted import COUNTED, counted
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
 from .origin import origin
-from .printed import RANKS, TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
+from .printed import RANKS
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
-COUNTED = ("5", "6", "7", "8")
 FULL = 0  # in the place of a rank: full fine-tuning
 CHOICES = (*TRAINED[:4], *COUNTED, "all", *TRAINED[4:])
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora tables", description=__doc__)
+    usage = "%(prog)s TABLE ... [FLAG ...]"
+    parser = Parser("tables", "5 6 7 8\n2 --limit-train 64 --limit-eval 20", usage=usage, description=__doc__)
     parser.add_argument("which", nargs="+", metavar="TABLE", help=f"any of {', '.join(CHOICES)} (all: 1 to 8)")
     parser.add_argument("--seeds", default="0", help="each row is run with each seed of this comma list (default: 0)")
     parser.add_argument("--limit-eval", type=int, help="score on the first N sentences of the split")
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
     # steps of so many tokens would give the formats, which differ in length, different numbers of steps
     own = (*VARIED, "eval_limit", "batch_tokens")
     common = [field.name for field in fields(Settings) if field.name not in own]
-    add_flags(parser.add_argument_group("of every run, as in train.py"), Settings, common)
+    add_flags(parser, Settings, common)
     parser.set_defaults(batch_sentences=10)
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.which if name not in CHOICES]
@@ -74,10 +73,10 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
     with join_world(base.timeout) as world:
-        places = resolve(base, world.device)[0]
-        base = replace(base, model=places.model, data=places.data)
-        sections = [counted(name, places.data) for name in which if name in COUNTED]
+        sections = [counted(name, choose_data(base.data)[0]) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
+            places = resolve(base, world.device)[0]
+            base = replace(base, model=places.model, data=places.data)
             chosen = [define(name, arguments, places) for name in which if name in TRAINED]
             missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(places.data).keys()
             if missing:
@@ -204,35 +203,6 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
     ids = [document.id for document in documents]
     by_document = dict(zip(ids, document_counts(gold, made, ids).tolist(), strict=True))
     return {**score(gold, made), "by_document": dict.fromkeys(findings.CONVENTIONS, by_document)}
-
-
-# ---- tables that need no run ----
-
-
-def counted(name: str, data: str) -> str:
-    """Tables 5 to 8 as Markdown; `data` is the corpus folder."""
-    if name == "5":
-        splits = read_splits(data)
-        title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))
-    elif name == "6":
-        title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())
-    elif name == "7":
-        title, text = "Trainable parameters of Llama-2-7B", show_table7(table7(LLAMA_2["llama-2-7b"]))
-    else:
-        title, text = "Cost, Llama-2-7B", show_table8(table8(LLAMA_2["llama-2-7b"]))
-    return f"## Table {name}: {title}\n\n```\n{text}\n```"
-
-
-def formats() -> list[str]:
-    """The lines of Table 6, rendered, each ticked if it is the paper's."""
-    text = TABLE6_INPUT
-    spans = [Span(text.index(m), text.index(m) + len(m), label) for m, label in TABLE6_MENTIONS.items()]
-    lines = []
-    for (form, labels), printed in TABLE6.items():
-        names = ("Disease", "Chemical") if labels == "all" else (labels,)
-        answer = render_answer(Task(form, names, per_label=labels != "all"), text, spans)
-        lines.append(f"{form:<10} {labels:<8} {answer} {'✓' if answer == printed else f'(printed: {printed})'}")
-    return lines
 
 
 # ---- what is written ----

@@ -10,7 +10,8 @@ from ..corpus.documents import CorpusError, Documents, Sentence, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
 from ..runs.folder import check_resumable, find_obstacle
-from ..runs.settings import ResolvedSettings, Settings, resolve
+from ..runs.resolve import resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import check_tags, make_task, read_base
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer

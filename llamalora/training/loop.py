@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: what `train.py` runs, and every cell of the paper's tables."""
+"""The training loop, from top to bottom: what `train` runs, and every cell of the paper's tables."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from ..cli import Interrupt
+from ..cli import Interrupt, called
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
@@ -122,7 +122,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
     world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")
-    world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
+    world.say(f"\nscore the test split with: {called('eval')} --run {folder} --split test")
     return result
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from ..corpus.documents import told
 from ..distributed.world import World
 from ..files import naming, replace_file
-from ..lora.inject import count_parameters, what_learns
+from ..lora.inject import count_parameters
+from ..lora.kinds import what_learns
 from ..model.attention import attention_kernel
 from ..model.llama import Llama
 from ..model.precision import DTYPES

@@ -12,7 +12,8 @@ from llamalora.cli import run_command
 from llamalora.distributed.world import World
 from llamalora.lora import counts
 from llamalora.lora.adapter import save_adapter
-from llamalora.lora.inject import inject_lora, kind_of, make_trainable, train_weights, trainable_parameters
+from llamalora.lora.inject import inject_lora, make_trainable, train_weights, trainable_parameters
+from llamalora.lora.kinds import kind_of
 from llamalora.model.checkpoint import save_model, skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.paper.printed import (

@@ -19,7 +19,8 @@ from llamalora.__main__ import main
 from llamalora.cli import run_command
 from llamalora.commands import merge as merging
 from llamalora.lora.adapter import load_adapter, save_adapter
-from llamalora.lora.inject import inject_lora, kind_of, lora_layers, merge
+from llamalora.lora.inject import inject_lora, lora_layers, merge
+from llamalora.lora.kinds import kind_of
 from llamalora.lora.peft_format import factor_keys
 from llamalora.model.checkpoint import load_model, save_model, skeleton, tensor_files
 from llamalora.model.tensors import file_bytes, streamed, write_tensors

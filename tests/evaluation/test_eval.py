@@ -231,7 +231,7 @@ def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
         (["--model", "weights/tiny", "--adapter", "weights", "--data", "data/sample"], "adapter_config.json"),
         (["--run", "RUN", "--run", "DISEASE", "--order", "Disease"], "two systems answer"),
         (["--run", "RUN/best"], "RUN/best: no run folder but a PEFT adapter in the run RUN"),
-        ([*MODEL, "--adapter", "RUN"], "RUN: no adapter folder but a run of train.py"),
+        ([*MODEL, "--adapter", "RUN"], "RUN: no adapter folder but a training run"),
         (
             ["--model", "RUN", "--data", "data/sample"],
             "its base model is weights/tiny, what it has learnt",

@@ -17,7 +17,8 @@ from llamalora.commands import inspect
 from llamalora.inspection import analysis, spectrum
 from llamalora.inspection.analysis import METRICS, Matrix, by_kind
 from llamalora.lora.adapter import save_adapter
-from llamalora.lora.inject import KINDS, inject_lora, lora_layers
+from llamalora.lora.inject import inject_lora, lora_layers
+from llamalora.lora.kinds import KINDS
 from llamalora.lora.peft_format import read_adapter
 from llamalora.model.checkpoint import save_model
 from llamalora.model.tensors import CheckpointError
