@@ -4,6 +4,7 @@
 >>> inject_lora(model, targets="all", rank=8)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +15,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     """The public names, of `api.py`. They need torch, which `llamalora --help` and a wrong flag do not wait for."""
-    from . import api
-
+    api = import_module(".api", __name__)
     if name not in ("__all__", *api.__all__):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(api, name)
