@@ -48,8 +48,8 @@ def overview() -> str:
     lines = [f"usage: {called('COMMAND')} ...", "", "LoRA fine-tuning of Llama-2 for named-entity recognition."]
     for title, commands in COMMANDS.items():
         lines += ["", f"{title}:", *(f"  {name:<9} {summary}" for name, (_, summary) in commands.items())]
-    lines += ["", f"Each explains itself with --help. The first thing to try needs no flag: {called('train')}"]
-    return "\n".join([*lines, "fine-tunes the built-in checkpoint on the built-in corpus, in about two minutes."])
+    lines += ["", "Each explains itself with --help. To try it on what is built in, two minutes:"]
+    return "\n".join([*lines, f"  {called('train')}"])
 
 
 def run() -> None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+BUILT_IN = ("weights/tiny", "data/sample")
 
 
 def built_in(name: str) -> Path:
-    """Where `weights/tiny` or `data/sample` is: a wheel carries them inside the package, a clone has them beside it."""
+    """Where one of `BUILT_IN` is: a wheel carries them inside the package, a clone has them beside it."""
     inside = PACKAGE / name
     return inside if inside.exists() else PACKAGE.parent / name
 

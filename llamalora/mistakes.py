@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .files import BUILT_IN, built_in
+
 
 def nearest(name: str, known: Iterable[str], place: Path = Path()) -> str:
     """The end of a refusal: which known name (in a place) is near an unknown one, if one is."""
@@ -26,7 +28,9 @@ def wrong_folder(path: str | Path, wanted: str, otherwise: str) -> str:
         return f"{path}: no {wanted} but {there}" if there and wanted not in there else otherwise
     hint = nearest(path.name, (entry.name for entry in path.parent.glob("*")), path.parent)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
-    if on_hub and wanted in ("model folder", "adapter folder"):
+    if path.as_posix() in BUILT_IN:
+        hint = f"; the built-in one is {built_in(path.as_posix())}"
+    elif on_hub and wanted in ("model folder", "adapter folder"):
         hint = f"; nothing is fetched from the Hub here, so first: hf download {path} --local-dir weights/{path.name}"
     return f"{path}: no such {wanted}{hint}"
 

@@ -2,10 +2,13 @@
 
 import ast
 import graphlib
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from llamalora.files import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llamalora"
@@ -95,6 +98,11 @@ def test_imports_follow_the_arrows(name):
         if room_of(other) is not None and room_of(other) != room:
             assert room is not None, f"{name} stands at the top and imports {other} out of a room"
             assert room_of(other) in below(room), f"{name} imports {other}: no arrow leads from {room} there"
+
+
+def test_every_room_is_in_the_wheel():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert set(packages) == {"llamalora", *(f"llamalora.{name.replace('/', '.')}" for name in (*ARROWS, *BUILT_IN))}
 
 
 def test_no_files_import_each_other_around_a_circle():

@@ -58,7 +58,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
         save(model, settings, folder, "last", world)
-        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        world.say(f"stopped by a signal after step {progress.cursor}; go on with: {called('train')} --resume {folder}")
         sys.exit(128 + number)
 
     model.train()
