@@ -100,12 +100,14 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
     settings = Settings(**{name: getattr(arguments, name) for name in names})
     gpus, precision, step = arguments.gpus, arguments.precision, settings.batch_tokens
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "batch_tokens": step}
+    auto = fit(model, settings, LENGTHS, gpus, capacity)
     for parallel in ("ddp", "fsdp"):
-        placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
+        placement = auto
+        if parallel != auto.parallel:
+            placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
         assert (plan := placement.plan) is not None
         sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
         result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
-    auto = fit(model, settings, LENGTHS, gpus, capacity)
     return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
 
 
