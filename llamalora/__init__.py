@@ -19,3 +19,7 @@ def __getattr__(name: str):
     if name not in ("__all__", *api.__all__):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]

@@ -33,7 +33,7 @@ MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in 
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
     elif argv[0] == "--version":
         print(f"llamalora {__version__}")

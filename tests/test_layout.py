@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import llamalora
+from llamalora import api
 from llamalora.files import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,15 @@ def test_the_parser_of_this_file_sees_imports():
     assert {"lora/inject", "model/llama"} <= imports(FILES["api"])
     assert {"runs/settings", "training/loop", "cli"} <= imports(FILES["commands/train"])
     assert {"commands/train", "cli"} <= imports(ROOT / "train.py")
+
+
+def test_the_public_names_are_those_of_the_api():
+    namespace: dict = {}
+    exec("from llamalora import *", namespace)
+    assert {name: getattr(api, name) for name in api.__all__} == {name: namespace[name] for name in api.__all__}
+    assert set(api.__all__) < set(dir(llamalora))
+    with pytest.raises(AttributeError, match="'llamalora' has no attribute 'fit'"):
+        _ = llamalora.fit
 
 
 def test_every_room_has_its_arrows():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
@@ -166,5 +167,5 @@ def show_memory(result: dict) -> str:
         verdicts.append([parallel, f"{verdict}; {room}"])
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
-    taken = "train --parallel auto takes {parallel}: {why}".format(**result["auto"])
+    taken = fill("train --parallel auto takes {parallel}: {why}".format(**result["auto"]), 80)
     return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}"
