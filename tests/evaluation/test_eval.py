@@ -315,7 +315,7 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     capsys.readouterr()
     code, output = verified(run, capsys)
     assert code == 1 and f"not the run's own result: {reason}" in output
-    assert f"eval.py --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
+    assert f"llamalora eval --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
 
 
 def test_a_run_scored_as_it_scores_itself(run, capsys):
