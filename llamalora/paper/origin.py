@@ -4,11 +4,11 @@ import os
 import platform
 import subprocess
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..distributed.world import World
 
 
@@ -19,7 +19,7 @@ def origin(world: World) -> dict:
     if (clone / ".git").exists():
         asked = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
         commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
-    return {"version": version("llamalora"), "commit": commit, "date": str(date.today()), "machine": _machine(world)}
+    return {"version": __version__, "commit": commit, "date": str(date.today()), "machine": _machine(world)}
 
 
 def _machine(world: World) -> dict:
