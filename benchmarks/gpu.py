@@ -19,7 +19,7 @@ from work import flops_per_token, need_peer, padded
 
 from llamalora.distributed.world import World
 from llamalora.evaluation.generate import generate
-from llamalora.lora.inject import count_parameters, inject_lora, merge, restore
+from llamalora.lora.inject import inject_lora, merge, restore
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.llama import Llama
@@ -109,7 +109,7 @@ def train(model: Llama, examples: list[Example], precision: str, device: torch.d
         optimizer.step(1e-4, World(device=device))
 
     seconds = seconds_of(step, arguments.repeats)
-    flops = flops_per_token(model.config, count_parameters(model)["trainable"], examples)
+    flops = flops_per_token(model, examples)
     speed = tokens / statistics.median(seconds)
     return {
         "tokens_per_second": speed,
