@@ -166,7 +166,7 @@ class Work:
 
     @cached_property
     def _beside_updates(self) -> int:
-        """Values a token that the products of updates read and write; q, k and v share their input, gate and up, too."""
+        """Values a token that products of updates read and write; q, k and v share their input, gate and up, too."""
         return sum(3 * layer.in_features + 4 * layer.out_features + 6 * layer.rank for layer in self.adapted)
 
     @cached_property

@@ -248,8 +248,13 @@ def test_a_run_says_what_it_expects_where_its_gpu_is_known(seven, monkeypatch):
     assert timetable.expected(job, seven, on_gpu) is None  # which computes no bf16
 
 
-def test_audit_prints_times_and_assumptions(capsys):
+def test_audit_prints_times_and_assumptions(capsys, monkeypatch):
     flags = ["audit", "--model", "weights/tiny", "--time", "--gpu", "A100-40"]
+    main([*flags, "--nodes", "2", "--network", "50", "--data", "data/sample", "--batch-tokens", "256"])
+    text = capsys.readouterr().out
+    assert "in each of 2 nodes" in text and "50 GB/s  assumed (--network)" in text and "data/sample" in text
+    placement = Placement("ddp", 2048, 0, None, "as the plan says")
+    monkeypatch.setattr(timetable, "fit", lambda *_: placement)  # seconds of a search, which has its own tests
     main([*flags, "--json"])
     result = json.loads(capsys.readouterr().out)
     forms = result["training"]
@@ -263,9 +268,6 @@ def test_audit_prints_times_and_assumptions(capsys):
     for words in ("planned, not measured", "4 x A100-40, bf16, ddp", "300 GB/s", "2.5 hours an epoch", "72%  assumed"):
         assert words in text
     assert "--network" not in text
-    main([*flags, "--nodes", "2", "--network", "50", "--data", "data/sample", "--batch-tokens", "256"])
-    text = capsys.readouterr().out
-    assert "in each of 2 nodes" in text and "50 GB/s  assumed (--network)" in text and "data/sample" in text
 
 
 @pytest.mark.parametrize("flags, message", [
