@@ -66,10 +66,8 @@ def main() -> None:
     restore(model)
     if expected := planned(model, examples, precision, device):
         result["planned"] = expected
-        print(f"training: {result['training']['tokens_per_second']:,.0f} tokens/s, planned {expected['training']:,.0f}")
-        print(
-            f"decoding: {result['decoding, merged']['tokens_per_second']:,.0f} tokens/s, planned {expected['decoding']:,.0f}"
-        )
+        for what, speed in (("training", "training"), ("decoding, merged", "decoding")):
+            print(f"{what}: {result[what]['tokens_per_second']:,.0f} tokens/s, planned {expected[speed]:,.0f}")
     if not arguments.no_peer:
         del model
         gc.collect()

@@ -243,7 +243,8 @@ def peers(day: Day) -> list[Figure]:
 
 def overflow(day: Day) -> list[Figure]:
     """fp16 from a loss scale far too large: steps are skipped until it fits, and then the model learns."""
-    config = replace(TINY, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8)
+    larger = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = replace(TINY, head_dim=64, **larger) if not day.dry else TINY
     model = inject_lora(random_model(config, torch.float16, day.device), "all", rank=8)
     optimizer = Optimizer(model, "fp16", day.device, weight_decay=0.0, clip=1.0)
     optimizer.scaler = torch.amp.GradScaler(day.device.type, init_scale=2.0**30)
