@@ -142,7 +142,8 @@ def headline(day: Day) -> list[Figure]:
         model = str(ROOT / "weights/tiny")
         if not day.dry:
             model = f"{folder}/model"
-            save_model(random_model(replace(SEVEN, vocab_size=32000), torch.float16, torch.device("cpu")), model)
+            save_model(random_model(SEVEN, torch.float16, day.device).cpu(), model)
+            torch.cuda.empty_cache()
             tokenizer = next((ROOT / "weights/tiny").glob("tokenizer*"))
             Path(model, tokenizer.name).write_bytes(tokenizer.read_bytes())
         limits = ["--limit-train", "8" if day.dry else "256", "--epochs", "1", "--eval-limit", "2" if day.dry else "32"]
