@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,15 +20,20 @@ from ..model.config import LLAMA_2, LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
+from ..paper.printed import TABLE8
 from ..runs.settings import Settings
 from ..text_table import aligned
-from ..training import hardware
+from ..training import duration, hardware, timetable
+from ..training.cards import CARDS
+from ..training.duration import Links
 from ..training.memory import GIB, LENGTHS, REPORTED, USABLE
 from ..training.placement import fit
+from ..training.timetable import Corpus
 
 EXAMPLES = """
 --rank 128
 --memory --rank 128 --gpus 4 --gpu-memory 16GB
+--time --rank 128 --gpus 4 --gpu H100
 """
 
 
@@ -43,24 +49,40 @@ def main(argv: list[str]) -> None:
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
     what.add_argument("--memory", action="store_true", help="GPU memory of a training step, item by item")
     what.add_argument("--hardware", action="store_true", help="which cards train which Llama-2, as Markdown (a minute)")
+    what.add_argument("--time", action="store_true", help="hours of training, and decoding, planned for known GPUs")
+    planned = parser.add_argument_group("for --memory and --time")
+    planned.add_argument("--gpus", type=int, default=4, help="processes, one on each; of each node (default: 4)")
+    planned.add_argument("--precision", choices=tuple(DTYPES),
+                         help="of the products (default: fp16; for --time the GPU's half precision)")  # fmt: skip
     planned = parser.add_argument_group("for --memory")
-    planned.add_argument("--gpus", type=int, default=4, help="processes, one on each (default: 4)")
     planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
                          help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
-    planned.add_argument("--precision", default="fp16", choices=tuple(DTYPES), help="of the products (default: fp16)")
     add_flags(planned, Settings, ("micro_tokens", "activation_checkpointing"))
+    timed = parser.add_argument_group("for --time")
+    timed.add_argument("--gpu", default="V100-16", choices=tuple(CARDS), help="the GPU (default: V100-16)")
+    timed.add_argument("--nodes", type=int, default=1, help="machines with so many GPUs each (default: 1)")
+    add_flags(timed, Settings, ("batch_tokens",))
+    timed.add_argument("--data", help="corpus folder, read with the tokenizer of --model (default: as long as BC5CDR)")
+    timed.add_argument("--link", type=float, metavar="GB/S",
+                       help="between GPUs of a node, each direction (default: its NVLink; PCIe 3: 12)")  # fmt: skip
+    timed.add_argument("--network", type=float, metavar="GB/S", default=duration.NETWORK,
+                       help=f"between nodes, each direction (default: {duration.NETWORK})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
     table = next((name for name in ("table7", "table8", "hardware") if getattr(arguments, name)), None)
-    method = METHODS[arguments.method]
+    planned, method = arguments.memory or arguments.time, METHODS[arguments.method]
     refuse_idle(arguments, {
         "model": arguments.hardware and "with --hardware, which is about every Llama-2",
         "targets rank method dora": table and f"with --{table}",
         "targets": not method.targeted and f"with --method {arguments.method}",
         "rank dora": not method.adapts and f"with --method {arguments.method}",
-        "gpus gpu_memory precision micro_tokens activation_checkpointing": not arguments.memory and "without --memory",
+        "gpus gpu_memory precision micro_tokens activation_checkpointing": not planned and "without --memory",
+        "gpu_memory micro_tokens activation_checkpointing": arguments.time and "with --time, where the plan decides",
+        "gpu nodes batch_tokens data link network": not arguments.time and "without --time",
+        "link": arguments.gpus == 1 and "on one GPU of a node",
+        "network": arguments.nodes == 1 and "on one node",
     })  # fmt: skip
-    check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0)
+    check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0, nodes=1, batch_tokens=1)
     capacity = parse_capacity(arguments.gpu_memory)
     config = read_shape(arguments.model)
     result: Any
@@ -81,8 +103,12 @@ def main(argv: list[str]) -> None:
         result |= {"trained": what_learns(arguments.method, targets, arguments.rank, arguments.dora)}
         result |= {"targets": targets} if method.targeted else {}
         result |= {"rank": arguments.rank, "dora": arguments.dora} if method.adapts else {}
-        result |= memory_plans(arguments, model, capacity) if arguments.memory else asdict(counts.audit(model))
-        show = show_memory if arguments.memory else show_counts
+        if arguments.time:
+            result, show = result | time_plan(arguments, model), show_time
+        elif arguments.memory:
+            result, show = result | memory_plans(arguments, model, capacity), show_memory
+        else:
+            result, show = result | asdict(counts.audit(model)), show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 
 
@@ -97,9 +123,10 @@ def read_shape(model: str) -> LlamaConfig:
 
 def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> dict:
     """What `train` would plan with ddp and with fsdp, on examples as long as BC5CDR's, and which it would take."""
-    names = ("method", "targets", "rank", "dora", "precision", "micro_tokens", "activation_checkpointing")
-    settings = Settings(**{name: getattr(arguments, name) for name in names})
-    gpus, precision, step = arguments.gpus, arguments.precision, settings.batch_tokens
+    names = ("method", "targets", "rank", "dora", "micro_tokens", "activation_checkpointing")
+    precision = arguments.precision or "fp16"
+    settings = Settings(precision=precision, **{name: getattr(arguments, name) for name in names})
+    gpus, step = arguments.gpus, settings.batch_tokens
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "batch_tokens": step}
     auto = fit(model, settings, LENGTHS, gpus, capacity)
     for parallel in ("ddp", "fsdp"):
@@ -110,6 +137,20 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
         sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
         result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
     return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
+
+
+def time_plan(arguments: argparse.Namespace, model: Llama) -> dict:
+    """How long a run takes on the GPUs of the flags, and in the paper."""
+    card = CARDS[arguments.gpu]
+    for name in ("link", "network"):
+        if (rate := getattr(arguments, name)) is not None and not 0 < rate < math.inf:
+            raise UsageError(f"--{name} is {rate:g}; it must be above 0, in GB/s")
+    if arguments.data and arguments.model in LLAMA_2:
+        raise UsageError(f"--data: --model {arguments.model} is a name without a tokenizer; give a model folder")
+    corpus = Corpus.read(arguments.data, arguments.model) if arguments.data else Corpus.bc5cdr()
+    links = Links(arguments.gpus, arguments.nodes, arguments.link or card.link, arguments.network)
+    settings = Settings(precision=arguments.precision or card.half, batch_tokens=arguments.batch_tokens)
+    return timetable.table(model, settings, corpus, arguments.gpu, links) | {"paper": TABLE8}
 
 
 def parse_capacity(text: str) -> int:
@@ -169,3 +210,13 @@ def show_memory(result: dict) -> str:
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
     taken = fill("train --parallel auto takes {parallel}: {why}".format(**result["auto"]), 80)
     return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}"
+
+
+def show_time(result: dict) -> str:
+    lora, full = (result["paper"][method] for method in ("lora", "full"))
+    return (
+        f"{_setup(result)}\n{timetable.show(result)}\n\n"
+        f"The paper (Table 8) gives {lora['hours_per_epoch']} hours an epoch of LoRA on all, r=128, on "
+        f"{lora['gpus']}, and {full['hours_per_epoch']} of full fine-tuning on {full['gpus']}; it does not say in what "
+        "steps."
+    )

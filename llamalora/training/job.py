@@ -99,9 +99,13 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
         sizes, capacity = [1] * len(examples), resolved.batch_sentences
     epochs = resolved.epochs
     if epochs is None:
-        per_epoch = len(plan_epoch(sizes, capacity, resolved.seed, 0))
-        epochs = max(3, math.ceil(FEWEST_STEPS / per_epoch))
+        epochs = default_epochs(len(plan_epoch(sizes, capacity, resolved.seed, 0)))
     steps = [(epoch, step) for epoch in range(epochs) for step in plan_epoch(sizes, capacity, resolved.seed, epoch)]
     resolved = replace(resolved, epochs=epochs)
     placement = place(resolved, config, lengths, world)
     return Job(resolved, why, splits, task, tokenizer, sentences, examples, skipped, steps, placement)
+
+
+def default_epochs(steps: int) -> int:
+    """Passes over a training split that takes so many steps."""
+    return max(3, math.ceil(FEWEST_STEPS / steps))

@@ -19,6 +19,7 @@ from ..model.precision import DTYPES
 from .batch import Example
 from .job import Job
 from .step import Update
+from .timetable import expected
 
 
 def announce(job: Job, model: Llama, world: World) -> None:
@@ -30,6 +31,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
     if world.device.type == "cuda":
         heads = model.config.num_attention_heads, model.config.head_dim
         on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+    time = expected(job, model, world)
     trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
     if not settings.adapts and "targets" not in settings.idle and model.tied:
         trained += " (embed and head are one matrix)"
@@ -48,7 +50,8 @@ def announce(job: Job, model: Llama, world: World) -> None:
         f"parallel   {job.placement}\n"
         f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
-        f"output     {settings.out}\n"
+        + (f"time       {time}\n" if time else "")
+        + f"output     {settings.out}\n"
     )
 
 
