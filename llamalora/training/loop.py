@@ -74,14 +74,22 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                     leave()
                 result, answers = scored
                 log.evaluation(progress.cursor, result)
+                progress.stale += 1
                 if result["micro"]["f1"] > progress.best:
-                    progress.best = result["micro"]["f1"]
+                    progress.best, progress.stale = result["micro"]["f1"], 0
                     save(model, settings, folder, "best", world)
                     if world.is_main:
                         write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
                 save_progress(folder, optimizer, progress, settings.keep, world)
             if progress.cursor == len(steps):
+                break
+            if job.ends_early(progress.stale):
+                save(model, settings, folder, "last", world)
+                world.say(
+                    f"ended early after step {progress.cursor}: no better dev F1 than {100 * progress.best:.2f} "
+                    f"in {progress.stale} evaluations"
+                )
                 break
 
             epoch, step = steps[progress.cursor]
@@ -156,6 +164,7 @@ class Progress:
     updates: int = 0  # of the parameters; a skipped step makes none
     evaluated: int = 0  # the step after which the model was last evaluated
     best: float = -1.0  # F1 on the development split
+    stale: int = 0  # evaluations since then
 
 
 def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:

@@ -45,7 +45,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + (" (one-label format)" if task.per_label else "")
         + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
         f"parallel   {job.placement}\n"
-        f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
+        f"schedule   {job.steps[-1][0] + 1} epochs, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
     )
