@@ -40,8 +40,9 @@ class Settings:
         None, "passes over the training split (default: 3, or as many as give 400 steps, but 3 with --limit-train)"
     )
     max_steps: int | None = option(
-        None, "end after N steps, for which the learning rate is planned: after --epochs if that is sooner, and without "
-        "--epochs after as many passes as it takes"
+        None,
+        "end after N steps, for which the learning rate is planned: after --epochs if that is sooner, and without "
+        "--epochs after as many passes as it takes",
     )
     lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
