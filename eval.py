@@ -28,6 +28,7 @@ from llamalora.runs.setup import check_constraint_format
 from llamalora.runs.state import MANIFEST
 from llamalora.task.definition import COPYING, FORMATS, listed_labels
 from llamalora.task.errors import format_tables
+from llamalora.text_table import wrapped
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
     on.add_argument("--html", metavar="FILE", help="write a page there that shows predictions beside gold")
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    on.add_argument("--quiet", action="store_true", help="print nothing but warnings, errors and the final result")
     arguments = parser.parse_args(argv)
     order = check_flags(arguments)
     with join_world() as world:
@@ -78,12 +80,17 @@ def main(argv: list[str]) -> None:
         for note in told(read.notes) if world.is_main else ():
             print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
         documents, asked = select_sentences(read, arguments.limit)
-        if not arguments.json:
-            world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why}){note}")
+        quiet = arguments.json or arguments.quiet
+        if not quiet:
+            world.say(wrapped(
+                f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})"
+            ))  # fmt: skip
+        if note and not arguments.json:
+            world.warn(wrapped(note))
         drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
         result, answers, known = score_split(
             loaders(arguments, data, precision, world), arguments.split, documents, asked, world, arguments.batch,
-            drafted, order, arguments.json, arguments.constrain,
+            drafted, order, quiet, arguments.constrain,
         )  # fmt: skip
         result |= scored
         if not world.is_main:
@@ -124,6 +131,7 @@ def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
         "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
         "which": not arguments.run and "without --run",
         "order": len(tasks) < 2 and "unless several runs are joined",
+        "quiet": arguments.json and "with --json, which prints nothing else",
         "draft": not formats & {*COPYING} and "where answers do not repeat the sentence",
     })  # fmt: skip
     if arguments.constrain:
@@ -161,7 +169,7 @@ def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | N
         return folder, ""
     if arguments.out is not None:
         raise UsageError(f"--out {folder}: a run keeps its own results only, and {'; '.join(reasons)}")
-    return None, f"\nnot kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
+    return None, f"not kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
 
 
 def loaders(arguments: argparse.Namespace, data: str, precision: str, world: World) -> Iterator[Callable[[], System]]:

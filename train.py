@@ -4,7 +4,7 @@
 The loop itself is `llamalora/training/loop.py`.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llamalora.cli import Parser, UsageError, add_flags, refuse_idle, run_command
@@ -17,9 +17,10 @@ from llamalora.training.loop import train
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue the run in RUN (default: --out)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings, errors and the final result")
     add_flags(parser, Settings)
     arguments = parser.parse_args(argv)
-    chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume"}}
+    chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume", "quiet"}}
     resume = arguments.resume is not None
     if resume:
         folder = arguments.resume or arguments.out
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
         "batch_tokens": settings.batch_sentences and "with --batch-sentences, which takes its place",
     })  # fmt: skip
     with join_world(settings.timeout) as world:
-        train(settings, world, resume)
+        train(settings, replace(world, terse=arguments.quiet), resume)
 
 
 if __name__ == "__main__":

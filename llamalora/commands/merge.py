@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..cli import Parser, UsageError
 from ..files import is_occupied, new_folder
@@ -25,6 +24,7 @@ from ..lora.peft_format import Adapter, Factors, read_adapter
 from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
+from ..progress import Bar
 from ..runs.folder import read_settings, trained_folder
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned
@@ -153,10 +153,10 @@ def _write_merged(
         shards[files[source].name][name] = stored[source]
 
     adapted = lora_layers(model)
-    progress = tqdm(total=len(names), desc="merging", unit="tensor", leave=False)
+    bar = Bar("merging", len(names), "tensor")
 
     def merged(name: str) -> Tensor:
-        progress.update()
+        bar.update()
         weight = _read_frozen(adapter, files, name)
         layer = name.removesuffix(".weight")
         if layer not in adapter.layers:
@@ -166,7 +166,7 @@ def _write_merged(
             raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
         return weight
 
-    with progress:
+    with bar:
         for file, entries in shards.items():
             write_tensors(folder / file, entries, merged)
     if set(shards) != {"model.safetensors"}:

@@ -15,6 +15,7 @@ from ..task.definition import Task
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
+from ..text_table import wrapped
 from .answer import Answer
 
 RESULT, ANSWERS = "eval-{}.json", "answers-{}.jsonl"  # of a split
@@ -200,8 +201,8 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
 def format_report(result: dict) -> str:
     """The scores as a table for the terminal, with the health of the outputs below."""
     interval, state, secondary = result["interval"], result["health"], result["secondary"]
+    table = format_table(result)
     lines = [
-        format_table(result),
         f"95 % interval of micro F1 (bootstrap over {result['documents']} documents): "
         f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
         f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
@@ -228,4 +229,4 @@ def format_report(result: dict) -> str:
             f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
             f"{speed['tokens_per_row_pass']:.1f} tokens a forward pass and sentence"
         )
-    return "\n".join(lines)
+    return "\n".join([table, *map(wrapped, lines)])

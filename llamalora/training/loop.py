@@ -58,14 +58,14 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
         save(model, settings, folder, "last", world)
-        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        world.warn(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
         sys.exit(128 + number)
 
     model.train()
     with (
         explained(job.placement.plan, world.device),
         Interrupt() as interrupt,
-        StepLog(folder, world, len(steps), progress.cursor) as log,
+        StepLog(folder, world, len(steps), progress.cursor, progress.best) as log,
     ):
         while True:
             if progress.evaluated < progress.cursor and job.is_evaluated(progress.cursor):
@@ -126,10 +126,10 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
 
     if "dev" not in job.splits:
         save(model, settings, folder, "best", world)
-        world.say(f"no development split; what was trained is in {folder / 'best'}")
+        world.say(f"no development split; what was trained is in {folder / 'best'}", result=True)
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
-    world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")
+    world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}", result=True)
     world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
     return result
 
@@ -179,9 +179,9 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     if world.is_main:
         clean_partial(folder)
     world.barrier()
-    checkpoint = load_checkpoint(folder, world.say)
+    checkpoint = load_checkpoint(folder, world.warn)
     if checkpoint is None:
-        world.say(f"{folder} has no checkpoint yet: starting from the beginning")
+        world.warn(f"{folder} has no checkpoint yet: starting from the beginning")
         return Progress()
     tensors, state = checkpoint
     optimizer.load_state(tensors, state)
