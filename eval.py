@@ -17,7 +17,7 @@ from llamalora.distributed.world import World, join_world
 from llamalora.evaluation.answer import DRAFT_TOKENS, select_sentences
 from llamalora.evaluation.own import foreign, scored_with
 from llamalora.evaluation.page import result_page
-from llamalora.evaluation.result import format_report, predicted_documents, write_result
+from llamalora.evaluation.result import format_legend, format_report, predicted_documents, write_result
 from llamalora.evaluation.systems import System, joint_labels, load_run, load_system, score_split
 from llamalora.files import replace_file
 from llamalora.mistakes import is_run
@@ -108,7 +108,8 @@ def main(argv: list[str]) -> None:
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
-            print(f"{format_report(result)}\n\n{format_tables(result['errors'])}")
+            report = f"{format_report(result)}\n\n{format_tables(result['errors'])}"
+            print(report if quiet else f"{report}\n\n{format_legend(result, report)}\n")
             if folder is not None:
                 print(f"written to {written}")
 

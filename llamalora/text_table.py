@@ -1,7 +1,7 @@
 """Text for a terminal of 80 columns: tables, and prose between them."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 WIDTH = 80  # columns
 GAP = 2  # between the columns of a table
@@ -10,19 +10,40 @@ GAP = 2  # between the columns of a table
 def aligned(rows: Sequence[Sequence[str]], sides: str = "l") -> str:
     """A text table: `l` and `r` say to which side each column leans, those without a letter to the right.
 
-    Columns for which there is no room go on below, after the first one again.
+    Columns for which there is no room go on below, after the first ones again, those that lean to the left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lean = [str.ljust if side == "l" else str.rjust for side in sides.ljust(len(widths), "r")]
-    blocks: list[list[int]] = []
-    for column in range(1, len(widths)):
-        if not blocks or sum(widths[c] + GAP for c in (*blocks[-1], column)) - GAP > WIDTH and len(blocks[-1]) > 1:
-            blocks.append([0])
-        blocks[-1].append(column)
+    titles = min(len(sides) - len(sides.lstrip("l")), len(widths) - 1)
+    blocks = _folded(widths, titles, WIDTH)
+    if len(blocks) > 1:  # as few, but of like width
+        every = (_folded(widths, titles, width) for width in range(1, WIDTH))
+        blocks = next((those for those in every if len(those) == len(blocks)), blocks)
     return "\n\n".join(
         "\n".join("".join(lean[c](row[c], widths[c]) + " " * GAP for c in block).rstrip() for row in rows)
-        for block in blocks or [[0]]
+        for block in blocks
     )
+
+
+def _folded(widths: Sequence[int], titles: int, width: int) -> list[list[int]]:
+    """The columns of each part of a table so wide at most, the first `titles` ones in each."""
+    blocks = [[*range(titles)]]
+    for column in range(titles, len(widths)):
+        needed = sum(widths[c] + GAP for c in (*blocks[-1], column)) - GAP
+        if needed > width and len(blocks[-1]) > titles:
+            blocks.append([*range(titles)])
+        blocks[-1].append(column)
+    return blocks
+
+
+def legend(words: Mapping[str, str]) -> str:
+    """A line for each word that a reader cannot know, with what it means."""
+    return aligned([(f"  {word}", meaning) for word, meaning in words.items()], "ll")
+
+
+def used(words: Mapping[str, str], text: str) -> dict[str, str]:
+    """Those of the words, or of words between commas, that stand in a text."""
+    return {word: meaning for word, meaning in words.items() if any(part in text for part in word.split(", "))}
 
 
 def wrapped(text: str, indent: int = 0) -> str:

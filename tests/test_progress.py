@@ -81,13 +81,15 @@ def test_durations():
 def test_a_table_that_is_too_wide_goes_on_below():
     rows = [["", *(f"column {n:02}" for n in range(10))], ["a", *map(str, range(10))], ["bc", *"9876543210"]]
     first, second = aligned(rows).split("\n\n")
-    assert first.splitlines()[0].split("  ")[1:] == ["", *(f"column {n:02}" for n in range(7))]
-    assert second.splitlines()[0].split("  ")[1:] == ["", *(f"column {n:02}" for n in range(7, 10))]
-    assert [line.split() for line in second.splitlines()[1:]] == [["a", "7", "8", "9"], ["bc", "2", "1", "0"]]
+    assert first.splitlines()[0].split("  ")[1:] == ["", *(f"column {n:02}" for n in range(5))]
+    assert second.splitlines()[0].split("  ")[1:] == ["", *(f"column {n:02}" for n in range(5, 10))]
+    assert [line.split() for line in second.splitlines()[1:]] == [["a", *"56789"], ["bc", *"43210"]]
     assert all(len(line) <= 80 for line in aligned(rows).splitlines())
     # what fits is one table, to the last column; what can never fit stays whole
     assert "\n\n" not in aligned([["a" * 38, "b" * 40]]) and aligned([["x"]]) == "x"
     assert aligned([["a" * 50, "b" * 50, "c"]]) == f"{'a' * 50}  {'b' * 50}\n\n{'a' * 50}  c"
+    # all columns that lean to the left in front say which row it is
+    assert aligned([["a", "b", "c" * 50, "d" * 50]], "ll") == f"a  b  {'c' * 50}\n\na  b  {'d' * 50}"
 
 
 def test_prose_is_broken_between_words_and_a_path_is_not():

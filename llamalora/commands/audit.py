@@ -17,7 +17,7 @@ from ..model.config import LLAMA_2, LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
-from ..text_table import aligned
+from ..text_table import aligned, legend, used
 from ..training import hardware
 from ..training.memory import GIB, REPORTED, USABLE, plan_memory
 
@@ -109,6 +109,16 @@ def parse_capacity(text: str) -> int:
 
 # ---- for people ----
 
+USABLE_ROW = f"{USABLE:.0%} of what it reports"
+WORDS = {
+    "buckets or gathered layers": "layers that fsdp has whole while they compute",
+    "activations": "what the forward pass keeps for the backward pass",
+    "logits": "scores of the vocabulary, held a part at a time",
+    "backward": "what the backward pass needs beyond these at its peak",
+    "overhead": "what CUDA itself takes",
+    USABLE_ROW: "memory that is counted on; the allocator wastes some",
+}
+
 
 def _setup(result: dict) -> str:
     return f"{result['model']}, {result['trained']}"
@@ -142,7 +152,7 @@ def show_memory(result: dict) -> str:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
     rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
     usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
-    rows.append([f"{USABLE:.0%} of what it reports", *usable])
+    rows.append([USABLE_ROW, *usable])
     verdicts = []
     for parallel, plan in plans.items():
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
@@ -154,4 +164,5 @@ def show_memory(result: dict) -> str:
     recompute = {0: "", 1: ", recomputing every block"}.get(every, f", recomputing one block in {every}")
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}"
+    words = legend(used(WORDS, str(rows)))
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n\nwhat the words mean\n{words}"

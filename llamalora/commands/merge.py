@@ -25,7 +25,7 @@ from ..model.checkpoint import entries_of, model_files, read_config, read_json, 
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..progress import Bar
-from ..runs.folder import read_settings, trained_folder
+from ..runs.folder import adapter_of
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned
 
@@ -66,12 +66,8 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
         if arguments.model is None:
             raise UsageError("--adapter needs the base model as well: --model FOLDER")
         return Path(arguments.adapter), Path(arguments.model)
-    folder = Path(arguments.run)
-    settings = read_settings(folder)
-    if not settings.adapts:
-        raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
-                         "model already")  # fmt: skip
-    return trained_folder(folder, "best"), Path(settings.model if arguments.model is None else arguments.model)
+    adapter, base = adapter_of(Path(arguments.run))
+    return adapter, Path(base if arguments.model is None else arguments.model)
 
 
 def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:

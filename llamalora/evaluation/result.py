@@ -11,11 +11,12 @@ from ..corpus.documents import CorpusError, Document, Sentence, Span, label_orde
 from ..files import replace_file, write_json
 from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError
+from ..task import errors
 from ..task.definition import Task
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
-from ..text_table import wrapped
+from ..text_table import legend, used, wrapped
 from .answer import Answer
 
 RESULT, ANSWERS = "eval-{}.json", "answers-{}.jsonl"  # of a split
@@ -196,6 +197,25 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
             confidence = {Span(m["start"], m["end"], m["label"]): m["confidence"] for m in kept["mentions"]}
             answers.append(Answer(sentence, kept["output"], parsed, kept["overlong"], confidence))
     return answers
+
+
+WORDS = {
+    "first occurrence": "an extracted string stands only where its sentence has it first",
+    "string set": "labelled strings of a sentence are compared, not their places",
+    "exact copies": "outputs that repeat their sentence, or whose strings are all in it",
+    "unbalanced": "outputs with tags that do not pair up, or text outside the lists",
+    "truncated": "outputs that met the limit of new tokens",
+    "unaligned": "mentions rejected, as the sentence has no match for one of their ends",
+    "not in source": "predicted strings that the sentence does not hold",
+    "overlong": "sentences that are longer than the model's context: nothing was asked",
+}
+
+
+def format_legend(result: dict, text: str) -> str:
+    """What the words of a report mean, those that stand in `text`; of troubles only those that there were."""
+    none = {name.replace("_", " ") for name, count in result["health"].items() if not count}
+    known = {word: meaning for word, meaning in (WORDS | errors.WORDS).items() if word not in none}
+    return f"what the words mean\n{legend(used(known, text))}"
 
 
 def format_report(result: dict) -> str:

@@ -28,6 +28,14 @@ CREDIT: dict[str, dict[str, float]] = {
     "partial": {"correct": 1, "type": 1, "boundary": 0.5, "boundary_and_type": 0.5},
     "type": {"correct": 1, "boundary": 1},
 }
+WORDS = {
+    "boundary, type, both": "it overlaps gold, but its ends, its label, or both are others",
+    "missing, spurious": "gold that nothing stands for, predicted that stands for no gold",
+    "strict, exact": "place and label are right; the place is, whatever the label",
+    "partial, type": "as exact, an overlap counts half; the label is right at an overlap",
+    "seen": "with this label a training sentence has a mention of the same letters",
+    "calibration error": "by how much confidence and the share of correct ones differ",
+}
 BINS = 10  # of confidence, equally wide
 RATES = ("precision", "recall", "f1")
 

@@ -16,7 +16,7 @@ from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
 from ..evaluation.own import own_scoring
-from ..evaluation.result import assess, format_report, mention_strings, read_result, write_result
+from ..evaluation.result import assess, format_legend, format_report, mention_strings, read_result, write_result
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
@@ -129,7 +129,9 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         world.say(f"no development split; what was trained is in {folder / 'best'}", result=True)
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
-    world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}", result=True)
+    report = format_report(result)
+    world.say(f"\ndevelopment split, best of {folder}:\n{report}", result=True)
+    world.say(f"\n{format_legend(result, report)}")
     world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
     return result
 

@@ -188,14 +188,18 @@ def test_a_heat_map_of_few_kinds(result, kinds, tmp_path):
 def test_the_table_shows_medians_and_extremes(result):
     table = report.format_table(result)
     lines = table.splitlines()
-    head = lines[0].split()
-    assert head[:3] == ["kind", "matrices", "parameters"] and len(head) > len(report.METRICS)
+    heads = [line.split() for line in lines if line.startswith("kind ")]
+    assert heads[0][:3] == ["kind", "matrices", "parameters"] and len(sum(heads, [])) > len(report.METRICS)
     assert [line.split()[0] for line in lines[1:10]] == list(result["kinds"])
+    assert all(len(line) <= 80 for line in lines)
     q = next(line for line in lines if line.startswith("q "))
     assert report.number(result["kinds"]["q"]["norm"]["median"]) in q.split()
     largest = max(result["matrices"], key=lambda matrix: matrix["norm"])
-    (extremes,) = [line for line in lines if line.strip().startswith("|dW| ")]
+    extremes, _ = [line for line in lines if line.strip().startswith("|dW| ")]
     assert extremes.split()[1] == report.label(largest)
+    # and what each word means
+    meanings = table.split("what the words mean\n")[1].splitlines()
+    assert [line.split("  ")[1].strip() for line in meanings] == [metric.short for metric in report.METRICS.values()]
     assert "nan" not in table and "None" not in table
 
 
