@@ -18,7 +18,9 @@ DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m llamalora inspect", description=__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder of train.py (its best)")
-    parser.add_argument("--model", metavar="FOLDER", help="base model, to set the updates against W0 (default: the run's)")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="base model, to set the updates against W0 (default: the run's)"
+    )
     parser.add_argument("--against", metavar="ADAPTER2", help="second adapter, for subspace similarity")
     parser.add_argument("--spectra", action="store_true", help="decompose W0: overlap, intruder dimensions (slow)")
     parser.add_argument("--layers", metavar="0,5,...", help="only of these layers (numbers, embed, head)")

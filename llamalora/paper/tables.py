@@ -18,7 +18,8 @@ from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..task.definition import Task
 from ..task.prompt import render_answer
 from ..task.score import document_counts, score, score_files, span_keys
-from . import figures, findings, markdown, stats
+from ..text_table import wrapped
+from . import figures, findings, report, stats
 from .cells import Runner
 from .costs import show_table7, show_table8, table7, table8
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     with join_world(base.timeout) as world:
         places = resolve(base, world.device)[0]
         base = replace(base, model=places.model, data=places.data)
-        sections = [counted(name, places.data) for name in which if name in COUNTED]
+        sections = [report.counted(*counted(name, places.data)) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
             chosen = [define(name, arguments, places) for name in which if name in TRAINED]
             missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(places.data).keys()
@@ -92,14 +93,13 @@ def main(argv: list[str]) -> None:
                 runners = [first if table is trials else runner for table in chosen]
             runner.run(table for table in chosen if table.name != "recipe")
             summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
-            sections += [markdown.table(summary) for summary in summaries]
+            sections += [report.trained(summary) for summary in summaries]
             if world.is_main:
                 keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
         if world.is_main:
-            text = "\n\n".join(sections)
             out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "tables.md", text + "\n")
-            print(f"\n{text}\n\nwritten to {out / 'tables.md'}")
+            replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
+            print("", *(section.plain for section in sections), wrapped(f"written to {out / 'tables.md'}"), sep="\n\n")
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
@@ -209,18 +209,18 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
 # ---- tables that need no run ----
 
 
-def counted(name: str, data: str) -> str:
-    """Tables 5 to 8 as Markdown; `data` is the corpus folder."""
+def counted(name: str, data: str) -> tuple[str, str]:
+    """Title and text of one of Tables 5 to 8; `data` is the corpus folder."""
     if name == "5":
         splits = read_splits(data)
         title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))
     elif name == "6":
-        title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())
+        title, text = f"Formats of the answer to: {TABLE6_INPUT}", wrapped("\n".join(formats()), indent=20)
     elif name == "7":
         title, text = "Trainable parameters of Llama-2-7B", show_table7(table7(LLAMA_2["llama-2-7b"]))
     else:
         title, text = "Cost, Llama-2-7B", show_table8(table8(LLAMA_2["llama-2-7b"]))
-    return f"## Table {name}: {title}\n\n```\n{text}\n```"
+    return f"Table {name}: {title}", text
 
 
 def formats() -> list[str]:
