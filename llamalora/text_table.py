@@ -37,8 +37,9 @@ def _folded(widths: Sequence[int], titles: int, width: int) -> list[list[int]]:
 
 
 def legend(words: Mapping[str, str]) -> str:
-    """A line for each word that a reader cannot know, with what it means."""
-    return aligned([(f"  {word}", meaning) for word, meaning in words.items()], "ll")
+    """A line for each word that a reader cannot know, with what it means, below a title; of no words nothing."""
+    lines = [(f"  {word}", meaning) for word, meaning in words.items()]
+    return f"what the words mean\n{aligned(lines, 'll')}" if lines else ""
 
 
 def used(words: Mapping[str, str], text: str) -> dict[str, str]:

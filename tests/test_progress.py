@@ -5,8 +5,12 @@ import io
 import pytest
 
 from llamalora import progress
+from llamalora.commands import audit
+from llamalora.evaluation import result
+from llamalora.inspection import report
 from llamalora.progress import Bar, duration
-from llamalora.text_table import aligned, wrapped
+from llamalora.task import errors
+from llamalora.text_table import aligned, legend, used, wrapped
 
 
 @pytest.fixture
@@ -97,3 +101,26 @@ def test_prose_is_broken_between_words_and_a_path_is_not():
     text = f"model      {path} (requested)\n\n  short,  as it is"
     assert wrapped(text, 11) == f"model\n           {path}\n           (requested)\n\n  short,  as it is"
     assert wrapped("word " * 20) == ("word " * 16).strip() + "\n" + ("word " * 4).rstrip()
+
+
+@pytest.mark.parametrize("words", [
+    result.WORDS | errors.WORDS, audit.WORDS, {metric.short: metric.gist for metric in report.METRICS.values()}
+])  # fmt: skip
+def test_each_word_is_explained_on_one_line(words):
+    lines = legend(words).splitlines()
+    assert lines[0] == "what the words mean" and len(lines) == 1 + len(words)
+    assert all(len(line) <= 80 for line in lines)
+    assert legend({}) == ""
+
+
+def test_words_that_are_not_there_are_not_explained():
+    words = {"one, two": "1 and 2", "three": "3"}
+    assert used(words, "some two of them") == {"one, two": "1 and 2"} and used(words, "none") == {}
+
+
+def test_troubles_that_there_were_are_explained():
+    scored = {"health": {"exact_copy": 0.5, "unaligned": 2, "truncated": 0}}
+    text = "outputs: 50.0 % exact copies; truncated 0, unaligned 2"
+    assert [line.split("  ")[1] for line in result.format_legend(scored, text).splitlines()[1:]] == [
+        "exact copies", "unaligned"
+    ]  # fmt: skip

@@ -165,4 +165,4 @@ def show_memory(result: dict) -> str:
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
     words = legend(used(WORDS, str(rows)))
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n\nwhat the words mean\n{words}"
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n\n{words}"

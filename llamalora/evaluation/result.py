@@ -200,14 +200,14 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
 
 
 WORDS = {
-    "first occurrence": "an extracted string stands only where its sentence has it first",
-    "string set": "labelled strings of a sentence are compared, not their places",
-    "exact copies": "outputs that repeat their sentence, or whose strings are all in it",
-    "unbalanced": "outputs with tags that do not pair up, or text outside the lists",
+    "first occurrence": "an extracted string counts at its first place alone",
+    "string set": "strings with labels are compared, not their places",
+    "exact copies": "outputs that change nothing in what they copy",
+    "unbalanced": "outputs whose tags or lists are not well formed",
     "truncated": "outputs that met the limit of new tokens",
-    "unaligned": "mentions rejected, as the sentence has no match for one of their ends",
+    "unaligned": "tagged mentions that could not be placed, so rejected",
     "not in source": "predicted strings that the sentence does not hold",
-    "overlong": "sentences that are longer than the model's context: nothing was asked",
+    "overlong": "sentences that exceed the model's context: not asked",
 }
 
 
@@ -215,7 +215,7 @@ def format_legend(result: dict, text: str) -> str:
     """What the words of a report mean, those that stand in `text`; of troubles only those that there were."""
     none = {name.replace("_", " ") for name, count in result["health"].items() if not count}
     known = {word: meaning for word, meaning in (WORDS | errors.WORDS).items() if word not in none}
-    return f"what the words mean\n{legend(used(known, text))}"
+    return legend(used(known, text))
 
 
 def format_report(result: dict) -> str:

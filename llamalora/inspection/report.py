@@ -125,7 +125,7 @@ def format_table(result: dict) -> str:
     words = legend({METRICS[name].short: METRICS[name].gist for name in metrics})
     table = aligned(rows)
     extremes = f"largest and smallest (above are medians)\n{_extremes(result, metrics)}"
-    return f"{table}\n\n{extremes}\n\nwhat the words mean\n{words}"
+    return f"{table}\n\n{extremes}\n\n{words}"
 
 
 def _extremes(result: dict, metrics: list[str], count: int = 3) -> str:

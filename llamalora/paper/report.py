@@ -3,20 +3,21 @@
 from dataclasses import dataclass
 
 from ..evaluation.result import WORDS
-from ..text_table import aligned, legend, used, wrapped
+from ..text_table import aligned, used, wrapped
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table in both forms."""
+    """A table in both forms, and the words in it that a reader cannot know."""
 
     markdown: str
     plain: str
+    words: dict[str, str]
 
 
 def counted(title: str, text: str) -> Section:
     """A table that is text already."""
-    return Section(f"## {title}\n\n```\n{text}\n```", f"{wrapped(title)}\n\n{text}")
+    return Section(f"## {title}\n\n```\n{text}\n```", f"{wrapped(title)}\n\n{text}", {})
 
 
 def trained(summary: dict) -> Section:
@@ -27,13 +28,11 @@ def trained(summary: dict) -> Section:
     claims = [(claim["text"], _verdicts(claim)) for claim in summary["claims"]]
     markdown = [f"## {title}", "", *_markdown(head, rows, titles), *failed]
     plain = [wrapped(title), "", _plain(head, rows, titles)]
-    if words := used(WORDS, ", ".join(head)):
-        plain += ["", legend(words)]
     plain += map(wrapped, failed)
     for text, found in claims:
         markdown += ["", f"**{text}**: {found}"]
         plain += ["", wrapped(f"{text}:\n    {found}", indent=4)]
-    return Section("\n".join(markdown), "\n".join(plain))
+    return Section("\n".join(markdown), "\n".join(plain), used(WORDS, ", ".join(head)))
 
 
 def _markdown(head: list[str], rows: list[list[str]], titles: int) -> list[str]:

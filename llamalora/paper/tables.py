@@ -18,7 +18,7 @@ from ..runs.settings import ResolvedSettings, Settings, resolve
 from ..task.definition import Task
 from ..task.prompt import render_answer
 from ..task.score import document_counts, score, score_files, span_keys
-from ..text_table import wrapped
+from ..text_table import legend, wrapped
 from . import figures, findings, report, stats
 from .cells import Runner
 from .costs import show_table7, show_table8, table7, table8
@@ -99,7 +99,12 @@ def main(argv: list[str]) -> None:
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
             replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
-            print("", *(section.plain for section in sections), wrapped(f"written to {out / 'tables.md'}"), sep="\n\n")
+            words = {word: meaning for section in sections for word, meaning in section.words.items()}
+            parts = [section.plain for section in sections] + [
+                legend(words),
+                wrapped(f"written to {out / 'tables.md'}"),
+            ]
+            print("\n" + "\n\n".join(part for part in parts if part))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:

@@ -29,12 +29,12 @@ CREDIT: dict[str, dict[str, float]] = {
     "type": {"correct": 1, "boundary": 1},
 }
 WORDS = {
-    "boundary, type, both": "it overlaps gold, but its ends, its label, or both are others",
-    "missing, spurious": "gold that nothing stands for, predicted that stands for no gold",
-    "strict, exact": "place and label are right; the place is, whatever the label",
-    "partial, type": "as exact, an overlap counts half; the label is right at an overlap",
-    "seen": "with this label a training sentence has a mention of the same letters",
-    "calibration error": "by how much confidence and the share of correct ones differ",
+    "boundary, type, both": "overlaps gold with other ends, another label, or both",
+    "missing, spurious": "gold without a prediction, a prediction without gold",
+    "strict, exact": "place and label must be right; the place alone must be",
+    "partial, type": "as exact, an overlap counts half; label and an overlap",
+    "seen in training": "a training sentence has the mention, letter by letter",
+    "calibration error": "how far confidence is from the share that is correct",
 }
 BINS = 10  # of confidence, equally wide
 RATES = ("precision", "recall", "f1")
