@@ -1,7 +1,7 @@
 """`python -m llamalora COMMAND`: dispatches to the module that does the work."""
 
 from .cli import UsageError, run_command
-from .commands import audit, compare, fetch, inspect, merge, predict, score, verify
+from .commands import audit, compare, fetch, inspect, merge, plot, predict, score, verify
 from .mistakes import nearest
 from .paper import stats, tables
 
@@ -17,6 +17,7 @@ commands:
   merge    base model and adapter as one Hugging Face folder
   tables   the paper's tables again, ours beside the paper's
   verify   check every file that a run has saved against its SHA-256 sum
+  plot     loss, learning rate, gradient norm and dev F1 of runs, as a picture
   inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
 
 Each command explains itself with --help. Training is train.py, evaluation eval.py."""
@@ -30,6 +31,7 @@ COMMANDS = {
     "score": score.main,
     "compare": compare.main,
     "merge": merge.main,
+    "plot": plot.main,
     "inspect": inspect.main,
     "tables": tables.main,
     "verify": verify.main,

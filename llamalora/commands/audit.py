@@ -112,11 +112,11 @@ def parse_capacity(text: str) -> int:
 USABLE_ROW = f"{USABLE:.0%} of what it reports"
 WORDS = {
     "buckets or gathered layers": "layers that fsdp has whole while they compute",
-    "activations": "what the forward pass keeps for the backward pass",
-    "logits": "scores of the vocabulary, held a part at a time",
-    "backward": "what the backward pass needs beyond these at its peak",
+    "activations": "what the forward pass keeps for the backward one",
+    "logits": "scores of the vocabulary, a part at a time",
+    "backward": "what the backward pass needs beyond these",
     "overhead": "what CUDA itself takes",
-    USABLE_ROW: "memory that is counted on; the allocator wastes some",
+    USABLE_ROW: "what is counted on; the allocator wastes some",
 }
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from ..cli import Parser, UsageError, check_least, refuse_idle
+from ..drawing import need_matplotlib
 from ..files import is_occupied, new_folder
 from ..inspection import analysis, report
 from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
@@ -56,10 +57,7 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     out = Path(arguments.out).resolve()
     if is_occupied(out):
         raise UsageError(f"--out {arguments.out}: exists and is not an empty folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--out draws heat maps with matplotlib: pip install 'llamalora[plots]'") from None
+    need_matplotlib("--out draws heat maps")
     return out
 
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..drawing import new_figure
 from ..html_template import fill
 from ..text_table import aligned, legend, wrapped
 
@@ -152,7 +153,6 @@ def label(matrix: dict) -> str:
 def save_heatmap(result: dict, metric: str, path: Path) -> None:
     """One metric by layer (from left to right, embedding and head at the ends) and kind of layer."""
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     matrices = [matrix for matrix in result["matrices"] if metric in matrix]
@@ -165,7 +165,7 @@ def save_heatmap(result: dict, metric: str, path: Path) -> None:
     wide = max(values) > 10 * least > 0
     norm = LogNorm(least, max(values)) if wide else Normalize(min(values), max(values))
 
-    figure = Figure(figsize=(1.7 + 0.3 * (blocks + 3.4), 1.1 + 0.3 * height), dpi=150, layout="constrained")
+    figure = new_figure(1.7 + 0.3 * (blocks + 3.4), 1.1 + 0.3 * height)
     axes = figure.subplots()
     colours = axes.imshow([[math.nan]], cmap="viridis", norm=norm)  # gives the legend its scale
     for x, y in [(block, row) for block in range(blocks) for row in range(len(kinds))]:

@@ -100,11 +100,8 @@ def main(argv: list[str]) -> None:
             out.mkdir(parents=True, exist_ok=True)
             replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
             words = {word: meaning for section in sections for word, meaning in section.words.items()}
-            parts = [section.plain for section in sections] + [
-                legend(words),
-                wrapped(f"written to {out / 'tables.md'}"),
-            ]
-            print("\n" + "\n\n".join(part for part in parts if part))
+            parts = [section.plain for section in sections] + [legend(words)] * bool(words)
+            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out / 'tables.md'}")]))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
@@ -251,7 +248,8 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner
             for cell in (cell for seed in its.seeds for cell in its.cells(row, seed)):
                 found = cell.read() or {}
                 curve = {"seconds": found.get("seconds", 0), "loss": found.get("curve", [])}
-                curves.setdefault(cell.path.stem, {"table": table.name, "row": row.name} | curve)
+                name = row.name if len(row.runs) == 1 else f"{row.name}: {cell.settings.labels}"
+                curves.setdefault(cell.path.stem, {"rows": [], **curve})["rows"].append([table.name, name])
     common = {key: value for key, value in asdict(runner.base).items() if key not in VARIED}
     for name in ("model", "data"):
         common[name] = Path(common[name]).name  # not where it lay
