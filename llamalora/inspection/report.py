@@ -246,16 +246,24 @@ def _rounded(value):
 
 
 def _html_table(result: dict, metrics: list[str]) -> str:
-    head = ["kind", "matrices", "parameters", *(METRICS[name].title for name in metrics)]
-    rows = ["<tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head) + "</tr>"]
-    for kind, figures in result["kinds"].items():
-        cells = [str(figures["count"]), f"{figures['parameters']:,}"]
-        for name in metrics:
-            cell = "–"
-            if name in figures:
-                digits = METRICS[name].digits
-                least, middle, largest = (number(figures[name][key], digits) for key in ("least", "median", "largest"))
-                cell = f"{middle}<small>{least} – {largest}</small>"
-            cells.append(cell)
-        rows.append(f'<tr><th scope="row">{kind}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    """A row for each figure, a column for each kind."""
+    kinds = result["kinds"]
+    table = {
+        "matrices": [str(figures["count"]) for figures in kinds.values()],
+        "parameters": [f"{figures['parameters']:,}" for figures in kinds.values()],
+    } | {METRICS[name].title: [_spread_of(figures, name) for figures in kinds.values()] for name in metrics}
+    rows = ["<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in ("", *kinds)) + "</tr>"]
+    for title, values in table.items():
+        cells = "".join(f'<td data-kind="{kind}">{cell}</td>' for kind, cell in zip(kinds, values, strict=True))
+        rows.append(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>')
     return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _spread_of(figures: dict, name: str) -> str:
+    """The median, below it the least and the largest, if these differ."""
+    if name not in figures:
+        return "–"
+    least, middle, largest = (
+        number(figures[name][key], METRICS[name].digits) for key in ("least", "median", "largest")
+    )
+    return middle if least == largest else f"{middle}<small>{least} – {largest}</small>"

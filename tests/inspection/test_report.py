@@ -1,5 +1,6 @@
 """The table, the heat maps and the page of `inspect`: complete, well-formed, and without any other file."""
 
+import html
 import json
 import re
 import shutil
@@ -159,6 +160,36 @@ def test_pointing_at_cells_in_a_browser(page, opened):
     assert all(points == 3 for _, points, _ in log)  # one for each singular value
     norm = next(cell["norm"] for cell in page_data(page)["matrices"] if cell["name"] == "lm_head")
     assert log[-1][2].startswith("output head: ") and float(log[-1][2].split()[-1]) == pytest.approx(norm, rel=1e-2)
+
+
+def test_nothing_is_cut_or_collides_at_any_width(page, opened):
+    """At the widths of a telephone, a laptop and a desk: nothing sticks out of the page or of what holds it, and no
+    two labels lie on each other."""
+    frames = "".join(
+        f'<iframe width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>' for width in (420, 1200, 1900)
+    )
+    script = """<script>
+    const clear = (a, b) => a.right <= b.left + 0.5 || a.bottom <= b.top + 0.5;
+    const collide = ([, a], [, b]) => !clear(a, b) && !clear(b, a);
+    onload = () => {
+      const found = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => {
+        const all = (query) => [...page.querySelectorAll(query)];
+        const labels = all("#grid > span, #panes text, td").map((e) => [e.textContent, e.getBoundingClientRect()]);
+        const pairs = labels.flatMap((one, k) => labels.slice(k + 1).map((other) => [one, other]));
+        return {
+          out: all("html, section, .scroll, #legend, #panes").filter((e) => e.scrollWidth > e.clientWidth + 1)
+            .map((e) => e.id || e.className || e.tagName),
+          collide: pairs.filter(([one, other]) => collide(one, other)).map(([[one], [other]]) => `${one} / ${other}`),
+          figures: all("td[data-kind=q]").length,
+        };
+      });
+      document.body.innerHTML = "<pre></pre>";
+      document.querySelector("pre").textContent = JSON.stringify(found);
+    };
+    </script>"""
+    dom = opened(f"<!DOCTYPE html><body>{frames}{script}</body>")
+    found = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", dom)[1]))
+    assert found == [{"out": [], "collide": [], "figures": 2 + len(report.METRICS)}] * 3
 
 
 # ---- heat maps ----
