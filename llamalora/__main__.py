@@ -9,8 +9,8 @@ HELP = """usage: python -m llamalora COMMAND ...
 
 commands:
   fetch    bring a real small checkpoint (smollm2-135m) or the corpus (bc5cdr)
-  stats    documents, sentences and mentions of a corpus, beside the paper's Table 5
-  audit    exact parameter counts, storage and GPU memory of a model before it is trained
+  stats    documents, sentences and mentions of a corpus, beside Table 5
+  audit    exact parameter counts, storage and GPU memory before training
   predict  annotate new text with a trained run
   score    score PubTator predictions against gold
   compare  two runs, or two files of predictions, on the same gold
@@ -18,9 +18,10 @@ commands:
   tables   the paper's tables again, ours beside the paper's
   verify   check every file that a run has saved against its SHA-256 sum
   plot     loss, learning rate, gradient norm and dev F1 of runs, as a picture
-  inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
+  inspect  norms, spectra and ranks of a trained adapter, as table and page
 
-Each command explains itself with --help. Training is train.py, evaluation eval.py."""
+Each command explains itself with --help.
+Training is train.py, evaluation eval.py."""
 
 
 COMMANDS = {

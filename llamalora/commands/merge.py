@@ -27,7 +27,7 @@ from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensor
 from ..progress import Bar
 from ..runs.folder import adapter_of
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
-from ..text_table import aligned
+from ..text_table import aligned, wrapped
 
 PROBE = (
     "Input: A mild fever followed the second dose of naloxone, but the rash had gone.\n"
@@ -272,16 +272,17 @@ def show(report: dict) -> str:
     rows = [["", "layers", "update", "rounding error"]]
     for kind, of in report["kinds"].items():
         rows.append([kind, str(of["layers"]), _ratio(of["update"]), _ratio(of["rounding_error"])])
-    lines = [f"{report['out']}: {report['model']} with {report['adapter']} merged into {report['layers']} layers", ""]
+    merged = f"{report['out']}: {report['model']} with {report['adapter']} merged into {report['layers']} layers"
+    lines = [wrapped(merged), ""]
     lines += [aligned(rows), "", "update: |delta| / |W|; rounding error: |rounded - exact| / |delta|"]
     if report["untied"]:
         lines.append("embed and head were one matrix and are now two: tie_word_embeddings is false")
     if report["probe"]:
         probe = report["probe"]
-        lines.append(
+        lines.append(wrapped(
             f"probe of {probe['tokens']} tokens: largest logit difference {probe['largest_logit_difference']:.3g}, "
             f"most likely token changed at {probe['changed_argmax']} ({100 * probe['changed_argmax_share']:.1f} %)"
-        )
+        ))  # fmt: skip
     return "\n".join(lines)
 
 

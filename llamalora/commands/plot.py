@@ -1,4 +1,4 @@
-"""`llamalora plot`: loss, learning rate, gradient norm and development F1 of runs, as a picture or for TensorBoard."""
+"""`python -m llamalora plot`: how the training of runs went, as a picture or for TensorBoard."""
 
 import json
 from collections.abc import Sequence
