@@ -31,8 +31,8 @@ CREDIT: dict[str, dict[str, float]] = {
 WORDS = {
     "boundary, type, both": "overlaps gold with other ends, another label, or both",
     "missing, spurious": "gold without a prediction, a prediction without gold",
-    "strict, exact": "place and label must be right; the place alone must be",
-    "partial, type": "as exact, an overlap counts half; label and an overlap",
+    "strict, exact": "place and label have to be right; only the place has to",
+    "partial, type": "the place, half for an overlap; the label, at an overlap",
     "seen in training": "a training sentence has the mention, letter by letter",
     "calibration error": "how far confidence is from the share that is correct",
 }

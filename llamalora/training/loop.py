@@ -58,7 +58,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
         save(model, settings, folder, "last", world)
-        world.warn(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}", result=True)
         sys.exit(128 + number)
 
     model.train()
@@ -183,7 +183,7 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     world.barrier()
     checkpoint = load_checkpoint(folder, world.warn)
     if checkpoint is None:
-        world.warn(f"{folder} has no checkpoint yet: starting from the beginning")
+        world.say(f"{folder} has no checkpoint yet: starting from the beginning")
         return Progress()
     tensors, state = checkpoint
     optimizer.load_state(tensors, state)
