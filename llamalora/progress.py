@@ -40,6 +40,9 @@ class Bar:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.bar.close()
         if self.plain and self.leave and self.done > self.first:
             self._print()

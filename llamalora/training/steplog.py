@@ -34,6 +34,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
     if not settings.adapts and "targets" not in settings.idle and model.tied:
         trained += " (embed and head are one matrix)"
     step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
+    epochs = job.steps[-1][0] + 1
     said = (
         f"model      {settings.model} ({why['model']}), {counts['base']:,} parameters\n"
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
@@ -46,7 +47,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + (" (one-label format)" if task.per_label else "")
         + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
         f"parallel   {job.placement}\n"
-        f"schedule   {job.steps[-1][0] + 1} epochs, {len(job.steps)} steps of up to {step}, "
+        f"schedule   {epochs} epoch{'s' * (epochs > 1)}, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
     )
@@ -79,7 +80,7 @@ class StepLog:
 
     def __exit__(self, *exception) -> None:
         if self.world.is_main:
-            self.bar.__exit__(*exception)
+            self.bar.close()
             with naming(self.path):
                 self.file.close()
 
