@@ -1,5 +1,6 @@
 """Text for a terminal of 80 columns: tables, and prose between them."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -43,8 +44,13 @@ def legend(words: Mapping[str, str]) -> str:
 
 
 def used(words: Mapping[str, str], text: str) -> dict[str, str]:
-    """Those of the words, or of words between commas, that stand in a text."""
-    return {word: meaning for word, meaning in words.items() if any(part in text for part in word.split(", "))}
+    """Those of the words that stand in a text, or of which one stands there where commas part them."""
+    parts = {part for word in words for part in word.split(", ")}
+    there = set()
+    for part in sorted(parts, key=len, reverse=True):  # what stands within a longer one is not meant
+        text, count = re.subn(rf"(?<!\w){re.escape(part)}(?!\w)", "", text)
+        there |= {word for word in words if count and part in word.split(", ")}
+    return {word: meaning for word, meaning in words.items() if word in there}
 
 
 def wrapped(text: str, indent: int = 0) -> str:

@@ -53,7 +53,7 @@ class Settings:
     batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
     micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
     overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
-    limit_train: int | None = option(None, "use only the first N training sentences")
+    limit_train: int | None = option(None, "use only the first N training sentences, without --epochs 3 times")
     precision: str = option("auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"))
     parallel: str = option(
         "auto", "ddp: the model in each process; fsdp: one over all; auto: as memory allows", ("auto", "ddp", "fsdp")
