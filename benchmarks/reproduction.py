@@ -9,7 +9,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from llamalora.paper import figures, markdown
+from llamalora.paper import figures, report
 from llamalora.paper.printed import RANKS
 from llamalora.runs.settings import Settings
 
@@ -66,7 +66,7 @@ def document(result: dict) -> str:
     ]
     for name in ("1", "2", "3", "4"):
         if name in found:
-            parts += [markdown.table(found[name]), ""]
+            parts += [report.trained(found[name]).markdown, ""]
         if name == "3" and name in found:
             parts += ["![F1 against trainable parameters](results/table3.png)", ""]
     parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(result)]
@@ -101,7 +101,7 @@ def how_the_recipe_was_chosen(found: dict) -> list[str]:
         "higher rank moves more at the same rate, so that at a small budget rank and learning rate cannot be told "
         "apart: what the tables say of low ranks, they say of low ranks at this rate and this number of steps.",
         "",
-        markdown.table(found["recipe"]).replace("## Recipe", "### Trials"),
+        report.trained(found["recipe"]).markdown.replace("## Recipe", "### Trials"),
         "",
     ]
 

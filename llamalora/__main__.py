@@ -22,6 +22,7 @@ COMMANDS = {
     "after training": {
         "score": ("commands.score", "score anyone's predictions against gold"),
         "compare": ("commands.compare", "two runs, or files of predictions, on the same gold"),
+        "plot": ("commands.plot", "loss, learning rate, gradient norm and dev F1 of runs"),
         "inspect": ("commands.inspect", "norms, spectra and ranks of an adapter, as a page"),
         "verify": ("commands.verify", "check all that a run has saved against its SHA-256"),
     },

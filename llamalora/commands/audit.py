@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
@@ -22,7 +21,7 @@ from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
 from ..paper.printed import TABLE8
 from ..runs.settings import Settings
-from ..text_table import aligned
+from ..text_table import aligned, legend, used, wrapped
 from ..training import duration, hardware, timetable
 from ..training.cards import CARDS
 from ..training.duration import Links
@@ -163,6 +162,16 @@ def parse_capacity(text: str) -> int:
 
 # ---- for people ----
 
+USABLE_ROW = f"{USABLE:.0%} of what it reports"
+WORDS = {
+    "buckets or gathered layers": "layers that fsdp has whole while they compute",
+    "activations": "what the forward pass keeps for the backward one",
+    "logits": "scores of the vocabulary, a part at a time",
+    "backward": "what the backward pass needs beyond these",
+    "overhead": "what CUDA itself takes",
+    USABLE_ROW: "what is counted on; the allocator wastes some",
+}
+
 
 def _setup(result: dict) -> str:
     return f"{result['model']}, {result['trained']}"
@@ -199,7 +208,7 @@ def show_memory(result: dict) -> str:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
     rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
     usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
-    rows.append([f"{USABLE:.0%} of what it reports", *usable])
+    rows.append([USABLE_ROW, *usable])
     verdicts = []
     for parallel, plan in plans.items():
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
@@ -208,15 +217,16 @@ def show_memory(result: dict) -> str:
         verdicts.append([parallel, f"{verdict}; {room}"])
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
-    taken = fill("train --parallel auto takes {parallel}: {why}".format(**result["auto"]), 80)
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}"
+    taken = wrapped("train --parallel auto takes {parallel}: {why}".format(**result["auto"]))
+    words = legend(used(WORDS, str(rows)))
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}\n\n{words}"
 
 
 def show_time(result: dict) -> str:
     lora, full = (result["paper"][method] for method in ("lora", "full"))
-    return (
-        f"{_setup(result)}\n{timetable.show(result)}\n\n"
+    paper = wrapped(
         f"The paper (Table 8) gives {lora['hours_per_epoch']} hours an epoch of LoRA on all, r=128, on "
         f"{lora['gpus']}, and {full['hours_per_epoch']} of full fine-tuning on {full['gpus']}; it does not say in what "
         "steps."
     )
+    return f"{_setup(result)}\n{timetable.show(result)}\n\n{paper}"

@@ -16,7 +16,7 @@ from ..distributed.world import World, join_world
 from ..evaluation.answer import DRAFT_TOKENS, select_sentences
 from ..evaluation.own import foreign, scored_with
 from ..evaluation.page import result_page
-from ..evaluation.result import format_report, predicted_documents, write_result
+from ..evaluation.result import format_legend, format_report, predicted_documents, write_result
 from ..evaluation.systems import System, joint_labels, load_run, load_system, score_split
 from ..files import replace_file
 from ..mistakes import is_run
@@ -27,6 +27,7 @@ from ..runs.setup import check_constraint_format
 from ..runs.state import MANIFEST
 from ..task.definition import COPYING, FORMATS, listed_labels
 from ..task.errors import format_tables
+from ..text_table import wrapped
 
 EXAMPLES = """
 --run RUN --split test --html errors.html
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     on.add_argument("--html", metavar="FILE", help="write a page there that shows predictions beside gold")
     on.add_argument("--out", metavar="FOLDER", help="where to write eval-SPLIT.json (default: the run)")
     on.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    on.add_argument("--quiet", action="store_true", help="print nothing but warnings, errors and the final result")
     arguments = parser.parse_args(argv)
     order = check_flags(arguments)
     with join_world() as world:
@@ -82,12 +84,17 @@ def main(argv: list[str]) -> None:
         for note in told(read.notes) if world.is_main else ():
             print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
         documents, asked = select_sentences(read, arguments.limit)
-        if not arguments.json:
-            world.say(f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why}){note}")
+        quiet = arguments.json or arguments.quiet
+        if not quiet:
+            world.say(wrapped(
+                f"{arguments.split} split of {data}: {len(asked)} sentences; precision {precision} ({why})"
+            ))  # fmt: skip
+        if note and not arguments.json:
+            world.warn(wrapped(note))
         drafted = DRAFT_TOKENS if arguments.draft == "source" else 0
         result, answers, known = score_split(
             loaders(arguments, data, precision, world), arguments.split, documents, asked, world, arguments.batch,
-            drafted, order, arguments.json, arguments.constrain,
+            drafted, order, quiet, arguments.constrain,
         )  # fmt: skip
         result |= scored
         if not world.is_main:
@@ -105,7 +112,8 @@ def main(argv: list[str]) -> None:
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
-            print(f"{format_report(result)}\n\n{format_tables(result['errors'])}")
+            report = f"{format_report(result)}\n\n{format_tables(result['errors'])}"
+            print(report if quiet else f"{report}\n\n{format_legend(result, report)}\n")
             if folder is not None:
                 print(f"written to {written}")
 
@@ -128,6 +136,7 @@ def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
         "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
         "which": not arguments.run and "without --run",
         "order": len(tasks) < 2 and "unless several runs are joined",
+        "quiet": arguments.json and "with --json, which prints nothing else",
         "draft": not formats & {*COPYING} and "where answers do not repeat the sentence",
     })  # fmt: skip
     if arguments.constrain:
@@ -165,7 +174,7 @@ def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | N
         return folder, ""
     if arguments.out is not None:
         raise UsageError(f"--out {folder}: a run keeps its own results only, and {'; '.join(reasons)}")
-    return None, f"\nnot kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
+    return None, f"not kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
 
 
 def loaders(arguments: argparse.Namespace, data: str, precision: str, world: World) -> Iterator[Callable[[], System]]:

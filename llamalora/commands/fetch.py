@@ -26,7 +26,7 @@ from urllib.request import urlopen
 import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
@@ -34,6 +34,7 @@ from ..corpus.read import read_documents
 from ..files import is_occupied, new_folder
 from ..model.checkpoint import load_model
 from ..paper.printed import TABLE5
+from ..progress import Bar
 from ..task.tokenizer import check_fit, load_tokenizer
 from .gguf import convert_gguf
 
@@ -223,8 +224,8 @@ def _download_corpus(folder: Path) -> Path:
     try:
         with urlopen(CORPUS, timeout=TIMEOUT) as response:
             expected = response.length  # None where the server does not say
-            with tqdm.wrapattr(response, "read", total=expected, desc=path.name) as stream:
-                copy(stream, path, CORPUS_LIMIT)
+            with Bar(path.name, expected, "B", leave=True) as bar:
+                copy(CallbackIOWrapper(bar.update, response, "read"), path, CORPUS_LIMIT)
         if path.stat().st_size < (expected or 0):
             raise OSError(f"the connection stopped after {path.stat().st_size} of {expected} bytes")
     except (OSError, HTTPException) as error:

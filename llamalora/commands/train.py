@@ -4,7 +4,7 @@
 The loop itself is `training/loop.py`.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..cli import Parser, UsageError, add_flags, refuse_idle
@@ -19,9 +19,10 @@ EXAMPLES = """
 def main(argv: list[str]) -> None:
     parser = Parser("train", EXAMPLES, usage="%(prog)s [FLAG ...]", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue the run in RUN (default: --out)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings, errors and the final result")
     add_flags(parser, Settings)
     arguments = parser.parse_args(argv)
-    chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume"}}
+    chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume", "quiet"}}
     resume = arguments.resume is not None
     if resume:
         from ..runs.folder import read_settings
@@ -41,4 +42,4 @@ def main(argv: list[str]) -> None:
     from ..training.loop import train
 
     with join_world(settings.timeout) as world:
-        train(settings, world, resume)
+        train(settings, replace(world, terse=arguments.quiet), resume)

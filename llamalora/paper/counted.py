@@ -7,6 +7,7 @@ from ..corpus.read import read_splits
 from ..model.config import LLAMA_2
 from ..task.definition import Task
 from ..task.prompt import render_answer
+from ..text_table import wrapped
 from . import stats
 from .costs import show_table7, show_table8, table7, table8
 from .printed import TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
@@ -14,18 +15,18 @@ from .printed import TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
 COUNTED = ("5", "6", "7", "8")
 
 
-def counted(name: str, data: str) -> str:
-    """Tables 5 to 8 as Markdown; `data` is the corpus folder."""
+def counted(name: str, data: str) -> tuple[str, str]:
+    """Title and text of one of Tables 5 to 8; `data` is the corpus folder."""
     if name == "5":
         splits = read_splits(data)
         title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))
     elif name == "6":
-        title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())
+        title, text = f"Formats of the answer to: {TABLE6_INPUT}", wrapped("\n".join(formats()), indent=20)
     elif name == "7":
         title, text = "Trainable parameters of Llama-2-7B", show_table7(table7(LLAMA_2["llama-2-7b"]))
     else:
         title, text = "Cost, Llama-2-7B", show_table8(table8(LLAMA_2["llama-2-7b"]))
-    return f"## Table {name}: {title}\n\n```\n{text}\n```"
+    return f"Table {name}: {title}", text
 
 
 def formats() -> list[str]:

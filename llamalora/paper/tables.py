@@ -17,7 +17,8 @@ from ..model.checkpoint import read_config
 from ..runs.resolve import choose_data, resolve
 from ..runs.settings import ResolvedSettings, Settings
 from ..task.score import document_counts, score, score_files, span_keys
-from . import figures, findings, markdown
+from ..text_table import legend, wrapped
+from . import figures, findings, report
 from .cells import Runner
 from .counted import COUNTED, counted
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
     with join_world(base.timeout) as world:
-        sections = [counted(name, choose_data(base.data)[0]) for name in which if name in COUNTED]
+        sections = [report.counted(*counted(name, choose_data(base.data)[0])) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
             places = resolve(base, world.device)[0]
             base = replace(base, model=places.model, data=places.data)
@@ -91,14 +92,15 @@ def main(argv: list[str]) -> None:
                 runners = [first if table is trials else runner for table in chosen]
             runner.run(table for table in chosen if table.name != "recipe")
             summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
-            sections += [markdown.table(summary) for summary in summaries]
+            sections += [report.trained(summary) for summary in summaries]
             if world.is_main:
                 keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
         if world.is_main:
-            text = "\n\n".join(sections)
             out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "tables.md", text + "\n")
-            print(f"\n{text}\n\nwritten to {out / 'tables.md'}")
+            replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
+            words = {word: meaning for section in sections for word, meaning in section.words.items()}
+            parts = [section.plain for section in sections] + [legend(words)] * bool(words)
+            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out / 'tables.md'}")]))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
@@ -216,7 +218,8 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner
             for cell in (cell for seed in its.seeds for cell in its.cells(row, seed)):
                 found = cell.read() or {}
                 curve = {"seconds": found.get("seconds", 0), "loss": found.get("curve", [])}
-                curves.setdefault(cell.path.stem, {"table": table.name, "row": row.name} | curve)
+                name = row.name if len(row.runs) == 1 else f"{row.name}: {cell.settings.labels}"
+                curves.setdefault(cell.path.stem, {"rows": [], **curve})["rows"].append([table.name, name])
     common = {key: value for key, value in asdict(runner.base).items() if key not in VARIED}
     for name in ("model", "data"):
         common[name] = Path(common[name]).name  # not where it lay

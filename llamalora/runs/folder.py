@@ -40,6 +40,22 @@ def trained_folder(run: Path, which: str) -> Path:
     return folder
 
 
+def adapter_of(run: Path) -> tuple[Path, str]:
+    """The folders of a run's best adapter and of its base model.
+
+    Raises:
+        UsageError: a run that trained without LoRA.
+        CheckpointError: as `trained_folder`.
+    """
+    settings = read_settings(run)
+    if not settings.adapts:
+        raise UsageError(
+            f"{run}: it trained the model's own weights (--method {settings.method}), so it has no adapter; "
+            f"{run / 'best'} is a whole model"
+        )
+    return trained_folder(run, "best"), settings.model
+
+
 def _read_config(run: Path) -> dict:
     """The contents of a run's `config.json`.
 

@@ -36,7 +36,14 @@ class Settings:
     dropout: float = option(0.0, "on the input of the updates")
 
     epochs: int | None = option(
-        None, "passes over the training split (default: 3, or as many as give 400 steps)", group="optimisation"
+        None,
+        "passes over the training split (default: 3, or as many as give 400 steps, but 3 with --limit-train)",
+        group="optimisation",
+    )
+    max_steps: int | None = option(
+        None,
+        "end after N steps, for which the learning rate is planned: after --epochs if that is sooner, and without "
+        "--epochs after as many passes as it takes",
     )
     lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
@@ -63,6 +70,9 @@ class Settings:
         None, "evaluate on the development split every N steps (default: each epoch)", group="evaluation and output"
     )
     eval_limit: int | None = option(None, "evaluate on its first N sentences")
+    patience: int | None = option(
+        None, "end after N evaluations without a better F1 (the learning rate is planned for all steps)"
+    )
     eval_batch: int = option(32, "sentences decoded side by side")
     save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
     keep: int = option(2, "checkpoints to keep")
@@ -98,9 +108,9 @@ class Settings:
             if unknown or choices and value not in choices:
                 raise UsageError(f"{flag(name)} is {value!r}, which is none of its values")
         check_least(
-            self, rank=1, epochs=1, batch_tokens=1, batch_sentences=1, micro_tokens=1, limit_train=1, eval_every=1,
-            eval_limit=1, eval_batch=1, save_every=1, keep=1, shots=0, clip=0, weight_decay=0, warmup=0, loraplus=1,
-            activation_checkpointing=0,
+            self, rank=1, epochs=1, max_steps=1, batch_tokens=1, batch_sentences=1, micro_tokens=1, limit_train=1,
+            eval_every=1, eval_limit=1, patience=1, eval_batch=1, save_every=1, keep=1, shots=0, clip=0, weight_decay=0,
+            warmup=0, loraplus=1, activation_checkpointing=0,
         )  # fmt: skip
         chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
         if not self.adapts and any(chosen.values()):

@@ -307,7 +307,7 @@ def test_a_run_names_its_own_base(folders, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["full", "partial"])
 def test_a_run_without_lora_needs_no_merge(method, folders, tmp_path, capsys):
     place = run_folder(*folders, tmp_path / "run", method=method)
-    refused(capsys, "is a whole model already", "--run", place, "--out", tmp_path / "out")
+    refused(capsys, "is a whole model", "--run", place, "--out", tmp_path / "out")
 
 
 # ---- complete, or not at all ----

@@ -303,7 +303,7 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     flags = ["--run", str(run), *(places.get(flag, flag) for flag in FOREIGN[reason])]
     before = contents(run)
     run_command(evaluation.main, flags)
-    assert f"not the run's own result: {reason}" in capsys.readouterr().out
+    assert f"not the run's own result: {reason}" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit) as refused:
         run_command(evaluation.main, [*flags, "--out", str(run)])
     assert refused.value.code == 2 and reason in capsys.readouterr().err

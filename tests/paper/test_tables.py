@@ -164,6 +164,10 @@ def test_what_is_written(done):
         assert name in text
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(result["curves"]) == 6 and all(curve["loss"] for curve in result["curves"].values())
+    rows = {tuple(row) for curve in result["curves"].values() for row in curve["rows"]}
+    names = ("Disease", "Chemical")
+    labels = {("2", f"{form}, per-label: {label}") for form in ("tagging", "extraction") for label in names}
+    assert rows == labels | {("2", "tagging, all"), ("2", "extraction, all")}
     assert result["settings"]["model"] == "tiny" and str(HOME) not in json.dumps(result)
 
 
@@ -290,8 +294,10 @@ def test_a_kept_cell_says_what_it_was_made_by(done):
 def test_tables_5_to_8_need_no_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llamalora.runs.resolve.read_config", None)  # a call would be a traceback
     run_command(command, ["tables", "5", "6", "7", "8", "--data", str(HOME / "data/sample"), "--out", str(tmp_path)])
-    text = (tmp_path / "tables.md").read_text()
-    assert text.strip() in capsys.readouterr().out and not (tmp_path / "cells").exists()
+    text, shown = (tmp_path / "tables.md").read_text(), capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
+    text, shown = (" ".join(form.replace("```", "").replace("## ", "").split()) for form in (text, shown))
+    assert text in shown and not (tmp_path / "cells").exists()
     for words in ("(Table 5: 4,182)", "it differs for q,k at r=64 and q,k,v at r=64", "329,056,256 ✓"):
         assert words in text
 
@@ -373,6 +379,25 @@ def test_seeds_are_averaged_and_their_counts_pooled():
     assert judged["verdict"] == "holds" and judged["low"] > 0
     failed = findings.summarise(table, {("a",): good, ("b",): [{"error": "gone"}], ("cited",): []})
     assert "not decided" in failed["claims"][0]["by"]["exact"]["verdict"]
+
+
+def test_a_run_is_drawn_in_every_table_that_it_is_in(tmp_path, monkeypatch):
+    panels = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda figure, path: panels.extend(figure.axes))
+    losses = {"one": [3.0, 2.0], "two": [2.0, 1.0], "again": [2.5, 1.0]}
+    rows = {"one": [["3", "all, 128"], ["4", "LoRA"]], "two": [["4", "full"]], "again": [["4", "full"]]}
+    curves = {name: {"loss": losses[name], "seconds": 1, "rows": rows[name]} for name in rows}
+    figures.save_curves(curves, tmp_path / "curves.png")
+    three, four = ([(list(line.get_ydata()), line.get_color(), line.get_linestyle()) for line in axes.lines]
+                   for axes in panels)  # fmt: skip
+    assert [y for y, *_ in three] == [losses["one"]] and [y for y, *_ in four] == list(losses.values())
+    # a row's seeds look alike, and like nothing else
+    assert four[1][1:] == four[2][1:] and four[0][1] != four[1][1] and four[0][2] != four[1][2]
+    assert [text.get_text() for text in panels[1].get_legend().get_texts()] == ["LoRA", "full"]
+    for axes in panels:
+        minor = axes.yaxis.get_tick_params(which="minor")["length"]
+        assert minor < axes.yaxis.get_tick_params(which="major")["length"]
 
 
 def test_the_figure_of_table_3(tmp_path):
