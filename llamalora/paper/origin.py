@@ -4,22 +4,29 @@ import os
 import platform
 import subprocess
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..distributed.world import World
 
 
 def origin(world: World) -> dict:
-    """Ready for JSON; `commit` is None where the package does not run from a clone, and ends in -dirty where the clone
-    has changes."""
+    """Ready for JSON. `version` is None where the package is not installed, and `commit`
+    where it does not run from a clone; a commit ends in -dirty where the clone has changes."""
     clone, commit = Path(__file__).parents[2], None
     if (clone / ".git").exists():
         asked = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
         commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
-    return {"version": __version__, "commit": commit, "date": str(date.today()), "machine": _machine(world)}
+    return {"version": _version(), "commit": commit, "date": str(date.today()), "machine": _machine(world)}
+
+
+def _version() -> str | None:
+    try:
+        return version("llamalora")
+    except PackageNotFoundError:  # it runs from a clone, uninstalled
+        return None
 
 
 def _machine(world: World) -> dict:
