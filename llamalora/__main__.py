@@ -1,7 +1,7 @@
 """`python -m llamalora COMMAND`: dispatches to the module that does the work."""
 
 from .cli import UsageError, run_command
-from .commands import audit, compare, fetch, inspect, merge, predict, score, verify
+from .commands import audit, compare, convert, fetch, inspect, merge, predict, score, verify
 from .mistakes import nearest
 from .paper import stats, tables
 
@@ -13,6 +13,7 @@ commands:
   audit    exact parameter counts, storage and GPU memory of a model before it is trained
   predict  annotate new text with a trained run
   score    score PubTator predictions against gold
+  convert  a corpus in another format: brat, BioC, JSON lines, CoNLL, PubTator, tokens with tags
   compare  two runs, or two files of predictions, on the same gold
   merge    base model and adapter as one Hugging Face folder
   tables   the paper's tables again, ours beside the paper's
@@ -28,6 +29,7 @@ COMMANDS = {
     "audit": audit.main,
     "predict": predict.main,
     "score": score.main,
+    "convert": convert.main,
     "compare": compare.main,
     "merge": merge.main,
     "inspect": inspect.main,

@@ -178,4 +178,4 @@ def write_tokens(documents: Iterable[Document], file: TextIO, lost: Counter[str]
             file.write(json.dumps(own | line, ensure_ascii=False) + "\n")
 
 
-TOKENS = Format("hf", ("jsonl", "ndjson", "json"), is_tokens, token_documents, write_tokens)
+TOKENS = Format("hf", ("json", "jsonl", "ndjson"), is_tokens, token_documents, write_tokens)
