@@ -27,13 +27,17 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m llamalora predict", description=__doc__)
     parser.add_argument("--run", required=True, help="run folder of train.py")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
-    parser.add_argument("--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)")
+    parser.add_argument(
+        "--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)"
+    )
     parser.add_argument("--to", default="jsonl", choices=FORMATS, help="format of the output (default: jsonl)")
     parser.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
     parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
-    parser.add_argument("file", help="text with one document a line, or a corpus file or folder of brat's; - for standard input")
+    parser.add_argument(
+        "file", help="text with one document a line, or a corpus file or folder of brat's; - for standard input"
+    )
     arguments = parser.parse_args(argv)
     check_least(arguments, batch=1)
     file = Path(arguments.file)  # perhaps a pipe

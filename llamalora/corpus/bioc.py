@@ -272,4 +272,6 @@ def _collection(documents: Iterable[Document]) -> dict:
 
 
 BIOC = Format("bioc", ("xml", "bioc"), is_bioc_xml, bioc_xml_documents, write_bioc_xml, whole=True)
-BIOC_JSON = Format("biocjson", ("json", "jsonl", "ndjson"), is_bioc_json, bioc_json_documents, write_bioc_json, whole=True)
+BIOC_JSON = Format(
+    "biocjson", ("json", "jsonl", "ndjson"), is_bioc_json, bioc_json_documents, write_bioc_json, whole=True
+)

@@ -47,13 +47,27 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
         raise CorpusError(f"{folder}: no text in it; a folder of brat's has a .txt file for each document")
     for path in paths[".txt"]:
         text = _text(path)
-        document = Document(path.relative_to(folder).with_suffix("").as_posix(), text, (), sentence_bounds(text))
+        id = path.relative_to(folder).with_suffix("").as_posix()
         beside = [path.with_suffix(suffix) for suffix in _ENDINGS if path.with_suffix(suffix).is_file()]
         if not beside:
             reading.notes["texts with no .ann beside them, read as without mentions"] += 1
-        lines = ((where, line) for file in beside for where, line in read_lines(file))
-        spans = {_mention(where, line, document, reading) for where, line in lines if line.strip()}
-        yield Document(document.id, text, tuple(sorted(filter(None, spans))), document.sentences)
+        lines = [(where, line) for file in beside for where, line in read_lines(file) if line.strip()]
+        document, own = _document(id, text, lines)
+        if own.faults and "\r\n" in text:
+            unix, others = _document(id, text.replace("\r\n", "\n"), lines)
+            if not others.faults:
+                document, own = unix, others
+                reading.notes["texts whose line ends (CR LF) count as one character"] += 1
+        reading.notes.update(own.notes)
+        reading.faults += own.faults
+        yield document
+
+
+def _document(id: str, text: str, lines: Iterable[tuple[str, str]]) -> tuple[Document, Reading]:
+    reading = Reading()
+    document = Document(id, text, (), sentence_bounds(text))
+    spans = {_mention(where, line, document, reading) for where, line in lines}
+    return Document(id, text, tuple(sorted(filter(None, spans))), document.sentences), reading
 
 
 def _text(path: Path) -> str:
