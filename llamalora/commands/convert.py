@@ -61,12 +61,11 @@ def format_by_name(target: Path, several: bool) -> Format:
     Raises:
         UsageError: it says none.
     """
-    name = target.name.lower()
-    for form in () if several else FORMATS.values():
-        if any(name.endswith(f".{ending.lower()}") for ending in form.endings[:1]):
-            return form
-    for form in () if several else FORMATS.values():
-        if any(name.endswith(f".{ending}") for ending in form.endings if ending not in ("txt", "json", "jsonl")):
+    own = [(form.endings[0], form) for form in FORMATS.values() if form.endings]
+    others = [(ending, form) for form in FORMATS.values() for ending in form.endings[1:]]
+    sure = [(ending, form) for ending, form in others if ending not in ("txt", "json", "jsonl")]
+    for ending, form in () if several else (*own, *sure):
+        if target.name.lower().endswith(f".{ending.lower()}"):
             return form
     where = "a folder of splits" if several else f"by its name, {target}"
     raise UsageError(f"--to is needed, since {where} may be any of {', '.join(FORMATS)}")

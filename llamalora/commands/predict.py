@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     if file.is_dir() and (splits := corpus_splits(file)):
         raise CorpusError(f"{file}: a corpus folder; give one split of it: {', '.join(map(str, splits))}")
     form = FORMATS[arguments.to]
-    refuse_idle(arguments, {"out": not form.folder and "unless --to brat, for the others go to standard output"})
+    refuse_idle(
+        arguments, {"out": not form.folder and "without --to brat, since every other format goes to standard output"}
+    )
     if form.folder and (arguments.out is None or is_occupied(Path(arguments.out))):
         raise UsageError(f"--to {form.name}: needs --out FOLDER, a folder that is new or empty")
     if arguments.constrain:

@@ -34,20 +34,12 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
     Raises:
         CorpusError: there is no text, or one that cannot be read or is not UTF-8.
     """
-    paths = {
-        suffix: sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
-        for suffix in (".txt", *_ENDINGS)
-    }
-    for path in (path for suffix in _ENDINGS for path in paths[suffix]):
-        if not path.with_suffix(".txt").is_file():
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _ENDINGS and not path.name.startswith(".") and not path.with_suffix(".txt").is_file():
             reading.faults.append(
                 f"{path}: there is no {path.with_suffix('.txt').name} beside it, whose text it is about"
             )
-    if not paths[".txt"]:
-        raise CorpusError(f"{folder}: no text in it; a folder of brat's has a .txt file for each document")
-    for path in paths[".txt"]:
-        text = _text(path)
-        id = path.relative_to(folder).with_suffix("").as_posix()
+    for path, id, text in _texts(folder):
         beside = [path.with_suffix(suffix) for suffix in _ENDINGS if path.with_suffix(suffix).is_file()]
         if not beside:
             reading.notes["texts with no .ann beside them, read as without mentions"] += 1
@@ -61,6 +53,21 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
         reading.notes.update(own.notes)
         reading.faults += own.faults
         yield document
+
+
+def brat_texts(folder: Path, reading: Reading) -> Iterator[Document]:
+    """The texts alone."""
+    for _, id, text in _texts(folder):
+        yield Document(id, text, (), sentence_bounds(text))
+
+
+def _texts(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """File, id and text of each document."""
+    paths = sorted(path for path in folder.rglob("*.txt") if not path.name.startswith("."))
+    if not paths:
+        raise CorpusError(f"{folder}: no text in it; a folder of brat's has a .txt file for each document")
+    for path in paths:
+        yield path, path.relative_to(folder).with_suffix("").as_posix(), _text(path)
 
 
 def _document(id: str, text: str, lines: Iterable[tuple[str, str]]) -> tuple[Document, Reading]:
@@ -126,4 +133,4 @@ def write_brat(documents: Iterable[Document], folder: Path, lost: Counter[str]) 
         path.with_suffix(".ann").write_bytes("".join(lines).encode())
 
 
-BRAT = Format("brat", (), lambda lines: False, brat_documents, write_brat, folder=True)
+BRAT = Format("brat", (), lambda lines: False, brat_documents, write_brat, brat_texts, folder=True)

@@ -21,7 +21,7 @@ class Format:
         write: takes documents, a text file, and a Counter of what the format could not hold.
         stream: documents without their mentions of `lines, name, reading`, as they come; by default those of `read`.
         whole: it cannot be written piece by piece.
-        folder: a corpus is a folder: instead of lines `read` takes its path, and so does `write`.
+        folder: a corpus is a folder: `read`, `write` and `stream` take its path instead of lines and name, or a file.
     """
 
     name: str

@@ -15,7 +15,7 @@ from typing import cast
 
 from ..mistakes import wrong_folder
 from .bioc import BIOC, BIOC_JSON
-from .brat import BRAT, is_brat
+from .brat import BRAT, brat_texts, is_brat
 from .conll import CONLL, CONLL_NAME
 from .documents import CorpusError, Document, Documents, Reading, sentence_bounds
 from .format import Format
@@ -101,7 +101,7 @@ def stream_documents(path: str, notes: Counter[str], form: Format | None = None)
     """
     reading = Reading(notes)
     if form is BRAT or Path(path).is_dir():
-        yield from _checked(BRAT.read(Path(path), reading, ()), reading)
+        yield from _checked(brat_texts(Path(path), reading), reading)
         return
     name = "standard input" if path == "-" else path
     lines = decoded_lines(cast(BufferedReader, sys.stdin.buffer), name) if path == "-" else read_lines(Path(path))
