@@ -100,9 +100,11 @@ def written(documents: Sequence[Document], target: Path, form: Format) -> tuple[
         replace_file(target, text.getvalue())
     again = read_documents(target, form=form)
     by_id = {document.id: document for document in again}
-    in_place = again if len(again) == len(documents) else []
-    kept = [by_id.get(document.id) for document in documents] if by_id.keys() >= {d.id for d in documents} else in_place
-    cut = sum(_sentences(one) != _sentences(other) for one, other in zip(documents, kept, strict=False))
+    if by_id.keys() >= {document.id for document in documents}:
+        pairs = [(document, by_id[document.id]) for document in documents]
+    else:
+        pairs = list(zip(documents, again, strict=True)) if len(documents) == len(again) else []
+    cut = sum(_sentences(one) != _sentences(other) for one, other in pairs)
     lost["documents whose sentences will be cut in other places"] += cut
     return again, +lost
 

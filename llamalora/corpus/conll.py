@@ -91,7 +91,8 @@ def _split(line: str) -> list[str]:
 
 def _grouped(lines: Iterable[tuple[str, str]], reading: Reading) -> list[list[list[_Row]]]:
     rows = [_Row(where, _split(line) if line.strip() else []) for where, line in lines]
-    width = _width(row for row in rows if row.columns and not row.columns[0].startswith("#"))
+    full = [row for row in rows if row.columns]
+    width = _width(row for row in full if not row.columns[0].startswith("#")) or _width(full)
     groups: list[list[list[_Row]]] = [[]]
     sentence: list[_Row] = []
     marked = False

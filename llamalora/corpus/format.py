@@ -1,9 +1,7 @@
 """What a corpus format consists of. Each stands in a file, and in the table of `read.py`."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TextIO
 
 from .documents import Document
 
@@ -28,7 +26,7 @@ class Format:
     endings: tuple[str, ...]
     recognises: Callable[[Iterable[str]], bool]
     read: Callable[..., Iterable[Document]]
-    write: Callable[[Iterable[Document], TextIO, Counter[str]], None] | Callable[..., None]
+    write: Callable[..., None]
     stream: Callable[..., Iterable[Document]] | None = None
     whole: bool = False
     folder: bool = False
