@@ -190,8 +190,10 @@ def _mention(
         begin = first.start + _characters(first.text, start - first.offset, unit)
         parts.append((begin, last.start + _characters(last.text, end - last.offset, unit)))
     start, end, written = reading.joined(document.text, parts, item.get("text"))
-    label = (item.get("infons") or {}).get("type")
-    return reading.mention(place, document, start, end, label, written)
+    infons = item.get("infons") or {}
+    if further := len(infons.keys() - {"type"}):
+        reading.notes["infons of mentions beside their type, not read"] += further
+    return reading.mention(place, document, start, end, infons.get("type"), written)
 
 
 def _locations(item: dict) -> list[tuple[int, int]]:

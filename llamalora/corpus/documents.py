@@ -105,7 +105,10 @@ class Reading:
             if not re.fullmatch("[0-9]{1,18}", str(offset)):
                 fault = f"the offset {str(offset)[:40]!r} is not a whole number; write digits"
         if not fault and not (isinstance(label, str) and label.strip()):
-            fault = f"the mention {written or f'from {start} to {end}'!r} has no label"
+            which = repr(written) if written else f"from {start} to {end}"
+            fault = f"the mention {which} has no label"
+            if isinstance(label, int):
+                fault = f"the label of the mention {which} is the number {label}; give its name"
         first, last = (0, 0) if fault else (int(str(start)), int(str(end)))
         if not fault and not first < last <= len(text):
             fault = (

@@ -11,10 +11,10 @@ from .documents import Document, Reading, Span, sentence_bounds
 from .format import Format
 from .json_lines import json_head, json_records
 
-_MENTIONS = ("entities", "ents", "spans", "label", "labels")
+_MENTIONS = ("entities", "ents", "spans", "annotations", "label", "labels")
 # What is read, and what says the same in another way.
 _KNOWN = {"id", "text", "answer", *_MENTIONS}
-_KNOWN_OF_MENTIONS = {"start", "end", "start_offset", "end_offset", "label", "text", "token_start", "token_end"}
+_KNOWN_OF_MENTIONS = {"start", "end", "start_offset", "end_offset", "label", "text", "token_start", "token_end", "id"}
 
 
 def is_spans(lines: Iterable[str]) -> bool:
@@ -28,11 +28,11 @@ def span_documents(
 ) -> Iterator[Document]:
     """Parses JSON lines, or an array, of objects with a `text` and mentions, as they come.
 
-    The mentions stand in `entities`, `ents`, `spans`, `label` or `labels`: each `[start, end, label]`, or an object
-    with `start` and `end` (or `start_offset`, `end_offset`) and `label`; groups of them by name, as spaCy has them, are
-    all read, and so is spaCy's older `[text, {"entities": ...}]`. Prodigy's examples whose `answer` is not `accept` are
-    left out. Where there is no `id`, it is the file's stem and a running number (`dev-17`), or that of the `reference`
-    in its place.
+    The mentions stand in `entities`, `ents`, `spans`, `annotations`, `label` or `labels`: each `[start, end, label]`,
+    or an object with `start` and `end` (or `start_offset`, `end_offset`) and `label`; groups of them by name, as spaCy
+    has them, are all read, and so is spaCy's older `[text, {"entities": ...}]`. Prodigy's examples whose `answer` is
+    not `accept` are left out. Where there is no `id`, it is the file's stem and a running number (`dev-17`), or that of
+    the `reference` in its place.
 
     Args:
         lines: each with its `file:line`.

@@ -52,6 +52,7 @@ FOUND = [
 NOTES = {
     "documents of several passages, read as one text": 1,
     "mentions in several parts, read as one, from the first part to the last": 1,
+    "infons of mentions beside their type, not read": 6,
 }
 
 
@@ -143,7 +144,7 @@ def test_offsets_that_count_bytes_or_utf_16(tmp_path, length, unit):
 
 
 def test_sentences_hold_texts_where_passages_have_none(tmp_path):
-    item = annotation(1, "Organ", "renal") | {"locations": [{"offset": 12, "length": 5}]}
+    item = {"id": 1, "infons": {"type": "Organ"}, "text": "renal", "locations": [{"offset": 12, "length": 5}]}
     sentences = [{"offset": 0, "text": "It slept."}, {"offset": 10, "text": "A renal fever", "annotations": [item]}]
     value = {"id": 1, "passages": [{"offset": 0, "sentences": sentences, "relations": [{}, {}]}]}
     (read,) = documents = read_documents(write(tmp_path / "x.json", value))

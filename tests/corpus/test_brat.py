@@ -7,6 +7,7 @@ import pytest
 from llamalora.corpus.brat import BRAT, write_brat
 from llamalora.corpus.documents import CorpusError, Document, Span, sentence_bounds, sentences_of
 from llamalora.corpus.read import find_splits, read_documents, stream_documents
+from llamalora.runs.folder import fingerprint
 
 TEXT = "Renal and hepatic failure\r\nafter α-zorbamycin\nThe rat lost its renal\nfunction. It slept \U0001f922.\n"
 ANN = """T1\tDisease 0 5;18 25\tRenal failure
@@ -149,6 +150,13 @@ def test_splits_are_folders(folder, tmp_path):
     folder.rename(tmp_path / "devel")
     (tmp_path / "train").mkdir()  # with nothing in it
     assert find_splits(tmp_path) == {"dev": tmp_path / "devel"}
+
+
+def test_a_run_knows_the_files_of_its_splits(folder):
+    before = fingerprint([folder])
+    assert fingerprint([folder]) == before
+    (folder / "side/b.c.ann").write_text("T1\tSign 0 2\tNo\n")
+    assert fingerprint([folder]) != before
 
 
 def test_texts_to_annotate_need_no_annotations(folder):
