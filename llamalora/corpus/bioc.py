@@ -47,8 +47,12 @@ def bioc_xml_documents(
         CorpusError: the library is not installed, or this is no such XML.
     """
     biocxml, biocjson = _library(name)
+    # whatever coding it declares, it has been decoded
+    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", "\n".join(line for _, line in lines))
+    if "<!ENTITY" in text:
+        raise CorpusError(f"{name}: declares entities, which BioC does not need and which may read other files")
     try:
-        collection = biocxml.loads("\n".join(line for _, line in lines))
+        collection = biocxml.loads(text)
     except Exception as error:  # lxml's errors of syntax, and whatever the library meets where something is missing
         raise CorpusError(f"{name}: no BioC XML ({type(error).__name__}: {error})") from error
     return _documents(((name, biocjson.toJSON(document)) for document in collection.documents), reading)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from .documents import Document, outermost
 
 TAG = r"(?:O|[BIESLUM]-[^\t]+)"  # of IOB1, IOB2, BIOES, BILOU and BMES
+_BETWEEN_TAGS = re.compile(r"[|;,/+&#]")
 Bounds = tuple[int, int]
 
 # Chinese and Japanese write no spaces: each of their characters is a token. An accent that stands alone (U+0300 and
@@ -20,7 +21,7 @@ _TOKEN = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[\w\u0300-\u036f])+|[^\w\s\ufeff]
 @lru_cache(maxsize=10_000)
 def tags_of(cell: str) -> tuple[str, ...]:
     """The tags of a cell, mostly one, of several `B-X|B-Y`; none where it holds something else."""
-    parts = re.split(r"[|;,/+&#]", cell)
+    parts = _BETWEEN_TAGS.split(cell)
     if all(re.fullmatch(TAG, part) for part in parts):
         return tuple(parts)
     return (cell,) if re.fullmatch(TAG, cell) else ()
@@ -90,8 +91,12 @@ def tagged(document: Document, lost: Counter[str]) -> list[list[tuple[str, str]]
             if span.start not in starts or span.end not in ends:
                 lost["mentions that begin or end within a token, left out"] += 1
                 continue
+            label = span.label
+            if len(tags_of(f"B-{label}")) > 1:  # as `x/B-y` would be two tags
+                label = _BETWEEN_TAGS.sub("_", label)
+                lost["mentions in whose label a sign between tags became _"] += 1
             begin, end = starts[span.start], ends[span.end]
-            tags[begin : end + 1] = [f"B-{span.label}"] + [f"I-{span.label}"] * (end - begin)
+            tags[begin : end + 1] = [f"B-{label}"] + [f"I-{label}"] * (end - begin)
         words = [re.sub(r"[\t\r\n]", " ", document.text[start:end]) for start, end in here]
         sentences.append(list(zip(words, tags, strict=True)))
     lost["mentions that cross the end of a sentence, left out"] += len(crossing)

@@ -157,7 +157,7 @@ TEXTS = st.text(
     ),
     max_size=40,
 )
-LABELS = st.sampled_from(["Disease", "B-x", "O", "α β", "T047,T033"])
+LABELS = st.sampled_from(["Disease", "B-x", "O", "α β", "T047,T033", "x/B-y"])
 
 
 @st.composite
@@ -200,14 +200,11 @@ def test_any_text_with_any_mentions(form, made, tmp_path_factory):
 def test_any_tokens_with_any_tags(form, made, tmp_path_factory):
     """What was written is counted, and once it is tokens it stays as it is."""
     place = tmp_path_factory.mktemp("any") / NAMES[form]
-    made = [
-        Document(one.id, one.text, tuple(s for s in one.spans if s.label != "T047,T033"), one.sentences) for one in made
-    ]
     lost = written(made, FORMATS[form], place)
     if not any(one.sentences for one in made):
         return
     back = read_documents(place, form=FORMATS[form])
-    left_out = sum(count for what, count in lost.items() if what.startswith("mentions"))
+    left_out = sum(count for what, count in lost.items() if what.endswith("left out") and "mentions" in what)
     assert sum(len(one.spans) for one in back) == sum(len(one.spans) for one in made) - left_out
     assert len(back) == sum(bool(one.sentences) for one in made)
     first = place.read_text(encoding="utf-8")

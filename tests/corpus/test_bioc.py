@@ -200,6 +200,16 @@ def test_broken_xml(tmp_path, text):
         read_documents(write(tmp_path / "x.xml", text))
 
 
+def test_xml_declares_its_coding_but_no_entities(xml):
+    text = xml.read_text(encoding="utf-8")
+    body = text[text.index("<collection") :]
+    write(xml, f"<?xml version='1.0' encoding='ISO-8859-1'?>\n<!DOCTYPE collection SYSTEM 'BioC.dtd'>\n{body}")
+    assert read_documents(xml)[0].text == TEXT
+    write(xml, f"<!DOCTYPE collection [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>\n{body}")
+    with pytest.raises(CorpusError, match="train.xml: declares entities"):
+        read_documents(xml)
+
+
 def test_without_the_library_the_extra_is_named(xml, monkeypatch):
     monkeypatch.setitem(sys.modules, "bioc", None)
     with pytest.raises(
