@@ -71,11 +71,11 @@ def main(argv: list[str]) -> None:
             with Interrupt() as interrupt:  # a reader of the stream never meets half a line
                 if world.is_main:
                     annotated = predicted_documents(chunk, answers)
-                    unsure = unread(answers)
+                    cut = unread(answers)
                     if form.whole or form.folder:
                         whole += annotated
                     else:
-                        write(annotated, confidence_by_mention(answers), unsure, form.name, lost)
+                        write(annotated, confidence_by_mention(answers), cut, form.name, lost)
             if interrupt.signal:
                 sys.exit(128 + interrupt.signal)
         if world.is_main:

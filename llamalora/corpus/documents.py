@@ -168,6 +168,7 @@ def told(notes: Mapping[str, int]) -> list[str]:
 
 # The second guard keeps "St. Thomas" whole: without it two mentions of BC5CDR would be cut.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bSt\.)\s+(?=[A-Z0-9(\[])")
+_WORD = re.compile(r"\S+")
 
 
 def sentence_bounds(text: str) -> tuple[tuple[int, int], ...]:
@@ -191,9 +192,8 @@ def _paragraphs(text: str) -> list[tuple[int, int]]:
     width = max((end - start for start, end in lines), default=0)
     joined = lines[:1]
     for (start, end), (below, last) in pairwise(lines):
-        word = re.compile(r"\S*").match(text, below)
-        wrapped = text[end:below] in ("\n", "\r\n", "\r") and end - start + 1 + len(word[0] if word else "") > width
-        if wrapped:
+        word = _WORD.match(text, below)  # none where the line is indented
+        if text[end:below] in ("\n", "\r\n", "\r") and word and end - start + 1 + len(word[0]) > width:
             joined[-1] = (joined[-1][0], last)
         else:
             joined.append((below, last))

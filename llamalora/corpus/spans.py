@@ -51,7 +51,10 @@ def span_documents(
         if answer != "accept":
             reading.notes[f"examples whose answer is {answer}, left out"] += 1
             continue
-        id = str(record.get("id", reference[number - 1].id if number <= len(reference) else f"{stem}-{number}"))
+        id = record.get("id")
+        if id is None:
+            id = reference[number - 1].id if number <= len(reference) else f"{stem}-{number}"
+        id = str(id)
         if id in seen:
             reading.faults.append(f"{where}: a second document {id}; ids must be unique in a file")
         seen.add(id)

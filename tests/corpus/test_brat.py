@@ -91,6 +91,8 @@ def test_a_wrapped_line_goes_on_and_a_whole_one_ends_a_sentence():
     ]
     (span,) = sentences[1].spans
     assert sentences[1].text[span.start : span.end] == "its renal function"
+    indented = "The longest line of all\n  (and more)"
+    assert [indented[start:end] for start, end in sentence_bounds(indented)] == indented.split("\n  ")
     wrapped = "The rat was given\nZorbamycin and lost\nits renal function.\n\nMethods\nIt slept"
     bounds = [wrapped[start:end].replace("\n", " ") for start, end in sentence_bounds(wrapped)]
     assert bounds == ["The rat was given Zorbamycin and lost its renal function.", "Methods", "It slept"]

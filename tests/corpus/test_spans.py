@@ -102,7 +102,7 @@ def test_labels_of_a_whole_text_are_no_mentions(tmp_path):
 
 def test_predictions_without_ids_take_those_of_the_gold(tmp_path):
     gold = [Document("a", TEXT, (), ()), Document("b", TEXT, (), ())]
-    path = write(tmp_path / "mine.jsonl", line(spans=DICTS) + line(spans=[]))
+    path = write(tmp_path / "mine.jsonl", line(spans=DICTS) + line(id=None, spans=[]))
     assert [document.id for document in read_documents(path, gold)] == ["a", "b"]
     assert [document.id for document in read_documents(path)] == ["mine-1", "mine-2"]
 
