@@ -17,6 +17,7 @@ COMMANDS = {
     "before training": {
         "fetch": ("commands.fetch", "bring a small real model or the corpus BC5CDR"),
         "stats": ("paper.stats", "documents, sentences and mentions of a corpus"),
+        "convert": ("commands.convert", "a corpus in another format: brat, BioC, CoNLL, ..."),
         "audit": ("commands.audit", "parameters, storage and GPU memory of a model"),
     },
     "after training": {

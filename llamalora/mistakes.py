@@ -56,7 +56,8 @@ def _what_is(path: Path) -> str | None:
         return f"a model folder{home}, by its config.json"
     if home:
         return f"a folder{home}"
-    corpus_file = r"(cdr_.*set|train|dev(el)?|valid(ation)?|test)\.(pubtator|tsv|conllu?|iob2?|bio(es)?|bmes|txt)"
+    endings = "pubtator|tsv|conllu?|iob2?|bio(es)?|bmes|txt|jsonl?|ndjson|xml|bioc"
+    corpus_file = rf"(cdr_.*set|train|dev(el)?|valid(ation)?|test)\.({endings})"
     names = [entry.name.lower() for entry in path.iterdir()]
     if "config.json" not in names and any(re.match(corpus_file, name) for name in names):
         return "a corpus folder"

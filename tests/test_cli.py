@@ -113,7 +113,7 @@ def test_the_flags_of_train_and_tables_stand_in_the_same_groups(capsys, monkeypa
             title, _, rest = part.partition(":\n")
             found |= {(name, flag): title for flag in re.findall(r"^  (--\S+)", rest, re.MULTILINE)}
     settings = {f"--{item.name.replace('_', '-')}" for item in fields(Settings)}
-    assert {flag for name, flag in found if name == "train"} == {"--resume", *settings}
+    assert {flag for name, flag in found if name == "train"} == {"--resume", "--quiet", *settings}
     assert dict.fromkeys(title for (name, flag), title in found.items() if name == "train") == dict.fromkeys(
         ("options", *groups)
     )

@@ -127,6 +127,14 @@ def test_the_definition_of_the_task_needs_no_torch(room):
         assert not roots & {"torch", "safetensors"}, f"{name} imports torch"
 
 
+def test_to_convert_a_corpus_needs_no_torch():
+    reached = {"commands/convert"}
+    while new := {other for name in reached for other in own(name)} - reached:
+        reached |= new
+    assert "corpus/read" in reached
+    assert not {name for name in reached if "torch" in {found.split(".")[0] for found in imports(FILES[name])}}
+
+
 def test_the_model_knows_nothing_of_lora():
     for name in (name for name in FILES if room_of(name) == "model"):
         text = FILES[name].read_text(encoding="utf-8").lower().replace("knows nothing of lora", "")

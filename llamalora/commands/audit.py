@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
                          help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
     add_flags(planned, Settings, ("micro_tokens", "activation_checkpointing"))
     timed = parser.add_argument_group("for --time")
-    timed.add_argument("--gpu", default="V100-16", choices=tuple(CARDS), help="the GPU (default: V100-16)")
+    timed.add_argument("--gpu", default="V100-16", choices=tuple(CARDS), metavar="GPU",
+                       help=f"any of {', '.join(CARDS)} (default: V100-16)")  # fmt: skip
     timed.add_argument("--nodes", type=int, default=1, help="machines with so many GPUs each (default: 1)")
     add_flags(timed, Settings, ("batch_tokens",))
     timed.add_argument("--data", help="corpus folder, read with the tokenizer of --model (default: as long as BC5CDR)")

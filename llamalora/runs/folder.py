@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import TextIO, get_type_hints
 
@@ -142,9 +143,11 @@ def read_fingerprints(run: Path) -> dict:
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """A hash of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
+    """A hash of size, first and last MiB of each file, also of those in folders: weights of 13 GB should not delay
+    every start."""
     digest = hashlib.sha256()
-    for path in paths:
+    files = (sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path] for path in paths)
+    for path in chain.from_iterable(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
