@@ -126,9 +126,9 @@ class Attention(nn.Module):
             cache.write(self.layer, k, v, packing)
         if packing.continues:
             assert cache is not None, "sequences that go on have a cache"
-            y = attend_cached(q[0], cache, self.layer, packing)
+            y = attend_cached(q.squeeze(0), cache, self.layer, packing)
         else:
-            y = attend_packed(q[0], k[0], v[0], packing)
+            y = attend_packed(q.squeeze(0), k.squeeze(0), v.squeeze(0), packing)
         return self.o_proj(y.flatten(1)[None])
 
 

@@ -89,7 +89,7 @@ def plan_memory(
     held = _held(model, sharded, gpus, DTYPES[precision].itemsize)
 
     def at(tokens: int) -> Plan:
-        # a device that is no CPU: attention's rectangles are a GPU's
+        # a device that is no CPU: attention is a GPU's
         packing = Packing(micro_batch(tokens, lengths), torch.device("meta"))
         step = Step(model, precision, packing, recompute, sharded)
         peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}

@@ -27,8 +27,8 @@ def announce(job: Job, model: Llama, world: World) -> None:
     share = 100 * counts["trainable"] / counts["base"]
     on = f"{world.size} x {world.device.type}"
     if world.device.type == "cuda":
-        heads = model.config.num_attention_heads, model.config.head_dim
-        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+        kernel = attention_kernel(model.config.head_dim, DTYPES[settings.precision], world.device)
+        on += f", {kernel} attention" if kernel != "rectangles" else ", attention of padded rectangles"
     trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
     if not settings.adapts and "targets" not in settings.idle and model.tied:
         trained += " (embed and head are one matrix)"

@@ -12,7 +12,6 @@ from llamalora.cli import UsageError, run_command
 from llamalora.commands.audit import parse_capacity
 from llamalora.distributed.world import World
 from llamalora.lora.inject import make_trainable
-from llamalora.model.attention import attention_kernel
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.runs.settings import Settings
@@ -144,10 +143,6 @@ def test_out_of_memory_ends_a_run_with_an_error(monkeypatch, tmp_path, capsys):
         run_command(train.main, [*flags.split(), str(tmp_path / "run")])
     message = capsys.readouterr().err
     assert stop.value.code == 1 and "memory does not suffice" in message and "activations" in message
-
-
-def test_the_kernel_of_attention_has_a_name():
-    assert attention_kernel(32, 128, torch.float32, torch.device("cpu")).endswith(("ATTENTION", "MATH"))
 
 
 # ---- what is measured on a GPU ----
