@@ -64,9 +64,9 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
 
 # Both kernels know the sequences by their bounds, so nothing is laid out or padded. PyTorch's public door to the first,
-# torch.nn.attention.varlen (2.10), has no twin for the second, which is all that a V100 or fp32 has; nested tensors have
-# both, but rebuild their offsets in every layer and take fewer kinds of grouped queries. The arguments that are given
-# here, and the gradients' formulas behind them, have been the same from torch 2.8 to 2.13.
+# torch.nn.attention.varlen (2.10), has no twin for the second, which is all that a V100 or fp32 has. Nested tensors
+# lead to both, with a new tensor class around every layer's q, k and v. The arguments that are given here, and the
+# gradients' formulas behind them, have been the same from torch 2.8 to 2.13.
 
 
 def _attend_flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -93,10 +93,10 @@ CAUSAL = 1  # of the memory-efficient kernel's masks: a query sees keys up to it
 def attention_kernel(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """How packed rows attend to themselves.
 
-    On a GPU by kernels that take sequences of any length: `flash` in half precision from compute capability 8.0 on, else
-    `memory-efficient`. By `rectangles` of padded sequences for heads of a size that these do not take, and on a CPU in
-    fp32; by batched matrix `products` on a CPU in half precision. The meta device, on which memory is planned, stands for a
-    GPU: in bf16 for one that has the first kernel.
+    On a GPU by kernels that take sequences of any length: `flash` in half precision from compute capability 8.0 on,
+    else `memory-efficient`. By `rectangles` of padded sequences for heads of a size that these do not take, and on a
+    CPU in fp32; by batched matrix `products` on a CPU in half precision. The meta device, on which memory is planned,
+    stands for a GPU: in bf16 for one that has the first kernel.
     """
     if device.type == "cpu":
         return "products" if dtype in (torch.bfloat16, torch.float16) else "rectangles"

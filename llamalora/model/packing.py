@@ -41,7 +41,7 @@ class Rectangle:
 class Packing:
     """How sequences of unequal lengths stand behind each other in one row, without padding.
 
-    Every matrix product sees the row, (1, N, D); only attention looks at the sequences, by their bounds or as rectangles.
+    Every matrix product sees the row, (1, N, D); only attention sees sequences, by their bounds or as rectangles.
 
     Args:
         lengths: tokens of each sequence in the row.
