@@ -54,6 +54,9 @@ class Settings:
     activation_checkpointing: int | str = option(
         "auto", "recompute every K-th block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
     )
+    compile: str = option(
+        "auto", "compile norms, rotary embedding, SwiGLU and cross entropy; auto: on GPUs", ("auto", "on", "off")
+    )
     seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
     eval_every: int | None = option(None, "evaluate on the development split every N steps (default: each epoch)")
     eval_limit: int | None = option(None, "evaluate on its first N sentences")
@@ -63,8 +66,8 @@ class Settings:
     timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
 
     # what may differ when a run is resumed, because it does not change what is learnt
-    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
-            "timeout")  # fmt: skip
+    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "compile", "eval_batch", "save_every",
+            "keep", "timeout")  # fmt: skip
 
     @property
     def adapts(self) -> bool:

@@ -205,8 +205,7 @@ class Step:
 
     def _norm(self, name: str) -> Saved:
         size = self.stream * self.model.config.hidden_size * self.tokens
-        kept = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
-        return kept | ({(name, "normalised input"): size} if learns(self.model.get_submodule(name)) else {})
+        return {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
 
     def _linear(self, kept: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
         """Adds what layers save that have one input between them; returns whether any of them learns."""

@@ -14,6 +14,7 @@ from ..distributed.world import World
 from ..errors import RunError
 from ..lora.inject import lora_layers, trainable_parameters
 from ..lora.layers import LoRALinear
+from ..model.elementwise import Run, plain
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..model.tensors import is_sharded, own_rows, placed, whole
@@ -71,7 +72,7 @@ def backward(
             chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
             for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
                 logits = model.lm_head(states)  # (chunk, V)
-                added, gradient = _cross_entropy(logits, targets, factor)
+                added, gradient = _cross_entropy(logits, targets, factor, model.run)
                 logits.backward(gradient)
                 loss += added / supervised
                 del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
@@ -83,11 +84,14 @@ def backward(
 
 
 @torch.no_grad()
-def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor, run: Run = plain) -> tuple[Tensor, Tensor]:
     """The sum of the cross entropies of logits (M, V), and `factor` times its gradient (M, V): softmax less one-hot.
 
-    Computed in fp32, of so few rows at a time that a CPU's cache holds them, or that a GPU is busy with.
+    Computed in fp32: by a compiled formula, or in place, of so few rows at a time that a CPU's cache holds them, or
+    that a GPU is busy with.
     """
+    if run is not plain:
+        return run(cross_entropy)(logits, targets[:, None], factor)
     rows = max(1, SOFTMAX_AT_ONCE[logits.device.type == "cuda"] // logits.shape[-1])
     gradient, loss = torch.empty_like(logits), factor.new_zeros(())
     for part, target, result in zip(*(x.split(rows) for x in (logits, targets[:, None], gradient)), strict=True):
@@ -99,6 +103,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Ten
         wide.mul_(factor / total).scatter_add_(1, target, -factor.expand_as(target))
         result.copy_(wide)
     return loss, gradient
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_cross_entropy` computes, as a formula to be compiled, which holds no fp32 logits then; targets (M, 1)."""
+    wide = logits.float()
+    less = wide - wide.amax(-1, keepdim=True)
+    total = less.exp().sum(-1, keepdim=True)
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == targets
+    gradient = (less.exp() / total - one_hot.float()) * factor
+    return (total.log() - less.gather(1, targets)).sum(), gradient.to(logits.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from ..lora.inject import count_parameters, what_learns
 from ..model.attention import attention_kernel
 from ..model.llama import Llama
 from ..model.precision import DTYPES
+from ..runs.setup import choose_compiled
 from .batch import Example
 from .job import Job
 from .step import Update
+
+FORMULAS = "norms, rotary embedding, SwiGLU, cross entropy"
 
 
 def announce(job: Job, model: Llama, world: World) -> None:
@@ -29,6 +32,10 @@ def announce(job: Job, model: Llama, world: World) -> None:
     if world.device.type == "cuda":
         kernel = attention_kernel(model.config.head_dim, DTYPES[settings.precision], world.device)
         on += f", {kernel} attention" if kernel != "rectangles" else ", attention of padded rectangles"
+    compiles, why_compiled = choose_compiled(settings.compile, world.device)
+    compiled = f"\ncompiled   {FORMULAS if compiles else 'nothing'} ({why_compiled})"
+    if compiles:
+        compiled += "; the first step takes the time for it"
     trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
     if not settings.adapts and "targets" not in settings.idle and model.tied:
         trained += " (embed and head are one matrix)"
@@ -43,8 +50,9 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"
         + (" (one-label format)" if task.per_label else "")
-        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
-        f"parallel   {job.placement}\n"
+        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}"
+        + (compiled if compiles or world.device.type == "cuda" else "")
+        + f"\nparallel   {job.placement}\n"
         f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         f"output     {settings.out}\n"
