@@ -92,14 +92,16 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
             lr = learning_rate(settings.lr, progress.updates, len(steps), warmup, settings.schedule)
             loss, computed = 0.0, 0.0
             stand_in = min(step, key=job.lengths.__getitem__)  # without a share: under fsdp the others need its passes
+            shares = deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]
+            if not optimizer.sharded:
+                shares = [indices for indices in shares if indices]
             with cast_factors(model, DTYPES[settings.precision]):
-                for indices in deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]:
-                    if not indices and not optimizer.sharded:
-                        continue
+                for number, indices in enumerate(shares, start=1):
                     batch = MicroBatch.of([examples[index] for index in indices or [stand_in]], world.device)
                     counted, recompute = supervised if indices else math.inf, job.placement.recompute
+                    sums = optimizer.sums(world) if number == len(shares) else None
                     computed += batch.ids.numel()
-                    loss += backward(model, batch, counted, optimizer.scaler, settings.precision, recompute)
+                    loss += backward(model, batch, counted, optimizer.scaler, settings.precision, recompute, sums)
             update = optimizer.step(lr, world)
             loss, computed, stop = world.sum([loss, computed, interrupt.signal])
 

@@ -143,7 +143,7 @@ def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
         "gradients": learning * 4 // share,
         "optimizer": (learning * 8 + len(trainable) * 4) // share,
         "LoRA cast": cast,  # by `cast_factors`
-        # DDP has no buckets here: World.sum_gradients works in place
+        # ddp has no buckets here: GradientSum works in place
         "buckets or gathered layers": _gathered(model, width) if sharded else 0,
     }
 

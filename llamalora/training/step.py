@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed.gradients import GradientSum
 from ..distributed.sharding import within
 from ..distributed.world import World
 from ..errors import RunError
@@ -45,6 +46,7 @@ def backward(
     scaler: torch.amp.GradScaler,
     precision: str,
     recompute: int = 0,
+    summing: GradientSum | None = None,
 ) -> float:
     """Forward and backward of one micro-batch; gradients add up in the parameters.
 
@@ -56,6 +58,7 @@ def backward(
     Args:
         supervised: infinite for a micro-batch that counts for nothing, and whose gradients are zero.
         recompute: as in `Backbone.forward`.
+        summing: given with a process's last micro-batch of a step: sums what is complete while others are computed.
 
     Returns:
         This micro-batch's share of the step's loss, in nats a token.
@@ -79,6 +82,8 @@ def backward(
         return hidden, leaf.grad, loss
 
     hidden, gradient, loss = within(model, forward)
+    if summing:
+        summing.begin(model.model)
     hidden.backward(gradient)
     return loss.item()
 
@@ -147,7 +152,14 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip = clip or math.inf
         self.sharded = any(map(is_sharded, self.parameters.values()))
+        self._sums: GradientSum | None = None
         self.skips_in_a_row = 0
+
+    def sums(self, world: World) -> GradientSum:
+        """What sums the gradients over processes; alone, for a sharded model's backward pass sums them itself."""
+        if self._sums is None:
+            self._sums = GradientSum(self.parameters.values(), World() if self.sharded else world)
+        return self._sums
 
     def step(self, lr: float, world: World) -> Update:
         """Sums gradients over processes, unscales, clips, updates.
@@ -155,8 +167,7 @@ class Optimizer:
         Raises:
             DivergedError: `MOST_SKIPS` steps in a row had gradients that were not finite.
         """
-        if not self.sharded:  # else the backward pass has summed them
-            world.sum_gradients(self.parameters.values())
+        self.sums(world).end()
         scale = self.scaler.get_scale()
         for group in self.adam.param_groups:
             group["lr"] = lr * group["ratio"]
@@ -166,7 +177,7 @@ class Optimizer:
         if finite:
             self.scaler.step(self.adam)
         self.scaler.update()
-        self.adam.zero_grad(set_to_none=True)
+        self.sums(world).clear()
         self.skips_in_a_row = 0 if finite else self.skips_in_a_row + 1
         if self.skips_in_a_row == self.MOST_SKIPS:
             raise DivergedError(
