@@ -67,12 +67,15 @@ def read_base(settings: ResolvedSettings) -> tuple[LlamaConfig, Tokenizer]:
     return config, tokenizer
 
 
-def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llama:
+def build_model(settings: ResolvedSettings, world: World, parallel: str, whole: int = 0) -> Llama:
     """The base model with what is to be trained in it.
 
     With LoRA the frozen weights are stored in the precision of the products; in full and partial
     fine-tuning all weights are fp32, so that the two differ in what learns alone, and cast by autocast, or
     under `fsdp` when they are gathered.
+
+    Args:
+        whole: with LoRA under `fsdp`, blocks whose frozen weights every process keeps.
 
     Raises:
         CheckpointError, InputError: as `load_model` and `make_trainable`.
@@ -84,7 +87,7 @@ def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llam
     else:
         model = skeleton(read_config(settings.model)).to(dtype)
         files = model_files(settings.model, model)
-        shard(make_trainable(model, **settings.learning), world, products)
+        shard(make_trainable(model, **settings.learning), world, products, whole)
         fill(model, files, world.device, settings.seed)
     if choose_compiled(settings.compile, world.device)[0]:
         compile_formulas(model)

@@ -40,7 +40,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     job = prepare(settings, world, resume)
     settings, folder, examples, steps = job.settings, job.folder, job.examples, job.steps
     with explained(job.placement.plan, world.device):
-        model = build_model(settings, world, job.placement.parallel)
+        model = build_model(settings, world, job.placement.parallel, job.placement.whole)
     if not resume:
         start_folder(folder, describe_run(settings, job.task, model), world)
     lock = lock_folder(folder, world)  # noqa: F841  (held until the end)
