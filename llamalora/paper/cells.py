@@ -45,7 +45,7 @@ class Cell:
     def of(base: Settings, changes: Changes, out: Path, world: World) -> "Cell":
         """The cell of a run whose settings are `base` with these changes. Its name holds a hash of all that
         decides its result: settings, model, tokenizer, data; not where they lie."""
-        settings = resolve(replace(base, **changes, out=""), world.device)[0]
+        settings = resolve(replace(base, **changes, out=""), world.device, world.size)[0]
         idle = {*Settings.FREE, "model", "data", *settings.idle}
         deciding = {name: value for name, value in asdict(settings).items() if name not in idle}
         content = json.dumps([deciding, fingerprints(settings)], sort_keys=True)

@@ -82,7 +82,7 @@ def _checked(placement: Placement, settings: Settings) -> Placement:
     return placement
 
 
-def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
+def fit(model: Llama, settings: ResolvedSettings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
     """ddp where the leanest step fits, else fsdp; as little recomputation as lets a process's share of an
     optimizer step through in one pass; and if all of it does not suffice, the largest micro-batch that fits.
 
