@@ -1,6 +1,6 @@
-"""Imported before torch, this gives it an emulated CUDA device: the library LLAMALORA_EMULATED, built from device.cpp.
+"""Imported before torch, this gives it an emulated CUDA device: the library LLAMALORA_EMULATED, built of device.cpp.
 
-`pytest -p emulated` and `python -c "import emulated; ..."` do so; the tests in inside/ run in such a process. The card is
+`pytest -p emulated` does so; the tests in inside/ run in such a process. The card is
 a V100 of 16 GB unless `CARD` is changed.
 """
 

@@ -18,7 +18,10 @@ from llamalora.model.checkpoint import save_model
 from llamalora.training.steplog import StepLog
 
 WORDS = ("fever", "rash", "nausea", "cough", "coma")
-FLAGS = ("--rank", "2", "--lr", "0.01", "--batch-tokens", "150", "--epochs", "4", "--labels", "Disease")
+FLAGS = (
+    "--rank", "2", "--lr", "0.01", "--batch-tokens", "200", "--epochs", "3", "--labels", "Disease",
+    "--eval-every", "1000",
+)  # fmt: skip
 
 
 def corpus(path: Path, count: int) -> None:
@@ -28,6 +31,12 @@ def corpus(path: Path, count: int) -> None:
             text = "Dose " + "1 " * (number % 7) + f"gave {word}."
             start = text.index(word)
             file.write(f"{number}|t|{text}\n{number}\t{start}\t{start + len(word)}\t{word}\tDisease\t-1\n\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_card():
+    """Of so little memory that the search for the largest micro-batch of a tiny model is short."""
+    emulated.CARD.memory = 400 * 2**20
 
 
 @pytest.fixture(scope="session")
@@ -74,15 +83,16 @@ def metrics(folder: Path, name: str = "loss") -> list[float]:
 def test_fp32_learns_and_answers_as_on_the_cpu(home, run, on_cpu):
     cpu = on_cpu(training, home, "cpu", "--precision", "fp32")
     assert metrics(run) == pytest.approx(metrics(cpu), rel=1e-4)
-    assert metrics(run)[-1] < 0.9 * metrics(run)[0]
+    assert metrics(run)[-1] < 0.95 * metrics(run)[0]
     assert (run / "answers-dev.jsonl").read_bytes() == (cpu / "answers-dev.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("flags", "card", "precision"),
     [((), "V100", "fp16"), (("--dora", "--dropout", "0.1", "--activation-checkpointing", "1"), "V100", "fp16"),
-     ((), "H100", "bf16"), (("--method", "full"), "H100", "bf16"), (("--method", "partial"), "V100", "fp16")],
-    ids=" ".join,
+     (("--method", "full"), "H100", "bf16"), pytest.param((), "H100", "bf16", marks=pytest.mark.faults),
+     pytest.param(("--method", "partial"), "V100", "fp16", marks=pytest.mark.faults)],
+    ids=["lora", "dora", "full", "lora-bf16", "partial"],
 )  # fmt: skip
 def test_half_precision_learns(home, run, monkeypatch, tmp_path, flags, card, precision):
     """`auto` is what the card computes; without dropout it learns what fp32 learns, up to rounding."""
@@ -91,7 +101,7 @@ def test_half_precision_learns(home, run, monkeypatch, tmp_path, flags, card, pr
         monkeypatch.setitem(globals(), "FLAGS", FLAGS[2:])
     half = training(home, str(tmp_path / "half"), *flags)
     assert json.loads((half / "config.json").read_text())["settings"]["precision"] == precision
-    assert metrics(half)[-1] < 0.9 * metrics(half)[0]
+    assert metrics(half)[-1] < 0.95 * metrics(half)[0]
     if not flags:
         assert metrics(half) == pytest.approx(metrics(run), rel=0.02)
     assert metrics(half, "skipped") == [False] * len(metrics(half))
@@ -103,7 +113,7 @@ def test_an_interrupted_run_is_resumed(home, run, monkeypatch):
 
     def stop(log, number, *rest):
         step(log, number, *rest)
-        if number == 10:
+        if number == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
