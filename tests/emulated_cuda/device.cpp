@@ -14,7 +14,9 @@
 #include <c10/core/impl/FakeGuardImpl.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -308,59 +310,179 @@ static Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArr
   return at::native::_reshape_alias(self, size, stride);
 }
 
-// ---- attention: one operation, as memory-efficient and flash attention are, and with what they keep ----
-
-static Tensor scores(const Tensor& q, const Tensor& k, const std::optional<Tensor>& bias, bool causal, double scale) {
-  auto s = at::matmul(q.to(at::kFloat), k.to(at::kFloat).mT()) * scale;
-  if (bias) s = s + on_host(*bias).to(at::kFloat);
-  if (!causal) return s;
-  auto future = at::ones({q.size(-2), k.size(-2)}, at::kBool).triu(1);
-  return s.masked_fill(future, -std::numeric_limits<double>::infinity());
-}
+// ---- attention: one operation each way, as in a GPU's kernels, with what these keep and take for a while ----
 
 static double factor(const Tensor& q, std::optional<double> scale) {
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1))));
 }
 
+// Scores of q and k (..., T, E), in fp32, on the host.
+static Tensor scores(const Tensor& q, const Tensor& k, const std::optional<Tensor>& bias, bool causal, double scale) {
+  auto s = at::matmul(q.to(at::kFloat), k.to(at::kFloat).mT()) * scale;
+  if (bias) s = s + bias->to(at::kFloat);
+  if (!causal) return s;
+  return s.masked_fill(at::ones({q.size(-2), k.size(-2)}, at::kBool).triu(1), -std::numeric_limits<double>::infinity());
+}
+
+// Gradients of q, k and v (..., T, E), in fp32, on the host.
+static std::array<Tensor, 3> gradients(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& sums, const std::optional<Tensor>& bias, bool causal, double scale) {
+  auto g = grad.to(at::kFloat);
+  auto weights = at::exp(scores(q, k, bias, causal, scale) - sums.unsqueeze(-1));
+  auto of_weights = at::matmul(g, v.to(at::kFloat).mT());
+  auto of_scores = weights * (of_weights - (weights * of_weights).sum(-1, true)) * scale;
+  return {at::matmul(of_scores, k.to(at::kFloat)), at::matmul(of_scores.mT(), q.to(at::kFloat)),
+          at::matmul(weights.mT(), g)};
+}
+
+static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The memory-efficient kernel sums the gradient of queries in fp32, in tiles of the longest sequence for each.
+static Tensor accumulator(int64_t batch, int64_t longest, const Tensor& q, int64_t heads) {
+  return at::empty({batch, heads, up(longest, 64), up(q.size(-1), 64)}, q.options().dtype(at::kFloat));
+}
+
+static std::optional<Tensor> on_host(const std::optional<Tensor>& t) {
+  return t && t->defined() ? std::optional<Tensor>(on_host(*t)) : std::nullopt;
+}
+
+// As scaled_dot_product_attention calls it: (B, H, T, E), laid out as (B, T, H, E).
 static std::tuple<Tensor, Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
                                                          const std::optional<Tensor>& bias, bool keeps_sums, double,
                                                          bool causal, std::optional<double> scale) {
   count("_scaled_dot_product_efficient_attention");
   at::AutoDispatchBelowADInplaceOrView below;
   auto hq = on_host(q), hk = on_host(k), hv = on_host(v);
-  std::optional<Tensor> mask = bias ? std::optional<Tensor>(on_host(*bias)) : bias;
   auto y = at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
-  on_host(y).copy_(at::scaled_dot_product_attention(hq, hk, hv, mask, 0.0, causal, scale));  // the CPU's own values
-  auto sums = at::empty({q.size(0), q.size(1), keeps_sums ? (q.size(2) + 31) / 32 * 32 : 0}, q.options().dtype(at::kFloat));
-  if (keeps_sums) on_host(sums).slice(2, 0, q.size(2)).copy_(scores(hq, hk, bias, causal, factor(q, scale)).logsumexp(-1));
+  // the CPU's own values
+  on_host(y).copy_(at::scaled_dot_product_attention(hq, hk, hv, on_host(bias), 0.0, causal, scale));
+  auto sums = at::empty({q.size(0), q.size(1), keeps_sums ? up(q.size(2), 32) : 0}, q.options().dtype(at::kFloat));
+  if (keeps_sums) {
+    auto found = scores(hq, hk, on_host(bias), causal, factor(q, scale)).logsumexp(-1);
+    on_host(sums).slice(2, 0, q.size(2)).copy_(found);
+  }
   auto number = at::empty({}, q.options().dtype(at::kLong));
   return {y, sums, number, number};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& y,
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor&,
     const Tensor& sums, const Tensor&, const Tensor&, double, std::array<bool, 4>, bool causal,
     std::optional<double> scale) {
   count("_scaled_dot_product_efficient_attention_backward");
   at::AutoDispatchBelowADInplaceOrView below;
-  auto like = [](const Tensor& t) {  // heads beside each other, as the forward pass had them
+  auto like = [](const Tensor& t) {
     return at::empty({t.size(0), t.size(2), t.size(1), t.size(3)}, t.options()).transpose(1, 2);
   };
-  auto grad_q = like(q), grad_k = like(k), grad_v = like(v);
-  auto products = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));  // sum of grad * y
-  Tensor accumulator;  // both kernels sum the gradient of queries in fp32
-  if (q.scalar_type() != at::kFloat) accumulator = at::empty(q.sizes(), q.options().dtype(at::kFloat));
+  std::array<Tensor, 3> results{like(q), like(k), like(v)};
+  auto delta = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));  // sums of grad * y
+  auto workspace = accumulator(q.size(0), q.size(2), q, q.size(1));
+  auto found = gradients(on_host(grad), on_host(q), on_host(k), on_host(v), on_host(sums).slice(2, 0, q.size(2)),
+                         on_host(std::optional<Tensor>(bias)), causal, factor(q, scale));
+  for (int i = 0; i < 3; ++i) on_host(results[i]).copy_(found[i]);
+  return {results[0], results[1], results[2], Tensor()};
+}
 
-  std::optional<Tensor> mask = bias.defined() ? std::optional<Tensor>(bias) : std::nullopt;
-  auto hq = on_host(q), hk = on_host(k), hv = on_host(v), g = on_host(grad).to(at::kFloat);
-  const double by = factor(q, scale);
-  auto p = at::exp(scores(hq, hk, mask, causal, by) - on_host(sums).slice(2, 0, q.size(2)).unsqueeze(-1));
-  auto dp = at::matmul(g, hv.to(at::kFloat).mT());
-  auto ds = p * (dp - (p * dp).sum(-1, true)) * by;
-  on_host(grad_v).copy_(at::matmul(p.mT(), g));
-  on_host(grad_q).copy_(at::matmul(ds, hk.to(at::kFloat)));
-  on_host(grad_k).copy_(at::matmul(ds.mT(), hq.to(at::kFloat)));
-  return {grad_q, grad_k, grad_v, Tensor()};
+// Packed rows, known by their bounds. Boxed, since the operators' last arguments change from version to version.
+struct Arguments {
+  const c10::FunctionSchema& schema;
+  std::vector<c10::IValue> values;
+  Arguments(const c10::OperatorHandle& op, torch::jit::Stack* stack)
+      : schema(op.schema()), values(torch::jit::pop(*stack, schema.arguments().size())) {}
+  const c10::IValue& operator[](const char* name) const {
+    auto place = schema.argumentIndexWithName(name);
+    TORCH_CHECK(place, schema.name(), " has no ", name);
+    return values[*place];
+  }
+  std::optional<double> scale() const {
+    const auto& value = (*this)["scale"];
+    return value.isNone() ? std::nullopt : std::optional<double>(value.toDouble());
+  }
+};
+
+// (N, H, E) of one sequence as (1, H, T, E), its heads as many as of the queries.
+static Tensor sequence(const Tensor& t, const Tensor& bounds, int64_t i, int64_t heads) {
+  auto x = t.slice(0, bounds[i].item<int64_t>(), bounds[i + 1].item<int64_t>());
+  return x.repeat_interleave(heads / x.size(1), 1).transpose(0, 1).unsqueeze(0);
+}
+
+template <bool flash>
+static void attend_packed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments given(op, stack);
+  count(op.schema().name().substr(6));
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto q = given["query"].toTensor(), k = given["key"].toTensor(), v = given["value"].toTensor();
+  auto bounds = on_host(given[flash ? "cum_seq_q" : "cu_seqlens_q"].toTensor());
+  const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 1;
+  const bool keeps_sums = flash || given["compute_log_sumexp"].toBool();
+  TORCH_CHECK(bounds.scalar_type() == at::kInt && given["dropout_p"].toDouble() == 0);
+  TORCH_CHECK(flash ? q.dim() == 3 : q.dim() == 4 && q.sizes() == k.sizes() && q.sizes() == v.sizes());
+  if (flash) TORCH_CHECK(q.scalar_type() != at::kFloat, "FlashAttention only support fp16 and bf16 data type");
+  const int64_t heads = q.size(-2), count_ = bounds.numel() - 1, tokens = q.numel() / (heads * q.size(-1));
+
+  auto y = at::empty(q.sizes(), q.options());
+  std::vector<int64_t> shape{heads, tokens};
+  if (!flash) shape = {count_, heads, keeps_sums ? up(longest, 32) : 0};
+  auto sums = at::empty(shape, q.options().dtype(at::kFloat));
+  auto rows = [](const Tensor& t) { return on_host(t).view({-1, t.size(-2), t.size(-1)}); };
+  for (int64_t i = 0; i < count_; ++i) {
+    const auto first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();
+    TORCH_CHECK(last - first <= longest);
+    if (first == last) continue;
+    auto one_q = sequence(on_host(q).reshape({tokens, heads, -1}), bounds, i, heads);
+    auto one_k = sequence(on_host(k).reshape({tokens, k.size(-2), -1}), bounds, i, heads);
+    auto one_v = sequence(on_host(v).reshape({tokens, v.size(-2), -1}), bounds, i, heads);
+    auto found = at::scaled_dot_product_attention(one_q, one_k, one_v, std::nullopt, 0.0, causal, given.scale());
+    rows(y).slice(0, first, last).copy_(found[0].transpose(0, 1));
+    if (!keeps_sums) continue;
+    auto place = flash ? on_host(sums).slice(1, first, last) : on_host(sums)[i].slice(1, 0, last - first);
+    place.copy_(scores(one_q, one_k, std::nullopt, causal, factor(q, given.scale())).logsumexp(-1)[0]);
+  }
+  torch::jit::push(*stack, y, sums);
+  auto state = at::empty({flash ? 2 : 0}, q.options().dtype(at::kLong));
+  if (flash) torch::jit::push(*stack, state, at::empty({}, state.options()), at::empty({0}, q.options()));
+  else torch::jit::push(*stack, state, state, longest, longest);
+}
+
+template <bool flash>
+static void attend_packed_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments given(op, stack);
+  count(op.schema().name().substr(6));
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto q = given["query"].toTensor(), k = given["key"].toTensor(), v = given["value"].toTensor();
+  auto grad = given[flash ? "grad_out" : "grad_out_"].toTensor(), sums = given["logsumexp"].toTensor();
+  auto bounds = on_host(given[flash ? "cum_seq_q" : "cu_seqlens_q"].toTensor());
+  const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 1;
+  const int64_t heads = q.size(-2), count_ = bounds.numel() - 1, tokens = q.numel() / (heads * q.size(-1));
+
+  std::array<Tensor, 3> inputs{q, k, v}, results;
+  for (int i = 0; i < 3; ++i) results[i] = at::empty(inputs[i].sizes(), inputs[i].options());
+  auto wide = q.options().dtype(at::kFloat);
+  auto delta = at::empty({heads, flash ? tokens + 128 * count_ : tokens}, wide);  // sums of grad * y
+  auto workspace = flash ? at::empty({tokens + 128 * count_, heads, up(q.size(-1), 32)}, wide)
+                         : accumulator(count_, longest, q, heads);
+  // flash writes the gradients of grouped keys and values for each query head, and adds them up
+  std::array<Tensor, 2> expanded;
+  for (int i = 0; flash && i < 2 && k.size(-2) != heads; ++i) expanded[i] = at::empty(q.sizes(), q.options());
+  for (int64_t i = 0; i < count_; ++i) {
+    const auto first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();
+    if (first == last) continue;
+    std::array<Tensor, 4> one;
+    int place = 0;
+    for (const auto& t : {q, k, v, grad})
+      one[place++] = sequence(on_host(t).reshape({tokens, t.size(-2), -1}), bounds, i, heads);
+    auto of = flash ? on_host(sums).slice(1, first, last) : on_host(sums)[i].slice(1, 0, last - first);
+    auto found = gradients(one[3], one[0], one[1], one[2], of, std::nullopt, causal, factor(q, given.scale()));
+    for (int j = 0; j < 3; ++j) {
+      auto target = on_host(results[j]).view({tokens, results[j].size(-2), -1}).slice(0, first, last);
+      auto whole = found[j][0].transpose(0, 1);  // (T, H, E)
+      target.copy_(whole.reshape({whole.size(0), target.size(1), -1, whole.size(2)}).sum(2));
+    }
+  }
+  torch::jit::push(*stack, results[0], results[1], results[2]);
+  if (!flash) torch::jit::push(*stack, Tensor());
 }
 
 static int64_t choose(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
@@ -384,6 +506,18 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_fused_sdp_choice", &choose);
   m.impl("_scaled_dot_product_efficient_attention", &attend);
   m.impl("_scaled_dot_product_efficient_attention_backward", &attend_backward);
+  m.impl("_flash_attention_forward", torch::CppFunction::makeFromBoxedFunction<&attend_packed<true>>());
+  m.impl("_flash_attention_backward", torch::CppFunction::makeFromBoxedFunction<&attend_packed_backward<true>>());
+  m.impl("_efficient_attention_forward", torch::CppFunction::makeFromBoxedFunction<&attend_packed<false>>());
+  m.impl("_efficient_attention_backward", torch::CppFunction::makeFromBoxedFunction<&attend_packed_backward<false>>());
+  // what is one kernel on a GPU, and would come apart into several here
+  auto one = [&](const std::string& name) {
+    m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  };
+  one("silu_backward");
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames())
+    if (name.name.rfind("aten::_foreach_", 0) == 0 && name.overload_name.find("out") == std::string::npos)
+      one(name.name.substr(6) + (name.overload_name.empty() ? "" : "." + name.overload_name));
 }
 
 // ---- what emulated.py calls ----

@@ -119,3 +119,4 @@ for _name, _fact in _FACTS.items():
 import torch.cuda.amp.common  # noqa: E402
 
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.backends.cuda.is_flash_attention_available = lambda: True

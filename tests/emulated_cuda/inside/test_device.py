@@ -35,6 +35,33 @@ def test_attention_is_one_operation_each_way_with_the_gradients_of_the_cpu(dtype
         torch.testing.assert_close(ours.cpu().float(), theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_attention_of_packed_rows_is_that_of_each_sequence(kernel):
+    dtype = torch.float16 if kernel == "flash" else torch.float32
+    lengths, heads, groups = (5, 1, 9), 4, 2 if kernel == "flash" else 1
+    drawn = [torch.randn(sum(lengths), n, 16).to(dtype) for n in (heads, heads // groups, heads // groups)]
+    on_device = [x.to(DEVICE).requires_grad_() for x in drawn]
+    on_cpu = [x.float().requires_grad_() for x in drawn]
+    bounds = torch.tensor([0, 5, 6, 15], dtype=torch.int32, device=DEVICE)
+    ends = bounds, bounds, max(lengths), max(lengths), 0.0
+    if kernel == "flash":
+        y = torch.ops.aten._flash_attention_forward(*on_device, *ends, True, False)[0]
+    else:
+        rows = [x[None] for x in on_device]
+        y = torch.ops.aten._efficient_attention_forward(*rows, None, *ends, 1, compute_log_sumexp=True)[0][0]
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one), is_causal=True, enable_gqa=True).transpose(0, 1)
+        for one in zip(*(x.split(lengths) for x in on_cpu), strict=True)
+    ]
+    expected = torch.cat(parts)
+    weights = torch.randn(expected.shape)
+    (y * weights.to(DEVICE)).sum().backward()
+    (expected * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, theirs in ((y, expected), *((a.grad, b.grad) for a, b in zip(on_device, on_cpu, strict=True))):
+        torch.testing.assert_close(ours.cpu().float(), theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_what_the_host_waits_for_is_counted():
     x = torch.arange(6.0).to(DEVICE, non_blocking=True)
     emulated.clear()
