@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, RunError
 from ..model.precision import prepare_gpu
@@ -56,11 +56,12 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
         """Each number summed over all processes (in fp64, so the same on each)."""
         if self.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return [float(value) for value in values]
+        tensor = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        tensor = tensor.to(self.device, non_blocking=True)
         dist.all_reduce(tensor)
         return tensor.tolist()
 

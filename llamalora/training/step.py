@@ -44,7 +44,7 @@ def backward(
     scaler: torch.amp.GradScaler,
     precision: str,
     recompute: int = 0,
-) -> float:
+) -> Tensor:
     """Forward and backward of one micro-batch; gradients add up in the parameters.
 
     The loss is the sum of cross entropies over the micro-batch's supervised tokens, divided by
@@ -57,7 +57,8 @@ def backward(
         recompute: as in `Backbone.forward`.
 
     Returns:
-        This micro-batch's share of the step's loss, in nats a token.
+        This micro-batch's share of the step's loss, in nats a token, in fp64 on the device: a GPU's host would wait
+        for all that it has launched if it read that now.
     """
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +80,7 @@ def backward(
 
     hidden, gradient, loss = within(model, forward)
     hidden.backward(gradient)
-    return loss.item()
+    return loss.double()
 
 
 @torch.no_grad()
@@ -143,11 +144,12 @@ class Optimizer:
         """
         if not self.sharded:  # else the backward pass has summed them
             world.sum_gradients(self.parameters.values())
-        scale = self.scaler.get_scale()
         for group in self.adam.param_groups:
             group["lr"] = lr * group["ratio"]
         self.scaler.unscale_(self.adam)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)).item()
+        measured = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
+        # read together, since a GPU's host waits for each reading
+        norm, scale = torch.stack([measured, self.scaler.scale(torch.ones_like(measured))]).tolist()
         finite = math.isfinite(norm)
         if finite:
             self.scaler.step(self.adam)
