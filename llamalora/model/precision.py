@@ -43,7 +43,7 @@ def prepare_gpu(device: torch.device) -> None:
     """
     if not torch.version.hip:
         _check_kernels(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    # cuDNN's attention plans anew for each shape, for up to a second, and nearly every micro-batch has a shape of its own
+    # cuDNN's attention plans anew for each shape, for up to a second, and nearly every micro-batch has one of its own
     torch.backends.cuda.enable_cudnn_sdp(False)
     # parts of a product in fp16 are summed in fp32: their sum may overflow where the product does not
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -79,15 +79,16 @@ def test_after_a_failure_nobody_is_waited_for(machine, error):
     assert not calls
 
 
-INVALID = (
-    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, invalid usage (run with NCCL_DEBUG=WARN for "
-    "details), NCCL version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
-    "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, {}, NCCL version 2.21.5\n{}\nLast error:\n{}"
+INVALID = NCCL.format(
+    "invalid usage (run with NCCL_DEBUG=WARN for details)",
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+    "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000",
 )
-REMOTE = (
-    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network "
-    "error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process "
-    "exiting prematurely.\nLast error:\n"
+REMOTE = NCCL.format(
+    "remote process exited or there was a network error",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "socketProgress: Connection closed by remote peer",
 )
 STORE = "[1] is setting up NCCL communicator ..., but store->get('0') got error: Connection reset by peer"
 

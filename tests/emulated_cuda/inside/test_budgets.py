@@ -1,7 +1,7 @@
 """How many operations a micro-batch, a step and a decoded token take, and how often the host waits for the device.
 
-A GPU is through with an operation on few numbers sooner than Python has launched the next, and whenever the host waits, it
-runs dry. Who adds one meets a budget here; who saves one lowers it.
+A GPU is through with an operation on few numbers sooner than Python has launched the next, and whenever the host waits,
+it runs dry. Who adds one meets a budget here; who saves one lowers it.
 """
 
 import emulated
@@ -42,13 +42,12 @@ def by_layers(count) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def within(found: dict[str, int], **budget: int) -> None:
-    print(found['operations'], found['waits'])
     over = {name: (found[name], most) for name, most in budget.items() if found[name] > most}
     dearest = sorted(found.items(), key=lambda item: -item[1])
     assert not over, f"(found, budget): {over}\n{dearest}"
 
 
-@pytest.mark.parametrize("recompute, of_a_layer", [(0, 184), (1, 256)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute, of_a_layer", [(0, 221), (1, 301)], ids=["kept", "recomputed"])
 def test_a_micro_batch(recompute, of_a_layer):
     def count(layers: int) -> dict[str, int]:
         model = adapted(layers)
@@ -61,11 +60,13 @@ def test_a_micro_batch(recompute, of_a_layer):
 
     outside, each = by_layers(count)
     within(each, operations=of_a_layer, waits=0)
-    within(outside, operations=117, waits=7)
+    within(outside, operations=105, waits=6)  # the numbers of the micro-batch go to the device
 
 
-@pytest.mark.parametrize("precision, waits", [("fp16", 2), ("bf16", 1)])
-def test_an_update(precision, waits):
+@pytest.mark.parametrize("precision, operations", [("fp16", 24), ("bf16", 13)])
+def test_an_update(precision, operations):
+    """The host waits for the norm, read with the scale; besides there is the loss, read once a step (`loop.train`)."""
+
     def count(layers: int) -> dict[str, int]:
         model = adapted(layers)
         optimizer = Optimizer(model, precision, DEVICE, 0.0, 1.0)
@@ -81,7 +82,7 @@ def test_an_update(precision, waits):
 
     outside, each = by_layers(count)
     within(each, operations=0, waits=0)
-    within(outside, operations=20, waits=waits)
+    within(outside, operations=operations, waits=1)
 
 
 def test_a_decoded_token():
@@ -99,4 +100,4 @@ def test_a_decoded_token():
 
     outside, each = by_layers(count)
     within(each, operations=47, waits=0)
-    within(outside, operations=40, waits=10)
+    within(outside, operations=32, waits=8)  # 6 copies to the device, 2 readings

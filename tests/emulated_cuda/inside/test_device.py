@@ -49,11 +49,9 @@ def test_attention_of_packed_rows_is_that_of_each_sequence(kernel):
     else:
         rows = [x[None] for x in on_device]
         y = torch.ops.aten._efficient_attention_forward(*rows, None, *ends, 1, compute_log_sumexp=True)[0][0]
-    parts = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one), is_causal=True, enable_gqa=True).transpose(0, 1)
-        for one in zip(*(x.split(lengths) for x in on_cpu), strict=True)
-    ]
-    expected = torch.cat(parts)
+    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in on_cpu), strict=True)
+    outputs = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True) for one in parts]
+    expected = torch.cat(outputs, dim=1).transpose(0, 1)
     weights = torch.randn(expected.shape)
     (y * weights.to(DEVICE)).sum().backward()
     (expected * weights).sum().backward()

@@ -21,12 +21,12 @@ from llamalora.training.step import Optimizer, backward
 DEVICE = torch.device("cuda", 0)
 
 SHAPES = {
-    # Llama-2-7B's proportions; many tokens, so that activations weigh as much as parameters
-    "deep": LlamaConfig(2000, 128, 344, 4, 4, 4, 32, 1024),
-    # more keys and values than most models have, for the queries that share them
-    "grouped": LlamaConfig(2000, 128, 448, 3, 8, 2, 16, 1024),
-    # the head is most of the model
-    "wide": LlamaConfig(8000, 96, 256, 2, 2, 2, 48, 1024, tie_word_embeddings=True),
+    # Llama-2-7B's proportions; with several tokens for each hidden feature, so that activations weigh more than there
+    "deep": LlamaConfig(1000, 128, 344, 4, 2, 2, 64, 1024),
+    # four queries share a key
+    "grouped": LlamaConfig(1000, 128, 448, 3, 4, 1, 32, 1024),
+    # a tied head is most of the model
+    "wide": LlamaConfig(6000, 128, 344, 2, 2, 2, 64, 1024, tie_word_embeddings=True),
 }
 LENGTHS = {"even": [64] * 8, "uneven": [150, 90, 70, 60, 50, 40, 30, 22], "very uneven": [300] + [16] * 13}
 METHODS = {
@@ -60,14 +60,16 @@ ALL = (
     *product(("lora", "full"), ("fp16",), (0, 1), ("even", "very uneven"), ("grouped", "wide")),
 )
 LONG = tuple(case for case in (Case(*one) for one in ALL) if case not in SHORT)
-OFF: dict[Case, str] = {}
+# where the plan is off, and the quotient of peak and plan
+OFF: dict[str, float] = {}
 
 
 def cases():
     for case in (*SHORT, *LONG):
         marks = [pytest.mark.faults] if case in LONG else []
-        if case in OFF:
-            marks.append(pytest.mark.xfail(reason=OFF[case], strict=True))
+        if str(case) in OFF:
+            reason = f"the peak is {OFF[str(case)]} of the plan"
+            marks.append(pytest.mark.xfail(reason=reason, strict=True))
         yield pytest.param(case, marks=marks, id=str(case))
 
 
@@ -103,10 +105,10 @@ def measured(case: Case, lengths: Sequence[int]) -> int:
     return emulated.peak() - before
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_the_plan_is_within_a_tenth_of_the_peak(case):
     plan = planned(case)
     tensors = plan.total - plan.items["overhead"]
     found = measured(case, LENGTHS[case.lengths])
-    print(f"RATIO {found / tensors:.3f}")
+    print(f"RATIO {found / tensors:.3f} {case}")
     assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.items}"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import emulated
@@ -15,6 +17,7 @@ import eval as evaluation
 import train
 from llamalora.commands import merge, predict
 from llamalora.model.checkpoint import save_model
+from llamalora.training.placement import capacity_of
 from llamalora.training.steplog import StepLog
 
 WORDS = ("fever", "rash", "nausea", "cough", "coma")
@@ -154,3 +157,28 @@ def test_predict_and_merge(home, run, on_cpu, tmp_path, capsys):
     of_merged = json.loads(capsys.readouterr().out)
     evaluation.main(["--run", str(run), "--precision", "fp32", "--json"])
     assert of_merged["micro"] == json.loads(capsys.readouterr().out)["micro"]
+
+
+def test_the_benchmark_for_gpus_needs_no_peer_where_none_is_asked_for(monkeypatch, capsys):
+    benchmarks = Path(train.__file__).parent / "benchmarks"
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.syspath_prepend(str(benchmarks))
+    flags = ["--tiny", "--no-peer", "--repeats", "3", "--micro-tokens", "1024"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.warns(UserWarning, match="rank exceeds"):
+        runpy.run_path(str(benchmarks / "gpu.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    result = json.loads(printed[printed.index("{") :])
+    assert result["device"] == emulated.CARD.name and result["precision"] == "fp16"
+    assert 1.5 < result["slots per token, padded"] < 2.5  # 1.85 are BC5CDR's
+    assert len(set(result["training"]["repeats"])) == 3 and result["training"]["peak_gib"] > 0
+
+
+def test_what_other_programs_hold_is_not_planned_with(monkeypatch):
+    """CUDA's own part, which the plan counts, is in use by then, too."""
+    context = 300 * 2**20
+    monkeypatch.setattr(emulated.CARD, "memory", 16 * 2**30)
+    monkeypatch.setattr(emulated.CARD, "tenants", context)
+    assert capacity_of(torch.device("cuda", 0)) == 16 * 2**30
+    monkeypatch.setattr(emulated.CARD, "tenants", context + 6 * 2**30)
+    assert capacity_of(torch.device("cuda", 0)) == pytest.approx(10 * 2**30, rel=0.01)
