@@ -79,7 +79,7 @@ def test_after_a_failure_nobody_is_waited_for(machine, error):
     assert not calls
 
 
-NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, {}, NCCL version 2.21\n{}\nLast error:\n{}"
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, {}, NCCL 2.21\n{}\nLast error:\n{}"
 INVALID = NCCL.format(
     "invalid usage (run with NCCL_DEBUG=WARN for details)",
     "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
