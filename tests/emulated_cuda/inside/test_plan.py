@@ -61,7 +61,30 @@ ALL = (
 )
 LONG = tuple(case for case in (Case(*one) for one in ALL) if case not in SHORT)
 # where the plan is off, and the quotient of peak and plan
-OFF: dict[str, float] = {}
+OFF: dict[str, float] = {
+    # above the peak: memory is planned that is not taken
+    "dropout-fp16-1-even-deep": 0.89,
+    "full-fp16-0-even-deep": 0.89,
+    "full-fp16-0-even-grouped": 0.89,
+    "full-fp16-0-uneven-deep": 0.90,
+    "full-fp16-1-even-deep": 0.86,
+    "full-fp16-1-even-grouped": 0.89,
+    "full-fp32-1-even-deep": 0.90,
+    # below it: attention's backward pass over the rectangle, with what its kernel takes for a while
+    "dora-fp16-1-very_uneven-deep": 1.23,
+    "dora-fp32-1-very_uneven-deep": 1.19,
+    "dropout-fp16-1-very_uneven-deep": 1.17,
+    "dropout-fp32-1-very_uneven-deep": 1.15,
+    "full-fp16-1-very_uneven-grouped": 1.14,
+    "full-fp32-1-very_uneven-deep": 1.10,
+    "lora-fp16-1-very_uneven-deep": 1.25,
+    "lora-fp16-1-very_uneven-grouped": 1.40,
+    "lora-fp32-1-very_uneven-deep": 1.22,
+    "lora_on_q_and_v-fp16-1-very_uneven-deep": 1.39,
+    "lora_on_q_and_v-fp32-1-very_uneven-deep": 1.30,
+    "partial-fp16-1-very_uneven-deep": 1.27,
+    "partial-fp32-1-very_uneven-deep": 1.27,
+}
 
 
 def cases():
