@@ -14,7 +14,7 @@ from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.settings import ResolvedSettings, Settings
-from .memory import GIB, Plan, plan_memory, typical
+from .memory import CONTEXT_BYTES, GIB, Plan, plan_memory, typical
 
 CPU_MICRO_TOKENS = 2048
 SPARINGLY = (0, 4, 2, 1)  # which blocks are recomputed: none, every fourth, every second, all
@@ -62,7 +62,7 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
     if settings.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
     if world.device.type == "cuda":
-        capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
+        capacity = min(world.gather(capacity_of(world.device)))
         model = make_trainable(skeleton(config), **settings.learning)
         return _checked(fit(model, settings, lengths, world.size, capacity), settings)
     parallel, why = settings.parallel, "requested"
@@ -71,6 +71,12 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
     micro_tokens = settings.micro_tokens if isinstance(settings.micro_tokens, int) else CPU_MICRO_TOKENS
     recompute = settings.activation_checkpointing if isinstance(settings.activation_checkpointing, int) else 0
     return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings)
+
+
+def capacity_of(device: torch.device) -> int:
+    """Bytes that a GPU has for this process, CUDA's own part included, and what other programs hold left out."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
 
 
 def _checked(placement: Placement, settings: Settings) -> Placement:
