@@ -14,12 +14,13 @@ from ..lora.inject import KINDS, METHODS, make_trainable, parse_targets, what_le
 from ..mistakes import wrong_folder
 from ..model.checkpoint import read_config, skeleton
 from ..model.config import LLAMA_2, LlamaConfig
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
 from ..text_table import aligned
 from ..training import hardware
-from ..training.memory import GIB, REPORTED, USABLE, plan_memory
+from ..training.memory import REPORTED, USABLE, plan_memory
 
 
 def main(argv: list[str]) -> None:
@@ -94,7 +95,7 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
     for parallel in ("ddp", "fsdp"):
         plan = plan_memory(model, parallel, gpus, capacity, precision, arguments.micro_tokens, recompute)
-        sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
+        sums = {name: getattr(plan, name) for name in ("total", "evaluation_total", "peak", "usable", "spare", "fits")}
         result[parallel] = asdict(plan) | sums
     return result
 
@@ -140,7 +141,11 @@ def show_memory(result: dict) -> str:
     rows = [["GiB on each GPU", *plans]]
     for name in plans["ddp"]["items"]:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
-    rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["total of a step", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["in an evaluation", *("" for _ in plans)])
+    for name in plans["ddp"]["evaluation"]:
+        rows.append([f"  {name}", *(f"{plan['evaluation'][name] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["total of an evaluation", *(f"{plan['evaluation_total'] / GIB:.2f}" for plan in plans.values())])
     usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
     rows.append([f"{USABLE:.0%} of what it reports", *usable])
     verdicts = []
@@ -148,7 +153,8 @@ def show_memory(result: dict) -> str:
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
         verdict = f"fits, {spare:.2f} GiB to spare" if plan["fits"] else f"does not fit, by {spare:.2f} GiB"
         room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
-        verdicts.append([parallel, f"{verdict}; {room}"])
+        beside = f"{plan['rows']:,} of the longest sentences side by side in an evaluation"
+        verdicts.append([parallel, f"{verdict}; {room}, and {beside}"])
     tokens = plans["ddp"]["micro_tokens"]
     every = result["activation_checkpointing"]
     recompute = {0: "", 1: ", recomputing every block"}.get(every, f", recomputing one block in {every}")

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..distributed.sharding import is_spread
 from ..model.llama import Llama
 from ..model.packing import Packing
 from .room import NoRoom, Room, expected
@@ -148,9 +149,10 @@ def generate(
         active = [rows[place] for place in places]
         try:
             _advance(model, room, rows, places, ends, drafter, grammar, fresh=bool(entering))
-        except (NoRoom, torch.OutOfMemoryError):
+        except (NoRoom, torch.OutOfMemoryError) as error:
             inside = [row for row in rows if row is not None]
-            if len(inside) == 1:
+            # a pass of a sharded model cannot be repeated: the other processes are in the midst of it
+            if len(inside) == 1 or is_spread(model) and not isinstance(error, NoRoom):
                 raise
         else:
             passes += 1

@@ -3,7 +3,7 @@
 Dimensions: D hidden, F feed-forward, V vocabulary; a slot is a token's keys and values in all layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -11,12 +11,13 @@ import torch
 
 from ..errors import RunError
 from ..model.config import LlamaConfig
-from ..model.free_memory import free_memory
+from ..model.free_memory import GIB, SHARE, free_memory
 from ..model.packing import KVCache
 
-GIB = 2**30
 GRAIN = 64  # slots by which the cache grows
-SHARE = 0.9  # of what is free: allocators waste some
+FRAGMENTS = (
+    "where much is reserved and not held, the environment variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
 WIDEST = 3  # the cache is not to be wider than as many times what a row needs on average
 
 
@@ -117,7 +118,12 @@ class Room:
         needed = max(0, more) + pass_bytes(self.config, self.width, tokens, choices)
         if not alone and needed > SHARE * free_memory(self.device):
             raise NoRoom
-        self.cache.resize(rows, slots)
+        try:
+            self.cache.resize(rows, slots)
+        except torch.OutOfMemoryError:
+            if alone:
+                raise
+            raise NoRoom from None
 
     def halve(self, needs: Sequence[int]) -> None:
         """After it turned out that so many rows are too many: half of them."""
@@ -133,8 +139,12 @@ class Room:
 
 
 @contextmanager
-def explained(plan: str, device: torch.device) -> Iterator[None]:
-    """Turns torch's error into one that says what decoding was planned to take and what helps.
+def explained(doing: str, planned: Callable[[], Mapping[str, int]], device: torch.device) -> Iterator[None]:
+    """Turns torch's error into one that says what was planned, what was measured and what helps.
+
+    Args:
+        doing: what was going on.
+        planned: bytes by item.
 
     Raises:
         OutOfMemory
@@ -142,10 +152,24 @@ def explained(plan: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        items = dict(planned())
+        lines = items | {"total": sum(items.values())}
+        width = max(map(len, lines))
+        table = "\n".join(f"{name:{width}}  {size / GIB:6.2f}" for name, size in lines.items())
         raise OutOfMemory(
-            f"the GPU's memory does not suffice. {error}\n\n{plan}\n\n{measured(device)}\n\n"
-            "what helps: "
+            f"{doing}: the GPU's memory does not suffice. {error}\n\nplanned, in GiB:\n{table}\n\n{measured(device)}"
+            f"\n\nwhat helps: a GPU with more memory, or without other programs on it; --precision fp16 or bf16; a "
+            f"prompt with fewer --shots; in training --parallel fsdp with several processes; {FRAGMENTS}"
         ) from error
+
+
+def decoding_items(config: LlamaConfig, width: int, held: int, longest: int) -> dict[str, int]:
+    """Bytes by item of decoding one sentence at a time, the longest of which has so many slots."""
+    return {
+        "held before (the model, and in training the optimizer)": held,
+        "cache of a sentence": slot_bytes(config, width) * longest,
+        "its pass": pass_bytes(config, width, longest, 1),
+    }
 
 
 def measured(device: torch.device) -> str:

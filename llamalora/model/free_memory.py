@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+GIB = 2**30
+SHARE = 0.9  # of what is free, that is planned with: allocators waste some
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -36,7 +38,9 @@ def _left_in_groups() -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        names = ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        names = (
+            ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         root = GROUPS / controllers
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):

@@ -128,14 +128,19 @@ class MicroBatch:
             predictors.extend(range(first, first + example.supervised))
             targets.extend(example.ids[example.prompt :])
             ids.extend(example.ids[:-1])
-        filling = -len(ids) % ROWS_AT_ONCE
-        *lengths, last = map(len, examples)
+        lengths = filled_up([len(example) for example in examples])
         return MicroBatch(
-            torch.tensor([ids + [0] * filling], device=device),
-            Packing([*lengths, last + filling], device),
+            torch.tensor([ids + [0] * (sum(lengths) - len(ids))], device=device),
+            Packing(lengths, device),
             torch.tensor(predictors, device=device),
             torch.tensor(targets, device=device),
         )
+
+
+def filled_up(lengths: Sequence[int]) -> list[int]:
+    """The lengths of a row's examples, the last one's with what fills the row up."""
+    *others, last = lengths
+    return [*others, last + -sum(lengths) % ROWS_AT_ONCE]
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:

@@ -3,7 +3,8 @@
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LLAMA_2
-from .memory import GIB, REPORTED, USABLE, plan_memory
+from ..model.free_memory import GIB
+from .memory import REPORTED, USABLE, plan_memory
 
 # card -> the GB in its name, and the half precision that it computes
 CARDS = {
@@ -41,7 +42,7 @@ def _needed(model, precision: str) -> dict[int, int]:
     needed = {}
     for gpus in (1, *GPUS):
         # of no capacity: the items do not depend on it, and the largest micro-batch is not sought
-        needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).total
+        needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).peak
     return needed
 
 

@@ -10,9 +10,10 @@ from ..distributed.world import World
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..runs.settings import ResolvedSettings, Settings
-from .memory import GIB, Plan, plan_memory, typical
+from .memory import Plan, plan_memory, typical
 
 CPU_MICRO_TOKENS = 2048
 SPARINGLY = (0, 4, 2, 1)  # which blocks are recomputed: none, every fourth, every second, all
@@ -41,7 +42,11 @@ class Placement:
         words = f"{self.parallel} ({self.why}), micro-batches of up to {self.micro_tokens:,} tokens{recomputed}"
         if self.plan is None:
             return words
-        return f"{words}; {self.plan.total / GIB:.1f} of {self.plan.capacity / GIB:.1f} GiB planned on each GPU"
+        plan = self.plan
+        return (
+            f"{words}; {plan.total / GIB:.1f} of {plan.capacity / GIB:.1f} GiB planned on each GPU, in an evaluation "
+            f"{plan.evaluation_total / GIB:.1f} with one sentence at a time, and room for {plan.rows:,} of the longest"
+        )
 
 
 def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int], world: World) -> Placement:
@@ -104,7 +109,7 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
     if parallel == "auto":
         leanest = planned("ddp", least, recomputed[-1])
         parallel = "ddp" if leanest.fits or gpus == 1 else "fsdp"
-        why = f"ddp needs at least {leanest.total / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
+        why = f"ddp needs at least {leanest.peak / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
     for recompute in recomputed:
         chosen = planned(parallel, tokens, recompute)
         if chosen.fits:
