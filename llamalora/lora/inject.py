@@ -226,7 +226,8 @@ def merge_for_good(model: Model) -> Model:
         name, layer = layers.popitem()
         layer.merge()
         with without_values():
-            plain = nn.Linear(1, 1, bias=False) if isinstance(layer, nn.Linear) else nn.Embedding(1, 1)
+            out, into = layer.weight.shape
+            plain = nn.Linear(into, out, bias=False) if isinstance(layer, nn.Linear) else nn.Embedding(out, into)
         plain.weight = layer.weight
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain.train(layer.training))
