@@ -19,6 +19,8 @@ CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 repo
 REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
 USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
 
+MERGING = "frozen weights that wait while updates are merged"  # which they are only if there is room
+
 # tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): the longest, and the deciles
 LENGTHS = (698, 175, 144, 123, 108, 97, 86, 75, 64, 50)
 
@@ -185,6 +187,23 @@ def _evaluation(
         "its pass, or merging": max(one_pass, merging - cache - gathered),
         "overhead": CONTEXT_BYTES,
     }, cache + one_pass
+
+
+def plan_host(model: Llama, parallel: str, processes: int, precision: str, computes: bool) -> dict[str, int]:
+    """Bytes of the host's memory by item that each of a machine's processes needs, python and torch aside.
+
+    Args:
+        model: as in `plan_memory`.
+        processes: over which `fsdp` shards.
+        computes: the model is on the host, and not on a GPU.
+    """
+    sharded, width = parallel == "fsdp", DTYPES[precision].itemsize
+    held = _held(model, sharded, processes, width) if computes else {}
+    waiting = sum(layer.weight.numel() for layer in lora_layers(model).values()) * width
+    return held | {
+        "a tensor that is read or written": 4 * max(parameter.numel() for parameter in model.parameters()),
+        MERGING: waiting // (processes if sharded else 1),
+    }
 
 
 def _gathered(model: Llama, width: int) -> int:

@@ -1,7 +1,7 @@
 """How a run fits the memory it finds: ddp or fsdp, the micro-batch, what is recomputed. The memory plan decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from ..model.config import LlamaConfig
 from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..runs.settings import ResolvedSettings, Settings
-from .memory import Plan, plan_memory, typical
+from .memory import Plan, plan_host, plan_memory, typical
 
 CPU_MICRO_TOKENS = 2048
 SPARINGLY = (0, 4, 2, 1)  # which blocks are recomputed: none, every fourth, every second, all
@@ -28,6 +28,7 @@ class Placement:
         recompute: activations of every k-th block are recomputed; 0: of none.
         plan: of a GPU's memory; None on a CPU.
         why: the reason for `parallel`.
+        host: bytes by item that each process needs of the host (`plan_host`).
     """
 
     parallel: str
@@ -35,11 +36,16 @@ class Placement:
     recompute: int
     plan: Plan | None
     why: str
+    host: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         some = f", recomputing one block in {self.recompute}"
         recomputed = {0: "", 1: ", recomputing every block"}.get(self.recompute, some)
         words = f"{self.parallel} ({self.why}), micro-batches of up to {self.micro_tokens:,} tokens{recomputed}"
+        if self.host:
+            *always, merging = self.host.values()
+            words += f"; {sum(always) / GIB:.2f} GiB of the host planned for each process, "
+            words += f"{merging / GIB:.2f} more to merge updates for an evaluation, if they are free"
         if self.plan is None:
             return words
         plan = self.plan
@@ -60,25 +66,27 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
     """
     if settings.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
+    model = make_trainable(skeleton(config), **settings.learning)
     if world.device.type == "cuda":
         capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
-        model = make_trainable(skeleton(config), **settings.learning)
-        return _checked(fit(model, settings, lengths, world.size, capacity), settings)
+        return _checked(fit(model, settings, lengths, world.size, capacity), settings, model, world)
     parallel, why = settings.parallel, "requested"
     if parallel == "auto":
         parallel, why = "ddp", "one process" if world.size == 1 else "on the CPU"
     micro_tokens = settings.micro_tokens if isinstance(settings.micro_tokens, int) else CPU_MICRO_TOKENS
     recompute = settings.activation_checkpointing if isinstance(settings.activation_checkpointing, int) else 0
-    return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings)
+    return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings, model, world)
 
 
-def _checked(placement: Placement, settings: Settings) -> Placement:
+def _checked(placement: Placement, settings: Settings, model: Llama, world: World) -> Placement:
     if placement.parallel == "fsdp" and settings.dora and settings.precision != "fp32":
         raise UsageError(
             f"--dora: under fsdp ({placement.why}) its magnitudes, which need fp32, would be gathered in "
             f"{settings.precision}; use --parallel ddp, --precision fp32, or leave it out"
         )
-    return placement
+    computes = world.device.type == "cpu"
+    host = plan_host(model, placement.parallel, world.size, settings.precision, computes)
+    return replace(placement, host=host)
 
 
 def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
