@@ -2,6 +2,7 @@
 scores on a split."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
-from ..lora.inject import merge
+from ..lora.inject import merge_for_good
 from ..lora.peft_format import read_adapter
 from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
@@ -22,6 +23,7 @@ from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
 from .result import assess, mention_strings
+from .room import explained
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class System:
 
 def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
-    model, tokenizer = load_trained(folder, which, precision, world.device)
     task = read_task(folder)
     settings = read_settings(folder)
+    with _loading(settings.model, precision, world):
+        model, tokenizer = load_trained(folder, which, precision, world.device)
+        model = merge_for_good(model)
     known = _training_sentences(settings.data)[: settings.limit_train]
-    return System(merge(model), tokenizer, task, known)
+    return System(model, tokenizer, task, known)
 
 
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
@@ -54,11 +58,22 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
     check_tags(task, tokenizer, settings.model)
-    model = load_model(settings.model, DTYPES[precision], world.device)
-    if adapter is not None:
-        merge(load_adapter(model, adapter))
+    with _loading(settings.model, precision, world):
+        model = load_model(settings.model, DTYPES[precision], world.device)
+        if adapter is not None:
+            merge_for_good(load_adapter(model, adapter))
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
+
+
+def _loading(model: str, precision: str, world: World) -> AbstractContextManager[None]:
+    """Explains where the memory does not suffice for a model, whose adapter is merged layer by layer in fp32."""
+
+    def planned() -> dict[str, int]:
+        sizes = [parameter.numel() for parameter in skeleton(read_config(model)).parameters()]
+        return {"weights": sum(sizes) * DTYPES[precision].itemsize, "merging the largest of them": 8 * max(sizes)}
+
+    return explained("loading and merging the model", planned, world.device)
 
 
 def _training_sentences(data: str) -> list[Sentence]:

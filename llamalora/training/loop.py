@@ -154,7 +154,7 @@ def evaluate_now(job: Job, model: Llama, world: World, stop: Callable[[], int]) 
     settings = job.settings
     documents, asked = select_sentences(job.splits["dev"], settings.eval_limit)
     model.eval()
-    with merged(model), autocast(settings.precision, world.device):
+    with merged(model, world), autocast(settings.precision, world.device):
         answers, speed = answer_sentences(
             model, job.tokenizer, job.task, asked, world, settings.eval_batch, known=job.sentences, stop=stop
         )
