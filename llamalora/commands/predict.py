@@ -1,32 +1,41 @@
 """Annotates new text with a trained model: one document a line, PubTator or CoNLL, as a stream."""
 
+import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 
-from ..cli import Interrupt, Parser, check_least
+from ..cli import Interrupt, Parser, UsageError, check_least, refuse_idle
 from ..corpus.documents import CorpusError, Document, told
 from ..corpus.pubtator import write_pubtator
 from ..corpus.read import stream_documents
-from ..distributed.world import join_world
-from ..evaluation.answer import Answer, answer_sentences, select_sentences
-from ..evaluation.result import confidence_by_mention, predicted_documents
-from ..evaluation.systems import load_run
+from ..distributed.world import World, join_world
+from ..evaluation.annotate import answer_documents, lacking
+from ..evaluation.answer import Answer
+from ..evaluation.page import predictions_page
+from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
+from ..evaluation.systems import System, load_annotator, load_run
+from ..mistakes import wrong_folder
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_task
 from ..runs.setup import check_constraint, check_constraint_format
-
-DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
+from ..runs.shared import RECORD, recorded_task
+from ..task.definition import FORMATS, Task, listed_labels
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m llamalora predict", description=__doc__)
-    parser.add_argument("--run", required=True, help="run folder of train.py")
-    parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
-    parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator"), help="output (default: jsonl)")
+    what = parser.add_argument_group("the model: a run, or a model folder, an adapter, or both")
+    what.add_argument("--run", help="run folder of train.py")
+    what.add_argument("--which", default="best", choices=("best", "last"), help="which model of the run (default: best)")
+    what.add_argument("--model", metavar="FOLDER", help="whole model, or the adapter's base (default: the one it names)")
+    what.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
+    what.add_argument("--labels", help=f"what it is asked, where no {RECORD} says so: as in train.py")
+    what.add_argument("--format", default="tagging", choices=FORMATS, help="with --labels (default: tagging)")
+    what.add_argument("--instruction", action="store_true", help="with --labels")
+    parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator", "html"), help="output (default: jsonl)")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
     parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
@@ -36,44 +45,98 @@ def main(argv: list[str]) -> None:
     file = Path(arguments.file)  # perhaps a pipe
     if arguments.file != "-" and (file.is_dir() or not file.exists()):
         raise CorpusError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}")
+    task = find_task(arguments)
     if arguments.constrain:
-        check_constraint_format(read_task(Path(arguments.run)).format)
+        check_constraint_format(task.format)
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
-        system = load_run(Path(arguments.run), arguments.which, precision, world)
+        system = load(arguments, task, precision, world)
         if arguments.constrain:
             check_constraint(system.task, system.tokenizer)
         notes: Counter[str] = Counter()
         documents = stream_documents(arguments.file, notes)
-        while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
-            _, asked = select_sentences(chunk, None)
-            answers, _ = answer_sentences(
-                system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
-                constrain=arguments.constrain, known=system.known,
-            )  # fmt: skip
-            with Interrupt() as interrupt:  # a reader of the stream never meets half a line
-                if world.is_main:
-                    annotated = predicted_documents(chunk, answers)
-                    write(annotated, confidence_by_mention(answers), unread(answers), arguments.to)
-            if interrupt.signal:
-                sys.exit(128 + interrupt.signal)
+        chunks = answer_documents(system, documents, world, arguments.batch, arguments.constrain)
+        if arguments.to == "html":
+            write_page(chunks, arguments, system, world)
+        else:
+            write_stream(chunks, arguments.to, world)
         if world.is_main:
             name = "standard input" if arguments.file == "-" else arguments.file
             for note in told(notes):
                 print(f"{name}: {note}", file=sys.stderr)
 
 
+def find_task(arguments: argparse.Namespace) -> Task:
+    """What the model is asked: by the run, by what stands beside model or adapter, or by --labels.
+
+    Raises:
+        UsageError: flags that do not go together, or neither of the three.
+        CheckpointError: what is no run, or a record that cannot be read.
+    """
+    given = arguments.adapter if arguments.adapter is not None else arguments.model
+    if (arguments.run is None) == (given is None):
+        raise UsageError("give either --run, or --model, --adapter or both")
+    recorded = read_task(Path(arguments.run)) if given is None else recorded_task(given)
+    refuse_idle(arguments, {
+        "labels format instruction": recorded and f"with {given or '--run'}, which is asked what it learnt",
+        "which": given and "without --run",
+    })  # fmt: skip
+    if recorded is not None:
+        return recorded
+    labels = listed_labels(arguments.labels or "", ())
+    if not labels:
+        unasked = (
+            f"{given}: no {RECORD} in it says what it is asked; give --labels in the order in which it was trained on "
+            "them (such as Disease,Chemical), and --format and --instruction if it was trained so"
+        )
+        raise UsageError(wrong_folder(given, f"{'model' if arguments.adapter is None else 'adapter'} folder", unasked))
+    try:
+        return Task(arguments.format, labels, len(labels) == 1, arguments.instruction)
+    except ValueError as error:
+        raise UsageError(f"--labels: {error}") from None
+
+
+def load(arguments: argparse.Namespace, task: Task, precision: str, world: World) -> System:
+    """The model, and where it is a run's, the sentences that it learnt from."""
+    if arguments.run is not None:
+        return load_run(Path(arguments.run), arguments.which, precision, world)
+    folders = arguments.model, arguments.adapter
+    return System(*load_annotator(*folders, task, DTYPES[precision], world.device))
+
+
+def write_stream(chunks: Iterable[tuple[list[Document], list[Answer]]], form: str, world: World) -> None:
+    """Documents as they are done."""
+    for chunk, answers in chunks:
+        with Interrupt() as interrupt:  # a reader of the stream never meets half a line
+            if world.is_main:
+                annotated = predicted_documents(chunk, answers)
+                write(annotated, confidence_by_mention(answers), unread(answers), form)
+        if interrupt.signal:
+            sys.exit(128 + interrupt.signal)
+
+
+def write_page(
+    chunks: Iterable[tuple[list[Document], list[Answer]]], arguments: argparse.Namespace, system: System, world: World
+) -> None:
+    """All documents as one page, on standard output."""
+    documents: list[Document] = []
+    answers: list[Answer] = []
+    for chunk, found in chunks:
+        documents += chunk
+        answers += found
+    if world.is_main:
+        unread(answers)
+        model = arguments.run or arguments.adapter or arguments.model
+        title = f"{'Standard input' if arguments.file == '-' else arguments.file}, annotated by {model}"
+        print(predictions_page(title, documents, answers, mention_strings(system.known)), end="", flush=True)
+
+
 def unread(answers: Iterable[Answer]) -> dict[str, list[tuple[int, int]]]:
-    """By document the bounds of the sentences that found no room in the model's context, or whose answer was cut off:
-    mentions may be missing there, as standard error says."""
+    """By document the bounds of the sentences in which mentions may be missing, as standard error says."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for item in answers:
-        if item.overlong or item.parsed.truncated:
-            id, start = item.sentence.document, item.sentence.start
-            end = start + len(item.sentence.text)
-            found.setdefault(id, []).append((start, end))
-            why = "longer than the model's context, and not read" if item.overlong else "its answer was cut off"
-            print(f"document {id}: the sentence from {start} to {end} may lack mentions: {why}", file=sys.stderr)
+    for id, start, end, why in lacking(answers):
+        found.setdefault(id, []).append((start, end))
+        print(f"document {id}: the sentence from {start} to {end} may lack mentions: {why}", file=sys.stderr)
     return found
 
 

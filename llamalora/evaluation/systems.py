@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..corpus.documents import CorpusError, Document, Sentence, all_sentences, label_order
 from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World
@@ -14,10 +16,11 @@ from ..lora.inject import merge
 from ..lora.peft_format import read_adapter
 from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
-from ..model.precision import DTYPES
+from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, load_trained, make_task
+from ..runs.shared import RECORD, find_base, recorded_task
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
@@ -47,18 +50,66 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
     """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
     instruction, shots)."""
     assert settings.model is not None and settings.data is not None, "a system has a model and a corpus"
-    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
-    check_fit(tokenizer, config.vocab_size, settings.model)
-    if adapter is not None:
-        read_adapter(adapter, skeleton(config))  # what is wrong with it is said before a model is loaded
+    tokenizer = _check_folders(settings.model, adapter)
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
     check_tags(task, tokenizer, settings.model)
-    model = load_model(settings.model, DTYPES[precision], world.device)
-    if adapter is not None:
-        merge(load_adapter(model, adapter))
+    model = _load_merged(settings.model, adapter, DTYPES[precision], world.device)
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
+
+
+def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:
+    """The tokenizer. What is wrong with a folder is said before a model is loaded."""
+    config, tokenizer = read_config(model), load_tokenizer(model)
+    check_fit(tokenizer, config.vocab_size, model)
+    if adapter is not None:
+        read_adapter(adapter, skeleton(config))
+    return tokenizer
+
+
+def _load_merged(
+    model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: str | torch.device
+) -> Llama:
+    loaded = load_model(model, dtype, device)
+    return loaded if adapter is None else merge(load_adapter(loaded, adapter))
+
+
+def load_annotator(
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    task: Task | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Llama, Tokenizer, Task]:
+    """What `annotate` needs of a model that somebody shared: model (its updates merged), tokenizer and task.
+
+    Args:
+        model: a folder with a whole model, or the base of the adapter; by default the base that the adapter names, if
+            that lies in `weights/`.
+        adapter: a PEFT adapter folder.
+        task: only where none stands beside adapter or model (`llamalora.json`).
+        dtype: of the weights; by default what the device computes in, as with `--precision auto`.
+
+    Raises:
+        InputError: neither model nor adapter, a base that is not there, a task that is lacking or given in vain, and
+            what cannot be loaded.
+    """
+    if model is None and adapter is None:
+        raise InputError("give a model, an adapter, or both")
+    given = Path(adapter if adapter is not None else model or "")
+    recorded = recorded_task(given)
+    if recorded is not None and task is not None and task != recorded:
+        raise InputError(f"{given}: {RECORD} says what it is asked, which is another task than the one given")
+    base = find_base(given) if model is None else Path(model)
+    tokenizer = _check_folders(base, adapter)
+    asked = recorded or task
+    if asked is None:
+        raise InputError(f"{given}: has no {RECORD} that says what it is asked; give the task that it was trained on")
+    check_tags(asked, tokenizer, str(base))
+    device = torch.device(device)
+    dtype = dtype or DTYPES[choose_precision("auto", device)[0]]
+    return _load_merged(base, adapter, dtype, device), tokenizer, asked
 
 
 def _training_sentences(data: str) -> list[Sentence]:

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,14 +15,17 @@ from ..cli import Interrupt
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
+from ..evaluation.card import model_card
 from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, format_report, mention_strings, read_result, write_result
+from ..lora.inject import count_parameters
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
 from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import build_model, save_trained
-from ..runs.state import clean_partial, load_checkpoint, save_checkpoint, write_atomically
+from ..runs.shared import describe_model, write_record
+from ..runs.state import CARD, clean_partial, load_checkpoint, save_checkpoint, write_atomically
 from .batch import MicroBatch, deal, show
 from .job import Job, prepare
 from .memory import explained
@@ -57,7 +60,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         """Ends all processes after a signal to one of them, the latest step saved."""
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
-        save(model, settings, folder, "last", world)
+        save(model, job, "last", world)
         world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
         sys.exit(128 + number)
 
@@ -76,7 +79,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 log.evaluation(progress.cursor, result)
                 if result["micro"]["f1"] > progress.best:
                     progress.best = result["micro"]["f1"]
-                    save(model, settings, folder, "best", world)
+                    save(model, job, "best", world, [result])
                     if world.is_main:
                         write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
@@ -114,10 +117,10 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 leave()
             if regular or job.ends_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
-                save(model, settings, folder, "last", world)
+                save(model, job, "last", world)
 
     if "dev" not in job.splits:
-        save(model, settings, folder, "best", world)
+        save(model, job, "best", world)
         world.say(f"no development split; what was trained is in {folder / 'best'}")
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
@@ -181,8 +184,20 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     return progress
 
 
-def save(model: Llama, settings: ResolvedSettings, folder: Path, name: str, world: World) -> None:
-    """Keeps the trained parameters as `best/` or `last/`."""
+def save(model: Llama, job: Job, name: str, world: World, results: Sequence[dict] = ()) -> None:
+    """Keeps the trained parameters as `best/` or `last/`, with all that others need to use them.
+
+    Args:
+        results: scores of just these parameters.
+    """
+    trainable = count_parameters(model)["trainable"]
+    record = describe_model(job.settings, job.task, len(job.examples), trainable)
+
+    def fill(folder: Path) -> None:
+        save_trained(model, job.settings, folder)
+        write_record(record, folder)
+        (folder / CARD).write_text(model_card(record, results), encoding="utf-8")
+
     if world.is_main or is_spread(model):
-        write_atomically(folder / name, lambda target: save_trained(model, settings, target), writes=world.is_main)
+        write_atomically(job.folder / name, fill, writes=world.is_main)
     world.barrier()

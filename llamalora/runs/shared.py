@@ -1,0 +1,127 @@
+"""What stands beside a saved model so that somebody else can use it: what it is asked, of which base it is, its
+tokenizer."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from ..cli import UsageError
+from ..files import HOME
+from ..lora.peft_format import ADAPTER_CONFIG
+from ..mistakes import is_run, wrong_folder
+from ..model.checkpoint import read_json
+from ..model.tensors import CheckpointError
+from ..task.definition import Task
+from .folder import RUN_CONFIG, TOKENIZER_FILES, fingerprint, read_settings, read_task
+from .settings import ResolvedSettings, Settings
+
+RECORD = "llamalora.json"
+# of a machine or a folder, said by the task already, or of what is measured while a model learns
+_LEFT_OUT = (*Settings.FREE, "model", "data", "format", "labels", "instruction", "shots", "eval_every", "eval_limit")
+
+
+def base_name(folder: str | Path) -> str:
+    """What a base model is called elsewhere, by the first of these that there is:
+
+    - its name on the Hub, where the folder is of the Hub's cache (`models--OWNER--NAME/snapshots/...`);
+    - its name on the Hub as `_name_or_path` of its `config.json` has it, where the folder is called like its beginning
+      (a model that was made from that one keeps the field, but is another model);
+    - the folder's name, behind `weights/` where it stands in a folder of that name.
+    """
+    folder = Path(folder).absolute()
+    for part in folder.parts:
+        if cached := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
+            return "/".join(cached.groups())
+    named = read_json(folder / "config.json").get("_name_or_path")
+    if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        own = named.partition("/")[2]
+        if folder.name and own.lower().startswith(folder.name.lower()):
+            return named
+    return f"weights/{folder.name}" if folder.parent.name == "weights" else folder.name
+
+
+def find_base(adapter: Path) -> Path:
+    """The folder of an adapter's base model: that of the run it lies in, else the one of that name here, or in a
+    folder `weights` here or beside the package.
+
+    Raises:
+        UsageError: none of them is there.
+        CheckpointError: no adapter is.
+    """
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        missing = f"{adapter / ADAPTER_CONFIG}: no such file"
+        raise CheckpointError(wrong_folder(adapter, "adapter folder", missing))
+    run = adapter.absolute().parent
+    if is_run(run):
+        return Path(read_settings(run).model)
+    name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"--adapter {adapter}: {ADAPTER_CONFIG} names no base model; give its folder with --model")
+    for folder in _candidates(name):
+        if (folder / "config.json").is_file():
+            return folder
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("weights/")
+    fetch = f"; from the Hub: hf download {name} --local-dir weights/{Path(name).name}" if on_hub else ""
+    raise UsageError(f"--adapter {adapter}: its base model {name} is not here; give its folder with --model{fetch}")
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    yield from (Path(name), HOME / name)
+    for weights in (Path("weights"), HOME / "weights"):
+        for config in sorted(weights.glob("*/config.json")):
+            if base_name(config.parent) == name:
+                yield config.parent
+
+
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """The files of a model's tokenizer, beside what was trained."""
+    for name in TOKENIZER_FILES:
+        if (path := Path(source) / name).is_file():
+            (folder / name).write_bytes(path.read_bytes())
+
+
+def describe_model(settings: ResolvedSettings, task: Task, sentences: int, trainable: int) -> dict:
+    """What `RECORD` holds of a trained model: nothing that is of this machine alone.
+
+    Args:
+        sentences: that it was trained on.
+        trainable: parameters.
+    """
+    model = Path(settings.model)
+    chosen = asdict(settings) | {"alpha": settings.rank if settings.alpha is None else settings.alpha}
+    return {
+        "task": asdict(task),
+        "base": {"name": base_name(model), "fingerprint": fingerprint(sorted(model.glob("*.safetensors")))},
+        "data": {"name": Path(settings.data).resolve().name, "sentences": sentences},
+        "trainable": trainable,
+        "settings": {name: value for name, value in chosen.items() if name not in (*_LEFT_OUT, *settings.idle)},
+    }
+
+
+def write_record(record: dict, folder: Path) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(folder: str | Path) -> dict | None:
+    """What `write_record` wrote; None if nothing did."""
+    path = Path(folder) / RECORD
+    return read_json(path) if path.is_file() else None
+
+
+def recorded_task(folder: str | Path) -> Task | None:
+    """What a saved model is asked, by what stands beside it, or by the run that it lies in; None if neither is there.
+
+    Raises:
+        CheckpointError: a record that is not this version's.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if record is None:
+        run = folder.absolute().parent
+        return read_task(run) if (run / RUN_CONFIG).is_file() and is_run(run) else None
+    try:
+        return Task.from_dict(record["task"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / RECORD}: holds no task ({error})") from None
