@@ -15,6 +15,7 @@ from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
 from llamalora.evaluation.answer import DRAFT_TOKENS, select_sentences
+from llamalora.evaluation.card import update_card
 from llamalora.evaluation.own import foreign, scored_with
 from llamalora.evaluation.page import result_page
 from llamalora.evaluation.result import format_report, predicted_documents, write_result
@@ -98,6 +99,8 @@ def main(argv: list[str]) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             written = write_result(result, answers, folder)
+            if is_run(folder):
+                update_card(folder)
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:

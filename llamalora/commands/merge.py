@@ -11,6 +11,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cli import Parser, UsageError
+from ..evaluation.card import merged_card
 from ..files import is_occupied, new_folder
 from ..lora.inject import KINDS, adapt, kind_of, lora_layers
 from ..lora.layers import PARTS, LoRALayer
@@ -26,6 +28,8 @@ from ..model.checkpoint import entries_of, model_files, read_config, read_json, 
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..runs.folder import read_settings, trained_folder
+from ..runs.shared import RECORD, find_base, read_record, recorded_task, write_record
+from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned
 
@@ -35,6 +39,7 @@ PROBE = (
     "but the [Disease]rash[/Disease] had gone."
 )
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
+OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="run folder of train.py: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
-    parser.add_argument("--model", metavar="FOLDER", help="base model (with --run: in place of the run's)")
+    parser.add_argument("--model", metavar="FOLDER", help="base model (default: the run's, or what the adapter names)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
     probe = parser.add_mutually_exclusive_group()
     probe.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
@@ -59,13 +64,12 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The folders of adapter and base model.
 
     Raises:
-        UsageError: no base model, or a run that trained without LoRA.
+        UsageError: a base model that is not where it is looked for, or a run that trained without LoRA.
         CheckpointError: no such run, or one without an adapter yet.
     """
     if arguments.run is None:
-        if arguments.model is None:
-            raise UsageError("--adapter needs the base model as well: --model FOLDER")
-        return Path(arguments.adapter), Path(arguments.model)
+        adapter = Path(arguments.adapter)
+        return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
     folder = Path(arguments.run)
     settings = read_settings(folder)
     if not settings.adapts:
@@ -108,6 +112,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         with new_folder(out) as folder:
             _write_merged(model, adapter, files, folder, untied, kinds)
             _copy_the_rest(base, folder, untied)
+            _describe(adapter_folder, folder)
             compared = None if ids is None else _compare(model, adapter, files, folder, ids)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error})") from None
@@ -227,13 +232,26 @@ def _square(matrix: Tensor, other: Tensor | None = None) -> float:
 
 def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
     config = read_json(base / "config.json")
+    config.pop("_name_or_path", None)  # it is not that model any more
     if untied:
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in base.iterdir():
-        known = path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json")
+        known = path.suffix in COPIED and path.name not in OWN and not path.name.endswith(".index.json")
         if known and path.is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def _describe(adapter: Path, folder: Path) -> None:
+    """What the model is asked, and its card, as far as the adapter has brought them along."""
+    record, task = read_record(adapter), recorded_task(adapter)
+    if record is not None:
+        write_record(record, folder)
+        card = adapter / CARD
+        written = merged_card(record, card.read_text(encoding="utf-8") if card.is_file() else "")
+        (folder / CARD).write_text(written, encoding="utf-8")
+    elif task is not None:  # of a run from before there were records
+        write_record({"task": asdict(task)}, folder)
 
 
 # ---- the probe ----

@@ -20,7 +20,7 @@ from ..evaluation.systems import System, load_annotator, load_run
 from ..mistakes import wrong_folder
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_task
-from ..runs.setup import check_constraint, check_constraint_format
+from ..runs.setup import check_constraint_format
 from ..runs.shared import RECORD, recorded_task
 from ..task.definition import FORMATS, Task, listed_labels
 
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m llamalora predict", description=__doc__)
     what = parser.add_argument_group("the model: a run, or a model folder, an adapter, or both")
     what.add_argument("--run", help="run folder of train.py")
-    what.add_argument("--which", default="best", choices=("best", "last"), help="which model of the run (default: best)")
-    what.add_argument("--model", metavar="FOLDER", help="whole model, or the adapter's base (default: the one it names)")
+    what.add_argument("--which", default="best", choices=("best", "last"), help="of the run's models (default: best)")
+    what.add_argument("--model", metavar="FOLDER", help="whole model, or the adapter's base (default: what it names)")
     what.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
     what.add_argument("--labels", help=f"what it is asked, where no {RECORD} says so: as in train.py")
     what.add_argument("--format", default="tagging", choices=FORMATS, help="with --labels (default: tagging)")
@@ -51,8 +51,6 @@ def main(argv: list[str]) -> None:
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load(arguments, task, precision, world)
-        if arguments.constrain:
-            check_constraint(system.task, system.tokenizer)
         notes: Counter[str] = Counter()
         documents = stream_documents(arguments.file, notes)
         chunks = answer_documents(system, documents, world, arguments.batch, arguments.constrain)

@@ -9,6 +9,7 @@ from ..corpus.documents import Document, all_sentences, sentence_bounds
 from ..distributed.world import World
 from ..errors import InputError
 from ..model.llama import Llama
+from ..runs.setup import check_constraint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer
 from .answer import Answer, answer_sentences
@@ -54,12 +55,11 @@ def annotate(
         batch: sentences decoded side by side; any number gives the same answers.
 
     Raises:
-        InputError: a single string in place of texts, or `constrain` with a format that does not repeat the sentence.
+        InputError: a single string in place of texts; `constrain` with a format or a tokenizer that it cannot hold to
+            the sentence.
     """
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of texts, such as [text]")
-    if constrain and not task.copies:
-        raise InputError(f"constrain needs a format whose answers repeat the sentence, such as tagging, not {task.format}")
     world = World(device=next(model.parameters()).device)
     documents = (Document(str(n), text, (), sentence_bounds(text)) for n, text in enumerate(texts))
     found = []
@@ -73,7 +73,13 @@ def annotate(
 def answer_documents(
     system: System, documents: Iterable[Document], world: World, batch: int = 32, constrain: bool = False
 ) -> Iterator[tuple[list[Document], list[Answer]]]:
-    """Asks about documents as they come, `DOCUMENTS_AT_ONCE` together: those, and the answers about their sentences."""
+    """Asks about documents as they come, `DOCUMENTS_AT_ONCE` together: those, and the answers about their sentences.
+
+    Raises:
+        UsageError: `constrain` with a format or a tokenizer that it cannot hold to the sentence.
+    """
+    if constrain:
+        check_constraint(system.task, system.tokenizer)
     habits = prime(system.task, system.known)
     documents = iter(documents)
     while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):

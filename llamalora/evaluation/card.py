@@ -10,6 +10,7 @@ from pathlib import Path
 from ..corpus.documents import Span
 from ..files import replace_file
 from ..lora.inject import METHODS
+from ..runs.shared import read_record
 from ..runs.state import CARD
 from ..task.definition import Task, enumerated
 from ..task.prompt import render_answer, render_prompt
@@ -78,49 +79,48 @@ def _asked(task: Task) -> str:
 
 def _use(record: dict, task: Task, adapter: bool) -> str:
     """The commands for this model. FOLDER stands for where it lies."""
-    settings, base = record["settings"], record["base"]["name"]
+    base = record["base"]["name"]
     text = json.dumps(EXAMPLES["Disease", "Chemical"][0])
-    give = "--adapter FOLDER --model BASE" if adapter else "--model FOLDER"
-    where = 'model="BASE", adapter="FOLDER"' if adapter else 'model="FOLDER"'
-    own = f"""With llamalora, which knows the prompt from `llamalora.json`{_base_note(base) if adapter else ""}:
+    prompt = json.dumps(render_prompt(replace(task, demonstrations=()), EXAMPLES["Disease", "Chemical"][0]))
+    beside = (
+        f", and looks for {base} in `weights/`; `--model` and `model=` give another place for it" if adapter else ""
+    )
+    kind = "adapter" if adapter else "model"
+    own = f"""FOLDER is the folder with this file. llamalora knows the prompt from `llamalora.json`{beside}:
 
 ```
-python -m llamalora predict {give} notes.txt
+python -m llamalora predict --{kind} FOLDER notes.txt
 ```
 
 ```python
 from llamalora import annotate, load_annotator
 
-model, tokenizer, task = load_annotator({where})
+model, tokenizer, task = load_annotator({kind}="FOLDER")
 for mention in annotate(model, tokenizer, [{text}], task)[0]:
     print(mention.start, mention.end, mention.label, mention.text, mention.confidence)
 ```"""
     first, load = "", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
     if adapter:
         first = "from peft import PeftModel\n"
-        load = 'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")'
-    prompt = json.dumps(render_prompt(replace(task, demonstrations=()), EXAMPLES["Disease", "Chemical"][0]))
-    theirs = f"""With transformers{" and peft" if adapter else ""}, which give the answer as text:
+        load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")'
+    theirs = f"""{"transformers and peft give" if adapter else "transformers gives"} the answer as text:
 
 ```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {load}
-tokenizer = AutoTokenizer.from_pretrained("{"BASE" if adapter else "FOLDER"}")
+tokenizer = AutoTokenizer.from_pretrained("{base if adapter else "FOLDER"}")
 ids = tokenizer({prompt}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :]))
 ```"""
-    merge = "python -m llamalora merge --adapter FOLDER --model BASE --out MERGED"
-    served = f"With vLLM (not tried):\n\n```\n{f'{merge}{chr(10)}vllm serve MERGED' if adapter else 'vllm serve FOLDER'}"
-    served += "\n```"
-    return "\n\n".join([own, theirs, served + (f"\n\n{_vllm(settings)}" if adapter else "")])
+    commands = ["vllm serve FOLDER"]
+    if adapter:
+        commands = ["python -m llamalora merge --adapter FOLDER --out MERGED", "vllm serve MERGED"]
+    served = "\n".join(["vLLM (not tried here):", "", "```", *commands, "```"])
+    return "\n\n".join([own, theirs, served, *([_vllm(record["settings"], base)] if adapter else [])])
 
 
-def _base_note(base: str) -> str:
-    return f" (BASE is a folder with {base}, which can be left out where it lies in `weights/`)"
-
-
-def _vllm(settings: Mapping) -> str:
+def _vllm(settings: Mapping, base: str) -> str:
     """Whether vLLM may do without the merge."""
     targets = settings["targets"].split(",")
     if settings["dora"]:
@@ -135,15 +135,15 @@ def _vllm(settings: Mapping) -> str:
     if rank is None:
         return f"Merged, since vLLM takes no adapters of rank {settings['rank']}."
     return (
-        f"Or unmerged: `vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules ner=FOLDER`, and `ner` as "
-        "the model of a request."
+        f"Or unmerged: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules ner=FOLDER`, and "
+        "`ner` as the model of a request."
     )
 
 
 def _trained(record: dict, merged: bool) -> str:
     base, data, settings = record["base"], record["data"], record["settings"]
     facts = {
-        "base": f"{base['name']} (fingerprint of its weights in llamalora: {base['fingerprint']})",
+        "base": f"{base['name']} (fingerprint of the weights: {base['fingerprint']})",
         "data": f"{data['name']}: {data['sentences']:,} sentences",
         "labels": ", ".join(record["task"]["labels"]),
         "trained parameters": f"{record['trainable']:,}" + (", merged into the weights" if merged else ""),
@@ -155,17 +155,30 @@ def _trained(record: dict, merged: bool) -> str:
 # ---- scores ----
 
 
+_TOP = re.compile(r"\A(---\n.*?)(model-index:\n.*?)?(?=---\n)", re.DOTALL)
+_SCORES = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
+
+
 def with_scores(card: str, record: dict, results: Sequence[dict]) -> str:
-    """A card with these scores in place of those that it has: in its text, and at its top for the Hub. A card that
-    somebody rewrote keeps what has lost its place."""
+    """A card with these scores in place of those that it has: in its text, and at its top for the Hub. One that
+    somebody has rewritten keeps what it has where it has no place for them."""
     rows = "| split | sentences | P | R | F1 | interval |\n|---|---:|---:|---:|---:|---:|\n"
     rows += "".join(map(_row, results))
     if not results:
         rows = "It has not been scored.\n"
-    index = _index(record, results) if results else ""
-    card = re.sub(r"\A(---\n.*?)(model-index:\n.*?)?(---\n)", lambda at: at[1] + index + at[3], card, flags=re.DOTALL)
-    stretch = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    return stretch.sub(lambda _: f"{BEGIN}\n{rows}{END}", card, count=1)
+    return _put(card, _index(record, results) if results else "", f"{BEGIN}\n{rows}{END}")
+
+
+def merged_card(record: dict, card: str) -> str:
+    """The card of a model with an adapter merged into it, by the adapter's record and card."""
+    top, scores = _TOP.match(card), _SCORES.search(card)
+    if not (top and scores):
+        return model_card(record, merged=True)
+    return _put(model_card(record, merged=True), top[2] or "", scores[0])
+
+
+def _put(card: str, index: str, scores: str) -> str:
+    return _SCORES.sub(lambda _: scores, _TOP.sub(lambda top: top[1] + index, card), count=1)
 
 
 def _row(result: dict) -> str:
@@ -191,10 +204,10 @@ def _index(record: dict, results: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_card(run: Path, record: dict) -> None:
-    """Puts the run's own results into the card of its best model, if that is there."""
-    path = run / "best" / CARD
-    if path.is_file():
+def update_card(run: Path) -> None:
+    """Puts the run's own results into the card of its best model, if there is one."""
+    path, record = run / "best" / CARD, read_record(run / "best")
+    if path.is_file() and record is not None:
         scored = (split for split in SPLITS if (run / RESULT.format(split)).is_file())
         sound = [read_result(run, split) for split in scored if not find_changes(run, split)]
         results = [result for result in sound if not foreign(result, run, result["split"])]

@@ -1,5 +1,7 @@
-"""Mentions in their sentences as one HTML page that needs no other file: predictions beside gold, or by themselves; with
-filters by kind or confidence, label and training."""
+"""Mentions in their sentences as one HTML page that needs no other file: predictions beside gold, or by themselves.
+
+It has filters by kind or confidence, by label, and by what was seen in training.
+"""
 
 import html
 from bisect import bisect_right
@@ -97,15 +99,16 @@ def predictions_page(
     facts = [f"{len(answers)} sentences of {len(documents)} documents"]
     unread = sum(item.overlong or item.parsed.truncated for item in answers)
     if unread:
-        facts.append(f"{unread} sentences may lack mentions, since they or their answers found no room in the context")
+        facts.append(f"sentences that found no room in the model's context, and may lack mentions: {unread}")
     counts = Counter((key[-1], kind) for key, kind in zip(keys, kinds, strict=True))
-    rows = [["", *(kind.name for _, kind in SURENESS.values())]]
-    rows += [[label, *(str(counts[label, name]) for name in SURENESS)] for label in label_order(k for k, _ in counts)]
+    table = [["", *(kind.name for _, kind in SURENESS.values())]]
+    table += [[label, *(str(counts[label, name]) for name in SURENESS)] for label in label_order(k for k, _ in counts)]
     named = {name: kind for name, (_, kind) in SURENESS.items()}
     asked = [item.sentence for item in answers]
     return html_page(
-        title, facts, documents, asked, shown, named, ["sure"], "Only below 0.9", [("mentions by confidence", rows)], False
-    )
+        title, facts, documents, asked, shown, named, ["sure"], "Only below 0.9",
+        [("mentions by confidence", table)], gold=False,
+    )  # fmt: skip
 
 
 def describe(

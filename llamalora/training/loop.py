@@ -22,7 +22,7 @@ from ..lora.inject import count_parameters
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
-from ..runs.settings import ResolvedSettings, Settings
+from ..runs.settings import Settings
 from ..runs.setup import build_model, save_trained
 from ..runs.shared import describe_model, write_record
 from ..runs.state import CARD, clean_partial, load_checkpoint, save_checkpoint, write_atomically
