@@ -28,7 +28,7 @@ from ..model.checkpoint import entries_of, model_files, read_config, read_json, 
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..runs.folder import read_settings, trained_folder
-from ..runs.shared import RECORD, find_base, read_record, recorded_task, write_record
+from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, recorded_task, write_record
 from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned
@@ -240,6 +240,7 @@ def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
         known = path.suffix in COPIED and path.name not in OWN and not path.name.endswith(".index.json")
         if known and path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(base, folder)
 
 
 def _describe(adapter: Path, folder: Path) -> None:

@@ -109,7 +109,7 @@ for mention in annotate(model, tokenizer, [{text}], task)[0]:
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {load}
-tokenizer = AutoTokenizer.from_pretrained("{base if adapter else "FOLDER"}")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ids = tokenizer({prompt}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :]))
 ```"""

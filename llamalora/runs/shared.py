@@ -14,6 +14,7 @@ from ..mistakes import is_run, wrong_folder
 from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError
 from ..task.definition import Task
+from ..task.tokenizer import SentencePieceTokenizer
 from .folder import RUN_CONFIG, TOKENIZER_FILES, fingerprint, read_settings, read_task
 from .settings import ResolvedSettings, Settings
 
@@ -76,10 +77,14 @@ def _candidates(name: str) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """The files of a model's tokenizer, beside what was trained."""
-    for name in TOKENIZER_FILES:
-        if (path := Path(source) / name).is_file():
-            (folder / name).write_bytes(path.read_bytes())
+    """The files of a model's tokenizer, beside what was trained; with a configuration for transformers, which a
+    sentencepiece model alone leaves to guess."""
+    copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    for name in copied:
+        (folder / name).write_bytes((Path(source) / name).read_bytes())
+    if copied == ["tokenizer.model"]:
+        config = SentencePieceTokenizer(folder / copied[0]).transformers_config
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def describe_model(settings: ResolvedSettings, task: Task, sentences: int, trainable: int) -> dict:
