@@ -389,7 +389,7 @@ COMMANDS = {
     "train": (train.main, "model data out targets rank alpha dropout epochs lr warmup weight-decay clip batch-tokens "
               "batch-sentences seed shots labels loraplus keep timeout precision resume limit-train"),
     "eval": (evaluation.main, "run model adapter labels shots order data split limit precision batch draft out"),
-    "predict": (predict.main, "run which to precision batch"),
+    "predict": (predict.main, "run which model adapter labels format to precision batch"),
     "audit": (audit.main, "model targets rank world-size"),
     "tables": (tables.main, "seeds limit-eval ranks rates lr-full demonstrations predictions model data"),
     "merge": (merge.main, "run adapter model out probe"),

@@ -17,7 +17,8 @@ from ..evaluation.answer import Answer
 from ..evaluation.page import predictions_page
 from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
 from ..evaluation.systems import System, load_annotator, load_run
-from ..mistakes import wrong_folder
+from ..lora.peft_format import ADAPTER_CONFIG
+from ..mistakes import is_run, wrong_folder
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_task
 from ..runs.setup import check_constraint_format
@@ -83,11 +84,13 @@ def find_task(arguments: argparse.Namespace) -> Task:
         return recorded
     labels = listed_labels(arguments.labels or "", ())
     if not labels:
-        unasked = (
+        kind, proof = ("model", "config.json") if arguments.adapter is None else ("adapter", ADAPTER_CONFIG)
+        if not (Path(given) / proof).is_file() or is_run(Path(given)):
+            raise UsageError(wrong_folder(given, f"{kind} folder", f"{given}: has no {proof}"))
+        raise UsageError(
             f"{given}: no {RECORD} in it says what it is asked; give --labels in the order in which it was trained on "
             "them (such as Disease,Chemical), and --format and --instruction if it was trained so"
         )
-        raise UsageError(wrong_folder(given, f"{'model' if arguments.adapter is None else 'adapter'} folder", unasked))
     try:
         return Task(arguments.format, labels, len(labels) == 1, arguments.instruction)
     except ValueError as error:
