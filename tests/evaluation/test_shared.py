@@ -329,11 +329,9 @@ def test_what_a_card_says_runs_and_agrees(adapter, tmp_path, monkeypatch):
     space: dict = {}
     with redirect_stdout(StringIO()) as printed:
         exec(own.replace("FOLDER", str(adapter)), space)
-    assert len(printed.getvalue().splitlines()) == len(
-        llamalora.annotate(space["model"], space["tokenizer"], ["A mild fever followed the second dose of naloxone."])[
-            0
-        ]
-    )
+    text = "A mild fever followed the second dose of naloxone."
+    (mentions,) = llamalora.annotate(space["model"], space["tokenizer"], [text])
+    assert len(printed.getvalue().splitlines()) == len(mentions)
     other: dict = {}
     with redirect_stdout(StringIO()) as printed, pytest.warns(UserWarning, match="tie_word_embeddings"):
         exec(theirs.replace("FOLDER", str(adapter)), other)
