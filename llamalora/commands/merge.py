@@ -246,7 +246,7 @@ def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
 def _describe(adapter: Path, folder: Path) -> None:
     """What the model is asked, and its card, as far as the adapter has brought them along."""
     record, task = read_record(adapter), recorded_task(adapter)
-    if record is not None:
+    if record is not None and "base" in record:
         write_record(record, folder)
         card = adapter / CARD
         written = merged_card(record, card.read_text(encoding="utf-8") if card.is_file() else "")

@@ -69,7 +69,7 @@ def find_task(arguments: argparse.Namespace) -> Task:
     """What the model is asked: by the run, by what stands beside model or adapter, or by --labels.
 
     Raises:
-        UsageError: flags that do not go together, or neither of the three.
+        UsageError: flags that do not go together, or none of the three.
         CheckpointError: what is no run, or a record that cannot be read.
     """
     given = arguments.adapter if arguments.adapter is not None else arguments.model

@@ -155,7 +155,8 @@ def _trained(record: dict, merged: bool) -> str:
 # ---- scores ----
 
 
-_TOP = re.compile(r"\A(---\n.*?)(model-index:\n.*?)?(?=---\n)", re.DOTALL)
+_TOP = re.compile(r"\A---\n.*?(?=^---\n)", re.DOTALL | re.MULTILINE)
+_INDEX = re.compile(r"^model-index:\n((?!---)[ -].*\n)*", re.MULTILINE)
 _SCORES = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 
 
@@ -171,14 +172,14 @@ def with_scores(card: str, record: dict, results: Sequence[dict]) -> str:
 
 def merged_card(record: dict, card: str) -> str:
     """The card of a model with an adapter merged into it, by the adapter's record and card."""
-    top, scores = _TOP.match(card), _SCORES.search(card)
-    if not (top and scores):
-        return model_card(record, merged=True)
-    return _put(model_card(record, merged=True), top[2] or "", scores[0])
+    new, top, scores = model_card(record, merged=True), _TOP.match(card), _SCORES.search(card)
+    index = _INDEX.search(top[0]) if top else None
+    return _put(new, index[0] if index else "", scores[0]) if scores else new
 
 
 def _put(card: str, index: str, scores: str) -> str:
-    return _SCORES.sub(lambda _: scores, _TOP.sub(lambda top: top[1] + index, card), count=1)
+    card = _TOP.sub(lambda top: _INDEX.sub("", top[0]) + index, card)
+    return _SCORES.sub(lambda _: scores, card, count=1)
 
 
 def _row(result: dict) -> str:
@@ -207,7 +208,7 @@ def _index(record: dict, results: Sequence[dict]) -> str:
 def update_card(run: Path) -> None:
     """Puts the run's own results into the card of its best model, if there is one."""
     path, record = run / "best" / CARD, read_record(run / "best")
-    if path.is_file() and record is not None:
+    if path.is_file() and record is not None and "data" in record:
         scored = (split for split in SPLITS if (run / RESULT.format(split)).is_file())
         sound = [read_result(run, split) for split in scored if not find_changes(run, split)]
         results = [result for result in sound if not foreign(result, run, result["split"])]

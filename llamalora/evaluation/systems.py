@@ -1,6 +1,7 @@
 """Trained systems (runs, several runs for different labels joined, a model with or without a PEFT adapter) and their
 scores on a split."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, load_trained, make_task
-from ..runs.shared import RECORD, find_base, recorded_task
+from ..runs.shared import RECORD, find_base, read_record, recorded_task, weights_fingerprint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
@@ -103,6 +104,13 @@ def load_annotator(
         raise InputError(f"{given}: {RECORD} says what it is asked, which is another task than the one given")
     base = find_base(given) if model is None else Path(model)
     tokenizer = _check_folders(base, adapter)
+    trained_on = (read_record(given) or {}).get("base", {}).get("fingerprint")
+    if adapter is not None and trained_on not in (None, weights_fingerprint(base)):
+        warnings.warn(
+            f"{base}: not the files of weights that {given} was trained on; unless they hold the same numbers, it will "
+            "answer otherwise",
+            stacklevel=2,
+        )
     asked = recorded or task
     if asked is None:
         raise InputError(f"{given}: has no {RECORD} that says what it is asked; give the task that it was trained on")

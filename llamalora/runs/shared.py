@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..cli import UsageError
 from ..files import HOME
+from ..lora.inject import METHODS
 from ..lora.peft_format import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
 from ..model.checkpoint import read_json
@@ -21,6 +22,14 @@ from .settings import ResolvedSettings, Settings
 RECORD = "llamalora.json"
 # of a machine or a folder, said by the task already, or of what is measured while a model learns
 _LEFT_OUT = (*Settings.FREE, "model", "data", "format", "labels", "instruction", "shots", "eval_every", "eval_limit")
+_HELD: dict[tuple[str, ...], type] = {
+    ("base", "name"): str,
+    ("base", "fingerprint"): str,
+    ("data", "name"): str,
+    ("data", "sentences"): int,
+    ("trainable",): int,
+    ("settings", "method"): str,
+}
 
 
 def base_name(folder: str | Path) -> str:
@@ -55,8 +64,8 @@ def find_base(adapter: Path) -> Path:
         missing = f"{adapter / ADAPTER_CONFIG}: no such file"
         raise CheckpointError(wrong_folder(adapter, "adapter folder", missing))
     run = adapter.absolute().parent
-    if is_run(run):
-        return Path(read_settings(run).model)
+    if is_run(run) and (base := Path(read_settings(run).model)).is_dir():
+        return base
     name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UsageError(f"--adapter {adapter}: {ADAPTER_CONFIG} names no base model; give its folder with --model")
@@ -98,11 +107,16 @@ def describe_model(settings: ResolvedSettings, task: Task, sentences: int, train
     chosen = asdict(settings) | {"alpha": settings.rank if settings.alpha is None else settings.alpha}
     return {
         "task": asdict(task),
-        "base": {"name": base_name(model), "fingerprint": fingerprint(sorted(model.glob("*.safetensors")))},
+        "base": {"name": base_name(model), "fingerprint": weights_fingerprint(model)},
         "data": {"name": Path(settings.data).resolve().name, "sentences": sentences},
         "trainable": trainable,
         "settings": {name: value for name, value in chosen.items() if name not in (*_LEFT_OUT, *settings.idle)},
     }
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of a model's weights, see `fingerprint`: other names or shards are other files."""
+    return fingerprint(sorted(folder.glob("*.safetensors")))
 
 
 def write_record(record: dict, folder: Path) -> None:
@@ -110,9 +124,22 @@ def write_record(record: dict, folder: Path) -> None:
 
 
 def read_record(folder: str | Path) -> dict | None:
-    """What `write_record` wrote; None if nothing did."""
+    """What `write_record` wrote; None if nothing did.
+
+    Raises:
+        CheckpointError: it lacks something that `describe_model` puts there, and holds more than a task.
+    """
     path = Path(folder) / RECORD
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    for names, kind in _HELD.items() if record.keys() != {"task"} else ():
+        value: object = record
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or names[-1] == "method" and value not in METHODS:
+            raise CheckpointError(f"{path}: is no record of this version, by its {'.'.join(names)}")
+    return record
 
 
 def recorded_task(folder: str | Path) -> Task | None:

@@ -130,9 +130,28 @@ def test_what_predict_refuses(flags, words, run, bare, texts, monkeypatch, capsy
     assert re.sub("RUN|BARE", lambda name: places[name[0]], words) in capsys.readouterr().err
 
 
-def test_a_record_of_another_program_is_named(bare):
-    (bare / RECORD).write_text('{"task": {"labels": 3}}')
-    with pytest.raises(InputError, match=f"{RECORD}: holds no task"):
+def test_other_weights_than_the_adapters_are_noticed(adapter, tmp_path):
+    other = Path(shutil.copytree(TINY, tmp_path / "other"))
+    llamalora.load_annotator(other, adapter)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.warns(UserWarning, match=f"{other}: not the files of weights that {adapter} was trained on"):
+        llamalora.load_annotator(other, adapter)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"task": {"labels": 3}}, "holds no task"),
+        ({"base": "tiny"}, "is no record of this version, by its base.name"),
+        ({"settings": {"method": "magic"}}, "is no record of this version, by its settings.method"),
+    ],
+)
+def test_a_record_of_another_program_is_named(change, words, adapter, bare):
+    record = json.loads((adapter / RECORD).read_text())
+    (bare / RECORD).write_text(json.dumps(record | change))
+    with pytest.raises(InputError, match=f"{RECORD}: {words}"):
         recorded_task(bare)
 
 
@@ -312,6 +331,8 @@ def test_later_scores_come_into_a_card_that_somebody_has_edited(run, tmp_path, c
     assert f"split: test}}\n    metrics:\n    - {{type: f1, value: {micro['f1']:.4f}}}" in text
     record = read_record(folder / "best")
     assert with_scores(text, record, [read_result(folder, "dev")]) == edited
+    lower = text.replace("model-index:", "model-index:\n- name: old\n  x: 1\nlanguage: en\nmodel-index:", 1)
+    assert with_scores(lower, record, []).partition("\n---\n")[0].endswith("language: en")
     assert with_scores("All mine.", record, []) == "All mine."
     run_command(evaluation.main, ["--run", str(folder), "--limit", "1", "--out", str(tmp_path / "out")])  # another's
     assert path.read_text() == text
