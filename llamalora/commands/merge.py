@@ -11,7 +11,6 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from ..model.checkpoint import entries_of, model_files, read_config, read_json, 
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..runs.folder import read_settings, trained_folder
-from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, recorded_task, write_record
+from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, write_record
 from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned
@@ -244,15 +243,12 @@ def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
 
 
 def _describe(adapter: Path, folder: Path) -> None:
-    """What the model is asked, and its card, as far as the adapter has brought them along."""
-    record, task = read_record(adapter), recorded_task(adapter)
-    if record is not None and "base" in record:
+    """What the model is asked, and its card, if the adapter has them."""
+    if (record := read_record(adapter)) is not None:
         write_record(record, folder)
         card = adapter / CARD
         written = merged_card(record, card.read_text(encoding="utf-8") if card.is_file() else "")
         (folder / CARD).write_text(written, encoding="utf-8")
-    elif task is not None:  # of a run from before there were records
-        write_record({"task": asdict(task)}, folder)
 
 
 # ---- the probe ----

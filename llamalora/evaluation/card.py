@@ -208,7 +208,7 @@ def _index(record: dict, results: Sequence[dict]) -> str:
 def update_card(run: Path) -> None:
     """Puts the run's own results into the card of its best model, if there is one."""
     path, record = run / "best" / CARD, read_record(run / "best")
-    if path.is_file() and record is not None and "data" in record:
+    if path.is_file() and record is not None:
         scored = (split for split in SPLITS if (run / RESULT.format(split)).is_file())
         sound = [read_result(run, split) for split in scored if not find_changes(run, split)]
         results = [result for result in sound if not foreign(result, run, result["split"])]

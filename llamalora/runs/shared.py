@@ -68,7 +68,8 @@ def find_base(adapter: Path) -> Path:
         return base
     name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise UsageError(f"--adapter {adapter}: {ADAPTER_CONFIG} names no base model; give its folder with --model")
+        named = f"{adapter / ADAPTER_CONFIG} names none"
+        raise UsageError(f"--adapter needs the base model as well: --model FOLDER ({named})")
     for folder in _candidates(name):
         if (folder / "config.json").is_file():
             return folder
@@ -127,13 +128,13 @@ def read_record(folder: str | Path) -> dict | None:
     """What `write_record` wrote; None if nothing did.
 
     Raises:
-        CheckpointError: it lacks something that `describe_model` puts there, and holds more than a task.
+        CheckpointError: it lacks something that `describe_model` puts there.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
     record = read_json(path)
-    for names, kind in _HELD.items() if record.keys() != {"task"} else ():
+    for names, kind in _HELD.items():
         value: object = record
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None

@@ -22,7 +22,7 @@ from ..lora.inject import count_parameters
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
-from ..runs.settings import Settings
+from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import build_model, save_trained
 from ..runs.shared import describe_model, write_record
 from ..runs.state import CARD, clean_partial, load_checkpoint, save_checkpoint, write_atomically
@@ -46,6 +46,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     if not resume:
         start_folder(folder, describe_run(settings, job.task, model), world)
     lock = lock_folder(folder, world)  # noqa: F841  (held until the end)
+    record = describe_model(settings, job.task, len(examples), count_parameters(model)["trainable"])
     announce(job, model, world)
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], job.tokenizer)}\n")
 
@@ -60,7 +61,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         """Ends all processes after a signal to one of them, the latest step saved."""
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
-        save(model, job, "last", world)
+        save(model, settings, folder, "last", world, record)
         world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
         sys.exit(128 + number)
 
@@ -79,7 +80,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 log.evaluation(progress.cursor, result)
                 if result["micro"]["f1"] > progress.best:
                     progress.best = result["micro"]["f1"]
-                    save(model, job, "best", world, [result])
+                    save(model, settings, folder, "best", world, record, [result])
                     if world.is_main:
                         write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
@@ -117,10 +118,10 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 leave()
             if regular or job.ends_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
-                save(model, job, "last", world)
+                save(model, settings, folder, "last", world, record)
 
     if "dev" not in job.splits:
-        save(model, job, "best", world)
+        save(model, settings, folder, "best", world, record)
         world.say(f"no development split; what was trained is in {folder / 'best'}")
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
@@ -184,20 +185,28 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     return progress
 
 
-def save(model: Llama, job: Job, name: str, world: World, results: Sequence[dict] = ()) -> None:
-    """Keeps the trained parameters as `best/` or `last/`, with all that others need to use them.
+def save(
+    model: Llama,
+    settings: ResolvedSettings,
+    folder: Path,
+    name: str,
+    world: World,
+    record: dict | None,
+    results: Sequence[dict] = (),
+) -> None:
+    """Keeps the trained parameters as `best/` or `last/`.
 
     Args:
+        record: what others need to know to use them (see `describe_model`), which is kept with them, as is their card.
         results: scores of just these parameters.
     """
-    trainable = count_parameters(model)["trainable"]
-    record = describe_model(job.settings, job.task, len(job.examples), trainable)
 
-    def fill(folder: Path) -> None:
-        save_trained(model, job.settings, folder)
-        write_record(record, folder)
-        (folder / CARD).write_text(model_card(record, results), encoding="utf-8")
+    def fill(target: Path) -> None:
+        save_trained(model, settings, target)
+        if record is not None:
+            write_record(record, target)
+            (target / CARD).write_text(model_card(record, results), encoding="utf-8")
 
     if world.is_main or is_spread(model):
-        write_atomically(job.folder / name, fill, writes=world.is_main)
+        write_atomically(folder / name, fill, writes=world.is_main)
     world.barrier()

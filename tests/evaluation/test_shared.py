@@ -255,7 +255,7 @@ def test_a_base_is_found_by_its_name(run, tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
         return folder
 
-    with pytest.raises(UsageError, match="names no base model; give its folder with --model"):
+    with pytest.raises(UsageError, match=r"--adapter needs the base model as well: --model FOLDER \(.*names none"):
         find_base(named(""))
     with pytest.raises(UsageError, match="o/Mine-7b is not here.*hf download o/Mine-7b --local-dir weights/Mine-7b"):
         find_base(named("o/Mine-7b"))
