@@ -19,12 +19,15 @@ from work import flops_per_token, need_peer, padded
 
 from llamalora.distributed.world import World
 from llamalora.evaluation.generate import generate
-from llamalora.lora.inject import count_parameters, inject_lora, merge, restore
+from llamalora.lora.inject import inject_lora, merge, restore
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.llama import Llama
 from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.training.arithmetic import Batch, Work
 from llamalora.training.batch import Example, MicroBatch
+from llamalora.training.cards import CARDS, recognise
+from llamalora.training.duration import Machine
 from llamalora.training.memory import LENGTHS, micro_batch
 from llamalora.training.step import Optimizer, backward
 
@@ -61,6 +64,10 @@ def main() -> None:
         result["decoding, merged"]["tokens_per_second"] / result["decoding, base"]["tokens_per_second"]
     )
     restore(model)
+    if expected := planned(model, examples, precision, device):
+        result["planned"] = expected
+        for what, speed in (("training", "training"), ("decoding, merged", "decoding")):
+            print(f"{what}: {result[what]['tokens_per_second']:,.0f} tokens/s, planned {expected[speed]:,.0f}")
     if not arguments.no_peer:
         del model
         gc.collect()
@@ -109,7 +116,7 @@ def train(model: Llama, examples: list[Example], precision: str, device: torch.d
         optimizer.step(1e-4, World(device=device))
 
     seconds = seconds_of(step, arguments.repeats)
-    flops = flops_per_token(model.config, count_parameters(model)["trainable"], examples)
+    flops = flops_per_token(model, examples)
     speed = tokens / statistics.median(seconds)
     return {
         "tokens_per_second": speed,
@@ -132,6 +139,20 @@ def decode(model: Llama, arguments, new: int = 64) -> dict:
         if "embed" not in name and "lora" not in name
     )
     return {"tokens_per_second": 1 / each, "of_bandwidth": read / each / (arguments.bandwidth * 1e9)}
+
+
+def planned(model: Llama, examples: list[Example], precision: str, device: torch.device) -> dict | None:
+    """tokens/s of training on these examples and of decoding, as `audit --time` plans them; None for an unknown GPU."""
+    if device.type == "cpu":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    card = recognise(properties.name, properties.total_memory)
+    if card is None:
+        return None
+    machine, work, lengths = Machine(CARDS[card]), Work(model, precision), [len(example) for example in examples]
+    supervised = sum(example.supervised for example in examples) / sum(lengths)
+    step = machine.training(work, [[[Batch.of(lengths, supervised)]]])
+    return {"training": sum(lengths) / step.seconds, "mfu": step.mfu, "decoding": 1 / machine.decoding(work, 1, 1, 96)}
 
 
 def peer(config: LlamaConfig, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:

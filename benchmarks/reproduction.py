@@ -9,7 +9,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from llamalora.paper import figures, tables
+from llamalora.paper import figures, report
 from llamalora.paper.printed import RANKS
 from llamalora.runs.settings import Settings
 
@@ -66,7 +66,7 @@ def document(result: dict) -> str:
     ]
     for name in ("1", "2", "3", "4"):
         if name in found:
-            parts += [tables.markdown(found[name]), ""]
+            parts += [report.trained(found[name]).markdown, ""]
         if name == "3" and name in found:
             parts += ["![F1 against trainable parameters](results/table3.png)", ""]
     parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(result)]
@@ -101,7 +101,7 @@ def how_the_recipe_was_chosen(found: dict) -> list[str]:
         "higher rank moves more at the same rate, so that at a small budget rank and learning rate cannot be told "
         "apart: what the tables say of low ranks, they say of low ranks at this rate and this number of steps.",
         "",
-        tables.markdown(found["recipe"]).replace("## Recipe", "### Trials"),
+        report.trained(found["recipe"]).markdown.replace("## Recipe", "### Trials"),
         "",
     ]
 
@@ -112,7 +112,9 @@ def what_differs(result: dict) -> list[str]:
     lines = [
         "## What differs from the paper",
         "",
-        f"- The model: `{result['settings']['model']}` instead of Llama-2-7B; no chat model was tried.",
+        f"- The model: `{result['settings']['model']}` instead of Llama-2-7B, which is SmolLM2-135M-*Instruct*, "
+        "quantised to 4 bits and back (see `weights/README.md`). So the question of Table 1, chat model or base model, "
+        "could not be asked.",
         "- Sentences are those of the official PubTator text, scored by exact offsets; the paper's text is tokenised.",
         f"- {len(result['seeds'])} seed where the paper has several in Tables 1 and 2."
         if len(result["seeds"]) == 1 else f"- Seeds: {len(result['seeds'])}.",

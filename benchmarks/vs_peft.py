@@ -174,9 +174,8 @@ def peer(arguments: argparse.Namespace) -> dict:
 
 def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples: list[Example]) -> dict:
     torch.set_num_threads(arguments.threads)
-    layers = lora_layers(make_trainable(skeleton(read_config(arguments.model)), targets=KINDS, rank=arguments.rank))
-    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
-    flops = flops_per_token(read_config(arguments.model), lora, examples)
+    model = make_trainable(skeleton(read_config(arguments.model)), targets=KINDS, rank=arguments.rank)
+    flops, layers = flops_per_token(model, examples), lora_layers(model)
     peak = matmul_rate([tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name])
     sides = {}
     for side, those in runs.items():

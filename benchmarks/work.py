@@ -7,9 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from llamalora.lora.inject import count_parameters
-from llamalora.model.checkpoint import skeleton
-from llamalora.model.config import LlamaConfig
+from llamalora.model.llama import Llama
+from llamalora.training.arithmetic import Batch, model_flops
 from llamalora.training.batch import Example
 
 
@@ -19,20 +18,11 @@ def need_peer(parser: argparse.ArgumentParser) -> None:
         parser.error(f"compares with {' and '.join(missing)}, not installed here: pip install -e '.[test]'")
 
 
-def flops_per_token(config: LlamaConfig, lora: int, examples: Sequence[Example]) -> float:
-    """4 a frozen parameter in a product, 6 a LoRA parameter, and causal attention; the embedding is no product, and the
-    head works at supervised positions only.
-
-    Args:
-        lora: number of LoRA parameters.
-    """
+def flops_per_token(model: Llama, examples: Sequence[Example]) -> float:
+    """As MFU counts them (`arithmetic.model_flops`)."""
     lengths = [len(example) for example in examples]
     supervised = sum(example.supervised for example in examples) / sum(lengths)
-    head = config.vocab_size * config.hidden_size
-    frozen = count_parameters(skeleton(config))["base"] - head * (1 if config.tie_word_embeddings else 2)
-    width = config.num_attention_heads * config.head_dim
-    attention = 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths) / sum(lengths)
-    return 4 * (frozen + supervised * head) + 6 * lora + attention
+    return model_flops(model, Batch.of(lengths, supervised)) / sum(lengths)
 
 
 def padded(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:

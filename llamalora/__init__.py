@@ -4,38 +4,22 @@
 >>> inject_lora(model, targets="all", rank=8)
 """
 
-from .evaluation.annotate import Mention, annotate
-from .evaluation.generate import generate
-from .evaluation.systems import load_annotator
-from .lora.adapter import load_adapter, save_adapter
-from .lora.inject import count_parameters, inject_lora, merge, restore
-from .lora.layers import LoRAEmbedding, LoRALinear
-from .model.checkpoint import load_model, save_model
-from .model.config import LlamaConfig
-from .model.llama import Llama
-from .model.packing import KVCache, Packing
-from .task.definition import Task
-from .task.tokenizer import load_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "KVCache",
-    "Llama",
-    "LlamaConfig",
-    "LoRAEmbedding",
-    "LoRALinear",
-    "Mention",
-    "Packing",
-    "Task",
-    "annotate",
-    "count_parameters",
-    "generate",
-    "inject_lora",
-    "load_adapter",
-    "load_annotator",
-    "load_model",
-    "load_tokenizer",
-    "merge",
-    "restore",
-    "save_adapter",
-    "save_model",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """The public names, of `api.py`. They need torch, which `llamalora --help` and a wrong flag do not wait for."""
+    api = import_module(".api", __name__)
+    if name not in ("__all__", *api.__all__):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]

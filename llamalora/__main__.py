@@ -1,53 +1,63 @@
-"""`python -m llamalora COMMAND`: dispatches to the module that does the work."""
+"""`llamalora COMMAND`, or `python -m llamalora COMMAND`: imports the module that does the work, and runs it."""
 
-from .cli import UsageError, run_command
-from .commands import audit, compare, fetch, inspect, merge, predict, score, verify
+from importlib import import_module
+
+from . import __version__
+from .cli import UsageError, called, run_command
 from .mistakes import nearest
-from .paper import stats, tables
 
-HELP = """usage: python -m llamalora COMMAND ...
-
-commands:
-  fetch    bring a real small checkpoint (smollm2-135m) or the corpus (bc5cdr)
-  stats    documents, sentences and mentions of a corpus, beside the paper's Table 5
-  audit    exact parameter counts, storage and GPU memory of a model before it is trained
-  predict  annotate new text with a trained run
-  score    score PubTator predictions against gold
-  compare  two runs, or two files of predictions, on the same gold
-  merge    base model and adapter as one Hugging Face folder
-  tables   the paper's tables again, ours beside the paper's
-  verify   check every file that a run has saved against its SHA-256 sum
-  inspect  norms, spectra and ranks of a trained adapter, as table, page and heat maps
-
-Each command explains itself with --help. Training is train.py, evaluation eval.py."""
-
-
+# name -> the module whose `main` it is, and what it does in a line
 COMMANDS = {
-    "fetch": fetch.main,
-    "stats": stats.main,
-    "audit": audit.main,
-    "predict": predict.main,
-    "score": score.main,
-    "compare": compare.main,
-    "merge": merge.main,
-    "inspect": inspect.main,
-    "tables": tables.main,
-    "verify": verify.main,
+    "train and use": {
+        "train": ("commands.train", "fine-tune a model on a corpus"),
+        "eval": ("commands.eval", "score a run, or any adapter, on a split of a corpus"),
+        "predict": ("commands.predict", "annotate new text with a run"),
+        "merge": ("commands.merge", "base model and adapter as one Hugging Face folder"),
+    },
+    "before training": {
+        "fetch": ("commands.fetch", "bring a small real model or the corpus BC5CDR"),
+        "stats": ("paper.stats", "documents, sentences and mentions of a corpus"),
+        "convert": ("commands.convert", "a corpus in another format: brat, BioC, CoNLL, ..."),
+        "audit": ("commands.audit", "parameters, storage and GPU memory of a model"),
+    },
+    "after training": {
+        "score": ("commands.score", "score anyone's predictions against gold"),
+        "compare": ("commands.compare", "two runs, or files of predictions, on the same gold"),
+        "plot": ("commands.plot", "loss, learning rate, gradient norm and dev F1 of runs"),
+        "inspect": ("commands.inspect", "norms, spectra and ranks of an adapter, as a page"),
+        "verify": ("commands.verify", "check all that a run has saved against its SHA-256"),
+    },
+    "the paper": {
+        "tables": ("paper.tables", "its tables again, ours beside the paper's"),
+    },
 }
-
-SCRIPTS = ("train", "eval")
+MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-    elif argv[0] not in COMMANDS:
-        hint = nearest(argv[0], (*COMMANDS, *SCRIPTS)) or f"; choose from {', '.join(COMMANDS)}"
-        hint = f"; that is python {argv[0]}.py" if argv[0] in SCRIPTS else hint
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif argv[0] == "--version":
+        print(f"llamalora {__version__}")
+    elif argv[0] not in MODULES:
+        hint = nearest(argv[0], MODULES) or f"; choose from {', '.join(MODULES)}"
         raise UsageError(f"unknown command {argv[0]!r}{hint}")
     else:
-        COMMANDS[argv[0]](argv[1:])
+        import_module(f".{MODULES[argv[0]]}", "llamalora").main(argv[1:])
+
+
+def overview() -> str:
+    lines = [f"usage: {called('COMMAND')} ...", "", "LoRA fine-tuning of Llama-2 for named-entity recognition."]
+    for title, commands in COMMANDS.items():
+        lines += ["", f"{title}:", *(f"  {name:<9} {summary}" for name, (_, summary) in commands.items())]
+    lines += ["", "Each explains itself with --help. To try it on what is built in, two minutes:"]
+    return "\n".join([*lines, f"  {called('train')}"])
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run()

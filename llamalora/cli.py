@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import NoReturn, get_args
 
 from .errors import InputError, RunError
 from .mistakes import nearest
+
+SCRIPTS = ("train.py", "eval.py")  # of a clone
 
 
 class UsageError(InputError):
@@ -26,8 +29,18 @@ class Parser(argparse.ArgumentParser):
 
     MAY_BE_EMPTY = ("--probe", "--labels")  # which have a message of their own
 
-    def __init__(self, **how):
-        super().__init__(allow_abbrev=False, **how)  # or the --rank of train.py would be the --ranks of `tables`
+    def __init__(self, command: str = "", example: str = "", **how):
+        """
+        Args:
+            command: its name.
+            example: flags and arguments that show its use, a line for each call.
+        """
+        if example:
+            calls = "\n".join(f"  %(prog)s {line.strip()}" for line in example.strip().splitlines())
+            how["epilog"] = f"for example:\n{calls}" + (f"\n\n{how['epilog']}" if "epilog" in how else "")
+        prog = called(command) if command else None
+        # or the --rank of `train` would be the --ranks of `tables`
+        super().__init__(**{"prog": prog, "allow_abbrev": False, "formatter_class": _Help} | how)
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
@@ -51,6 +64,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
+
+
+class _Help(argparse.HelpFormatter):
+    """Fills paragraphs, but leaves examples as they are; numbers are N or X."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n  " in part else "\n".join(self._split_lines(part, width)) for part in paragraphs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # flags stay whole
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds = {int: "N", number_or_auto: "N", float: "X"}
+        return kinds.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
+def called(command: str) -> str:
+    """How the user can call a command, judged by how this one was: `llamalora eval`, `python eval.py` beside the
+    `train.py` of a clone, else `python -m llamalora eval`."""
+    script = Path(sys.argv[0])
+    if script.stem == "llamalora":
+        return f"llamalora {command}"
+    if script.name in SCRIPTS and f"{command}.py" in SCRIPTS:
+        return f"python {script.with_name(command)}.py"
+    return f"python -m llamalora {command}"
 
 
 def flag(name: str) -> str:
@@ -89,9 +128,10 @@ def check_new_file(arguments: argparse.Namespace, *names: str) -> None:
             raise UsageError(f"{flag(name)} {given}: that is the name of another kind of file; choose another")
 
 
-def option(default, help: str, choices: tuple | None = None, bare=None):
-    """A documented dataclass field that becomes a command-line flag, which stands for `bare` if it has no value."""
-    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+def option(default, help: str, choices: tuple | None = None, bare=None, group: str | None = None):
+    """A documented dataclass field that becomes a command-line flag, which stands for `bare` if it has no value. With
+    it begins, in the help, the `group` of that title."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare, "group": group})
 
 
 def check_least(values: object, **least: int) -> None:
@@ -112,22 +152,25 @@ def check_least(values: object, **least: int) -> None:
 
 
 def add_flags(parser: argparse._ActionsContainer, cls: type, names: Sequence[str] | None = None) -> None:
-    """One `--flag` for each field of a dataclass, or for those named; `None` defaults say in their help what they
-    stand for."""
+    """One `--flag` for each field of a dataclass, or for those named, in the groups of their options unless `parser`
+    is a group itself; `None` defaults say in their help what they stand for."""
+    group = parser
     for item in fields(cls):
+        if item.metadata["group"] and isinstance(parser, argparse.ArgumentParser):
+            group = parser.add_argument_group(item.metadata["group"])
         if names is not None and item.name not in names:
             continue
         default, help = item.default, item.metadata["help"]
         assert default is not MISSING
         if item.type is bool:
-            parser.add_argument(flag(item.name), action="store_true", help=help)
+            group.add_argument(flag(item.name), action="store_true", help=help)
             continue
         kind = item.type if isinstance(item.type, type) else get_args(item.type)[0]
         if item.type == int | str:
             kind = number_or_auto
         shown = "" if default is None else f" (default: {default})"
         optional = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
-        parser.add_argument(
+        group.add_argument(
             flag(item.name), type=kind, default=default, choices=item.metadata["choices"], help=help + shown, **optional
         )
 

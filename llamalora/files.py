@@ -8,7 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent.parent  # weights/, data/ and runs/ stand beside the package
+PACKAGE = Path(__file__).resolve().parent
+BUILT_IN = ("weights/tiny", "data/sample")
+
+
+def built_in(name: str) -> Path:
+    """Where one of `BUILT_IN` is: a wheel carries them inside the package, a clone has them beside it."""
+    inside = PACKAGE / name
+    return inside if inside.exists() else PACKAGE.parent / name
+
+
+def search_places() -> tuple[Path, ...]:
+    """Where weights/ and data/ that the user has filled are looked for: the working folder, then the clone that the
+    package runs from, if it does."""
+    return (Path.cwd(),) if (PACKAGE / "weights").exists() else (Path.cwd(), PACKAGE.parent)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .files import BUILT_IN, built_in
+
 
 def nearest(name: str, known: Iterable[str], place: Path = Path()) -> str:
     """The end of a refusal: which known name (in a place) is near an unknown one, if one is."""
@@ -26,13 +28,15 @@ def wrong_folder(path: str | Path, wanted: str, otherwise: str) -> str:
         return f"{path}: no {wanted} but {there}" if there and wanted not in there else otherwise
     hint = nearest(path.name, (entry.name for entry in path.parent.glob("*")), path.parent)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
-    if on_hub and wanted in ("model folder", "adapter folder"):
+    if path.as_posix() in BUILT_IN:
+        hint = f"; the built-in one is {built_in(path.as_posix())}"
+    elif on_hub and wanted in ("model folder", "adapter folder"):
         hint = f"; nothing is fetched from the Hub here, so first: hf download {path} --local-dir weights/{path.name}"
     return f"{path}: no such {wanted}{hint}"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py has started a run there."""
+    """Whether a run was started there."""
     return isinstance(_read(folder / "config.json").get("settings"), dict)
 
 
@@ -43,7 +47,7 @@ def _what_is(path: Path) -> str | None:
     config = _read(path / "config.json")
     if is_run(path):
         base = config["settings"].get("model")
-        return f"a run of train.py; its base model is {base}, what it has learnt is in {path / 'best'}"
+        return f"a training run; its base model is {base}, what it has learnt is in {path / 'best'}"
     home = next((f" in the run {parent}" for parent in path.parents if is_run(parent)), "")
     if (path / "adapter_config.json").is_file():
         base = _read(path / "adapter_config.json").get("base_model_name_or_path")
@@ -52,7 +56,8 @@ def _what_is(path: Path) -> str | None:
         return f"a model folder{home}, by its config.json"
     if home:
         return f"a folder{home}"
-    corpus_file = r"(cdr_.*set|train|dev(el)?|valid(ation)?|test)\.(pubtator|tsv|conllu?|iob2?|bio(es)?|bmes|txt)"
+    endings = "pubtator|tsv|conllu?|iob2?|bio(es)?|bmes|txt|jsonl?|ndjson|xml|bioc"
+    corpus_file = rf"(cdr_.*set|train|dev(el)?|valid(ation)?|test)\.({endings})"
     names = [entry.name.lower() for entry in path.iterdir()]
     if "config.json" not in names and any(re.match(corpus_file, name) for name in names):
         return "a corpus folder"

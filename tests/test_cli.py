@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from helpers import tiny_model
 
-from llamalora.__main__ import main
-from llamalora.cli import Parser, UsageError, check_new_file, refuse_idle, run_command
+from llamalora import __version__
+from llamalora.__main__ import MODULES, main
+from llamalora.cli import Parser, UsageError, called, check_new_file, refuse_idle, run_command
 from llamalora.corpus.read import find_splits
 from llamalora.errors import InputError
 from llamalora.lora.adapter import save_adapter
@@ -20,7 +23,7 @@ from llamalora.lora.inject import inject_lora
 from llamalora.lora.peft_format import read_adapter
 from llamalora.model.checkpoint import read_config, save_model
 from llamalora.runs.folder import read_settings, read_task, trained_folder
-from llamalora.runs.settings import ResolvedSettings
+from llamalora.runs.settings import ResolvedSettings, Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,13 +78,80 @@ def test_what_is_wrong_with_a_flag(argv, message):
 
 @pytest.mark.parametrize("name, hint", [
     ("inspct", "did you mean inspect?"), ("table", "did you mean tables?"), ("trian", "did you mean train?"),
-    ("train", "that is python train.py"), ("eval", "that is python eval.py"), ("x", "choose from fetch, stats"),
+    ("evla", "did you mean eval?"), ("x", "choose from train, eval"),
 ])  # fmt: skip
 def test_unknown_commands(name, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command(main, [name])
     assert ended.value.code == 2
     assert f"error: unknown command {name!r}; {hint}" in capsys.readouterr().err
+
+
+def shown(capsys, *argv: str) -> str:
+    """The help of a command, for a terminal of 80 columns."""
+    with suppress(SystemExit):
+        main([*argv, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_command_has_a_line_and_a_help_with_an_example(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert f"\n  {name} " in shown(capsys)
+    text = shown(capsys, name)
+    assert f"usage: {called(name)} " in text and f"for example:\n  {called(name)} " in text
+
+
+def test_the_flags_of_train_and_tables_stand_in_the_same_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    groups = ("data", "task", "LoRA", "optimisation", "memory and machine", "evaluation and output")
+    found = {}
+    for name in ("train", "tables"):
+        for part in shown(capsys, name).split("\n\n"):
+            title, _, rest = part.partition(":\n")
+            found |= {(name, flag): title for flag in re.findall(r"^  (--\S+)", rest, re.MULTILINE)}
+    settings = {f"--{item.name.replace('_', '-')}" for item in fields(Settings)}
+    assert {flag for name, flag in found if name == "train"} == {"--resume", "--quiet", *settings}
+    assert dict.fromkeys(title for (name, flag), title in found.items() if name == "train") == dict.fromkeys(
+        ("options", *groups)
+    )
+    for name, flag in found:
+        if name == "tables" and flag in settings and flag not in ("--limit-eval", "--out"):
+            assert found[name, flag] == found["train", flag] != "options"
+
+
+@pytest.mark.parametrize("started, calls", [
+    ("/venv/bin/llamalora", "llamalora train, llamalora eval, llamalora verify"),
+    ("train.py", "python train.py, python eval.py, python -m llamalora verify"),
+    ("../clone/eval.py", "python ../clone/train.py, python ../clone/eval.py, python -m llamalora verify"),
+    ("/site/llamalora/__main__.py",
+     "python -m llamalora train, python -m llamalora eval, python -m llamalora verify"),
+])  # fmt: skip
+def test_what_is_advised_can_be_typed(started, calls, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert ", ".join(map(called, ("train", "eval", "verify"))) == calls
+
+
+def test_help_and_wrong_flags_do_not_wait_for_torch():
+    script = """
+import sys
+from llamalora import __version__
+from llamalora.__main__ import main
+from llamalora.cli import UsageError
+
+for argv in ("", "--version", "trian", "train --help", "train --rank x", "train --rank 0", "train --rnak 8"):
+    try:
+        main(argv.split())
+    except (SystemExit, UsageError) as end:
+        print(end)
+assert "torch" not in sys.modules
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    said = (f"llamalora {__version__}\n", "did you mean train?", "'x' is not a whole", "--rank is 0", "mean --rank?")
+    assert all(words in done.stdout for words in said)
 
 
 # ---- folders ----
@@ -98,7 +168,7 @@ PLACES = {  # what is there -> what is said about it
     "model": "a model folder, by its config.json",
     "run/best": "a PEFT adapter in the run PLACE/run; its base model is PLACE/model",
     "adapter": "a PEFT adapter; its base model is not named",
-    "run": "a run of train.py; its base model is PLACE/model, what it has learnt is in PLACE/run/best",
+    "run": "a training run; its base model is PLACE/model, what it has learnt is in PLACE/run/best",
     "run/checkpoints": "a folder in the run PLACE/run",
     "corpus": "a corpus folder",
     "corpus/train.tsv": "a file",
@@ -149,6 +219,13 @@ def test_a_folder_that_is_missing_or_empty(wanted, place):
 def test_a_name_on_the_hub(wanted):
     with pytest.raises(InputError, match="meta-llama/Llama-2-7b-hf: no such .*hf download meta-llama/Llama-2-7b-hf"):
         READERS[wanted]("meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize("name, reader", [("weights/tiny", read_config), ("data/sample", find_splits)])
+def test_what_is_built_in_is_named_where_it_is_not(name, reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{name}: no such .* folder; the built-in one is {ROOT / name}$"):
+        reader(name)
 
 
 @pytest.mark.parametrize(

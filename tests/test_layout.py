@@ -2,10 +2,15 @@
 
 import ast
 import graphlib
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import llamalora
+from llamalora import api
+from llamalora.files import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llamalora"
@@ -24,7 +29,8 @@ ARROWS = {
     "paper": {"training"},
     "commands": {"paper", "inspection"},
 }
-FACES = ("__init__", "__main__")  # the public names and the commands: they may import every room, and no room them
+# the public names and the commands: they may import every room, and no room them
+FACES = ("__init__", "__main__", "api")
 TEXT_ONLY = ("corpus", "task")  # the definition of the task can be reviewed without torch
 ORACLES = {"transformers", "peft", "accelerate", "datasets", "pickle", "tests", "helpers"}
 LONGEST = 320  # lines of a package file
@@ -74,8 +80,18 @@ def test_the_parser_of_this_file_sees_imports():
     assert {"torch", "model/llama"} <= imports(FILES["evaluation/generate"])
     assert {"task/prompt", "task/tokenizer"} <= imports(FILES["training/batch"])
     assert {"sentencepiece", "tokenizers"} <= imports(FILES["task/tokenizer"])
-    assert {"commands/audit", "paper/tables", "cli"} <= imports(FILES["__main__"])
-    assert {"runs/settings", "training/loop"} <= imports(ROOT / "train.py")
+    assert {"lora/inject", "model/llama"} <= imports(FILES["api"])
+    assert {"runs/settings", "training/loop", "cli"} <= imports(FILES["commands/train"])
+    assert {"commands/train", "cli"} <= imports(ROOT / "train.py")
+
+
+def test_the_public_names_are_those_of_the_api():
+    namespace: dict = {}
+    exec("from llamalora import *", namespace)
+    assert {name: getattr(api, name) for name in api.__all__} == {name: namespace[name] for name in api.__all__}
+    assert set(api.__all__) < set(dir(llamalora))
+    with pytest.raises(AttributeError, match="'llamalora' has no attribute 'fit'"):
+        _ = llamalora.fit
 
 
 def test_every_room_has_its_arrows():
@@ -95,6 +111,11 @@ def test_imports_follow_the_arrows(name):
             assert room_of(other) in below(room), f"{name} imports {other}: no arrow leads from {room} there"
 
 
+def test_every_room_is_in_the_wheel():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert set(packages) == {"llamalora", *(f"llamalora.{name.replace('/', '.')}" for name in (*ARROWS, *BUILT_IN))}
+
+
 def test_no_files_import_each_other_around_a_circle():
     tuple(graphlib.TopologicalSorter({name: own(name) for name in FILES}).static_order())
 
@@ -104,6 +125,14 @@ def test_the_definition_of_the_task_needs_no_torch(room):
     for name in (name for name in FILES if room_of(name) == room):
         roots = {found.split(".")[0] for found in imports(FILES[name])}
         assert not roots & {"torch", "safetensors"}, f"{name} imports torch"
+
+
+def test_to_convert_a_corpus_needs_no_torch():
+    reached = {"commands/convert"}
+    while new := {other for name in reached for other in own(name)} - reached:
+        reached |= new
+    assert "corpus/read" in reached
+    assert not {name for name in reached if "torch" in {found.split(".")[0] for found in imports(FILES[name])}}
 
 
 def test_the_model_knows_nothing_of_lora():

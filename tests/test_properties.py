@@ -387,7 +387,8 @@ def test_any_run_config(part, read, place):
 
 COMMANDS = {
     "train": (train.main, "model data out targets rank alpha dropout epochs lr warmup weight-decay clip batch-tokens "
-              "batch-sentences seed shots labels loraplus keep timeout precision resume limit-train"),
+              "batch-sentences seed shots labels loraplus keep timeout precision resume limit-train "
+              "max-steps patience"),
     "eval": (evaluation.main, "run model adapter labels shots order data split limit precision batch draft out"),
     "predict": (predict.main, "run which model adapter labels format to precision batch"),
     "audit": (audit.main, "model targets rank world-size"),

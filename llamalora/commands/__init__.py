@@ -1,1 +1,1 @@
-"""`python -m llamalora COMMAND`, a file each; `stats` and `tables` are in `paper/`."""
+"""`llamalora COMMAND`, a file each; `stats` and `tables` are in `paper/`."""

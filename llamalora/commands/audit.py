@@ -1,29 +1,43 @@
-"""`python -m llamalora audit`: what a model has to train, to store and to hold in memory, without its weights."""
+"""Counts what a model has to train, to store and to hold in memory, without its weights."""
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..cli import Parser, UsageError, check_least, refuse_idle
+from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
 from ..lora import counts
-from ..lora.inject import KINDS, METHODS, make_trainable, parse_targets, what_learns
+from ..lora.inject import make_trainable
+from ..lora.kinds import KINDS, METHODS, parse_targets, what_learns
 from ..mistakes import wrong_folder
 from ..model.checkpoint import read_config, skeleton
 from ..model.config import LLAMA_2, LlamaConfig
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
-from ..text_table import aligned
-from ..training import hardware
-from ..training.memory import GIB, REPORTED, USABLE, plan_memory
+from ..paper.printed import TABLE8
+from ..runs.settings import Settings
+from ..text_table import aligned, legend, used, wrapped
+from ..training import duration, hardware, timetable
+from ..training.cards import CARDS
+from ..training.duration import Links
+from ..training.memory import GIB, LENGTHS, REPORTED, USABLE
+from ..training.placement import fit
+from ..training.timetable import Corpus
+
+EXAMPLES = """
+--rank 128
+--memory --rank 128 --gpus 4 --gpu-memory 16GB
+--time --rank 128 --gpus 4 --gpu H100
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora audit", description=__doc__)
+    parser = Parser("audit", EXAMPLES, description=__doc__)
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")
@@ -34,26 +48,41 @@ def main(argv: list[str]) -> None:
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
     what.add_argument("--memory", action="store_true", help="GPU memory of a training step, item by item")
     what.add_argument("--hardware", action="store_true", help="which cards train which Llama-2, as Markdown (a minute)")
+    what.add_argument("--time", action="store_true", help="hours of training, and decoding, planned for known GPUs")
+    planned = parser.add_argument_group("for --memory and --time")
+    planned.add_argument("--gpus", type=int, default=4, help="processes, one on each; of each node (default: 4)")
+    planned.add_argument("--precision", choices=tuple(DTYPES),
+                         help="of the products (default: fp16; for --time the GPU's half precision)")  # fmt: skip
     planned = parser.add_argument_group("for --memory")
-    planned.add_argument("--gpus", type=int, default=4, help="processes, one on each (default: 4)")
     planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
                          help="16GB for a card of that name, 15.77GiB for what it reports (default: 16GB)")  # fmt: skip
-    planned.add_argument("--precision", default="fp16", choices=tuple(DTYPES), help="of the products (default: fp16)")
-    planned.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a forward pass (default: 2048)")
-    planned.add_argument("--activation-checkpointing", nargs="?", type=int, default=0, const=1, metavar="K",
-                         help="recompute every K-th block in the backward pass (1: all; default: 0, none)")  # fmt: skip
+    add_flags(planned, Settings, ("micro_tokens", "activation_checkpointing"))
+    timed = parser.add_argument_group("for --time")
+    timed.add_argument("--gpu", default="V100-16", choices=tuple(CARDS), metavar="GPU",
+                       help=f"any of {', '.join(CARDS)} (default: V100-16)")  # fmt: skip
+    timed.add_argument("--nodes", type=int, default=1, help="machines with so many GPUs each (default: 1)")
+    add_flags(timed, Settings, ("batch_tokens",))
+    timed.add_argument("--data", help="corpus folder, read with the tokenizer of --model (default: as long as BC5CDR)")
+    timed.add_argument("--link", type=float, metavar="GB/S",
+                       help="between GPUs of a node, each direction (default: its NVLink; PCIe 3: 12)")  # fmt: skip
+    timed.add_argument("--network", type=float, metavar="GB/S", default=duration.NETWORK,
+                       help=f"between nodes, each direction (default: {duration.NETWORK})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
     table = next((name for name in ("table7", "table8", "hardware") if getattr(arguments, name)), None)
-    method = METHODS[arguments.method]
+    planned, method = arguments.memory or arguments.time, METHODS[arguments.method]
     refuse_idle(arguments, {
         "model": arguments.hardware and "with --hardware, which is about every Llama-2",
         "targets rank method dora": table and f"with --{table}",
         "targets": not method.targeted and f"with --method {arguments.method}",
         "rank dora": not method.adapts and f"with --method {arguments.method}",
-        "gpus gpu_memory precision micro_tokens activation_checkpointing": not arguments.memory and "without --memory",
+        "gpus gpu_memory precision micro_tokens activation_checkpointing": not planned and "without --memory",
+        "gpu_memory micro_tokens activation_checkpointing": arguments.time and "with --time, where the plan decides",
+        "gpu nodes batch_tokens data link network": not arguments.time and "without --time",
+        "link": arguments.gpus == 1 and "on one GPU of a node",
+        "network": arguments.nodes == 1 and "on one node",
     })  # fmt: skip
-    check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0)
+    check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0, nodes=1, batch_tokens=1)
     capacity = parse_capacity(arguments.gpu_memory)
     config = read_shape(arguments.model)
     result: Any
@@ -74,8 +103,12 @@ def main(argv: list[str]) -> None:
         result |= {"trained": what_learns(arguments.method, targets, arguments.rank, arguments.dora)}
         result |= {"targets": targets} if method.targeted else {}
         result |= {"rank": arguments.rank, "dora": arguments.dora} if method.adapts else {}
-        result |= memory_plans(arguments, model, capacity) if arguments.memory else asdict(counts.audit(model))
-        show = show_memory if arguments.memory else show_counts
+        if arguments.time:
+            result, show = result | time_plan(arguments, model), show_time
+        elif arguments.memory:
+            result, show = result | memory_plans(arguments, model, capacity), show_memory
+        else:
+            result, show = result | asdict(counts.audit(model)), show_counts
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 
 
@@ -89,14 +122,35 @@ def read_shape(model: str) -> LlamaConfig:
 
 
 def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> dict:
-    """The plans for ddp and fsdp, and what they are for."""
-    gpus, precision, recompute = arguments.gpus, arguments.precision, arguments.activation_checkpointing
-    result = {"gpus": gpus, "capacity": capacity, "precision": precision, "activation_checkpointing": recompute}
+    """What `train` would plan with ddp and with fsdp, on examples as long as BC5CDR's, and which it would take."""
+    names = ("method", "targets", "rank", "dora", "micro_tokens", "activation_checkpointing")
+    precision = arguments.precision or "fp16"
+    settings = Settings(precision=precision, **{name: getattr(arguments, name) for name in names})
+    gpus, step = arguments.gpus, settings.batch_tokens
+    result = {"gpus": gpus, "capacity": capacity, "precision": precision, "batch_tokens": step}
+    auto = fit(model, settings, LENGTHS, gpus, capacity)
     for parallel in ("ddp", "fsdp"):
-        plan = plan_memory(model, parallel, gpus, capacity, precision, arguments.micro_tokens, recompute)
+        placement = auto
+        if parallel != auto.parallel:
+            placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
+        assert (plan := placement.plan) is not None
         sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
-        result[parallel] = asdict(plan) | sums
-    return result
+        result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
+    return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
+
+
+def time_plan(arguments: argparse.Namespace, model: Llama) -> dict:
+    """How long a run takes on the GPUs of the flags, and in the paper."""
+    card = CARDS[arguments.gpu]
+    for name in ("link", "network"):
+        if (rate := getattr(arguments, name)) is not None and not 0 < rate < math.inf:
+            raise UsageError(f"--{name} is {rate:g}; it must be above 0, in GB/s")
+    if arguments.data and arguments.model in LLAMA_2:
+        raise UsageError(f"--data: --model {arguments.model} is a name without a tokenizer; give a model folder")
+    corpus = Corpus.read(arguments.data, arguments.model) if arguments.data else Corpus.bc5cdr()
+    links = Links(arguments.gpus, arguments.nodes, arguments.link or card.link, arguments.network)
+    settings = Settings(precision=arguments.precision or card.half, batch_tokens=arguments.batch_tokens)
+    return timetable.table(model, settings, corpus, arguments.gpu, links) | {"paper": TABLE8}
 
 
 def parse_capacity(text: str) -> int:
@@ -108,6 +162,16 @@ def parse_capacity(text: str) -> int:
 
 
 # ---- for people ----
+
+USABLE_ROW = f"{USABLE:.0%} of what it reports"
+WORDS = {
+    "buckets or gathered layers": "layers that fsdp has whole while they compute",
+    "activations": "what the forward pass keeps for the backward one",
+    "logits": "scores of the vocabulary, a part at a time",
+    "backward": "what the backward pass needs beyond these",
+    "overhead": "what CUDA itself takes",
+    USABLE_ROW: "what is counted on; the allocator wastes some",
+}
 
 
 def _setup(result: dict) -> str:
@@ -137,21 +201,33 @@ def show_counts(result: dict) -> str:
 
 def show_memory(result: dict) -> str:
     plans = {parallel: result[parallel] for parallel in ("ddp", "fsdp")}
-    rows = [["GiB on each GPU", *plans]]
+    recomputed = (plan["activation_checkpointing"] for plan in plans.values())
+    rows = [["", *plans], ["tokens of a micro-batch", *(f"{plan['micro_tokens']:,}" for plan in plans.values())]]
+    rows.append(["blocks recomputed", *({0: "none", 1: "all"}.get(every, f"1 in {every}") for every in recomputed)])
+    rows.append(["GiB on each GPU", *[""] * len(plans)])
     for name in plans["ddp"]["items"]:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
     rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
     usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
-    rows.append([f"{USABLE:.0%} of what it reports", *usable])
+    rows.append([USABLE_ROW, *usable])
     verdicts = []
     for parallel, plan in plans.items():
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
         verdict = f"fits, {spare:.2f} GiB to spare" if plan["fits"] else f"does not fit, by {spare:.2f} GiB"
         room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
         verdicts.append([parallel, f"{verdict}; {room}"])
-    tokens = plans["ddp"]["micro_tokens"]
-    every = result["activation_checkpointing"]
-    recompute = {0: "", 1: ", recomputing every block"}.get(every, f", recomputing one block in {every}")
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
-    step = f"{gpus}, {result['precision']}, micro-batches of {tokens:,} tokens{recompute}"
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}"
+    step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
+    taken = wrapped("train --parallel auto takes {parallel}: {why}".format(**result["auto"]))
+    words = legend(used(WORDS, str(rows)))
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}\n\n{words}"
+
+
+def show_time(result: dict) -> str:
+    lora, full = (result["paper"][method] for method in ("lora", "full"))
+    paper = wrapped(
+        f"The paper (Table 8) gives {lora['hours_per_epoch']} hours an epoch of LoRA on all, r=128, on "
+        f"{lora['gpus']}, and {full['hours_per_epoch']} of full fine-tuning on {full['gpus']}; it does not say in what "
+        "steps."
+    )
+    return f"{_setup(result)}\n{timetable.show(result)}\n\n{paper}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from ..cli import Parser, UsageError, check_new_file, refuse_idle
+from ..cli import Parser, UsageError, called, check_new_file, refuse_idle
 from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..evaluation.answer import select_sentences
@@ -43,9 +43,15 @@ class Predictions:
     confidence: dict[tuple, float]
 
 
+EXAMPLES = """
+RUN RUN2 --html page.html
+--gold data/sample/test.PubTator.txt a.txt b.txt
+"""
+
+
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora compare", description=__doc__)
-    parser.add_argument("a", metavar="A", help="run that eval.py has scored, or with --gold a file of predictions")
+    parser = Parser("compare", EXAMPLES, description=__doc__)
+    parser.add_argument("a", metavar="A", help="run that was scored, or with --gold a file of predictions")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--split", default="dev", choices=("train", "dev", "test"), help="of the runs (default: dev)")
     parser.add_argument("--gold", metavar="FILE", help="the gold that two files of predictions are about")
@@ -61,7 +67,7 @@ def main(argv: list[str]) -> None:
     if a.asked != b.asked:
         raise UsageError(
             f"{arguments.a} and {arguments.b} were scored on different sentences ({len(a.asked)} and {len(b.asked)}); "
-            "score both with eval.py on the same --data, --split and --limit"
+            "score both on the same --data, --split and --limit"
         )
     labels = [label for label in a.labels if label in b.labels]
     if not labels:
@@ -74,10 +80,10 @@ def main(argv: list[str]) -> None:
 
 
 def read_run(folder: Path, split: str) -> Predictions:
-    """The answers that `eval.py` or the training has left in a run."""
+    """The answers that an evaluation or the training has left in a run."""
     settings, task = read_settings(folder), read_task(folder)
     if not (folder / f"eval-{split}.json").is_file():
-        raise UsageError(f"{folder}: not scored on {split}; first run: python eval.py --run {folder} --split {split}")
+        raise UsageError(f"{folder}: not scored on {split}; first run: {called('eval')} --run {folder} --split {split}")
     result = read_result(folder, split)
     documents, asked = select_sentences(read_documents(find_splits(settings.data)[split]), result["sentences"])
     answers = read_answers(folder, split, task, asked)

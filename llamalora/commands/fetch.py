@@ -27,14 +27,15 @@ from urllib.request import urlopen
 import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
-from ..cli import Parser, UsageError
+from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
-from ..files import HOME, is_occupied, new_folder
+from ..files import is_occupied, new_folder
 from ..model.checkpoint import load_model, read_json
 from ..paper.printed import TABLE5
+from ..progress import Bar
 from ..task.tokenizer import check_fit, load_tokenizer
 from .gguf import convert_gguf
 
@@ -67,8 +68,10 @@ def main(argv: list[str]) -> None:
         UsageError: a target that is there already, a source that cannot be had or is not what it should be, a
             disk that cannot be written. Nothing is left behind then, nor after a signal (exit code 128 + number).
     """
-    parser = Parser(prog="python -m llamalora fetch", description="Fetches a model or a corpus.")
-    parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"))
+    parser = Parser(
+        "fetch", "smollm2-135m\nbc5cdr --from CDR_Data.zip", description="Fetches a small real model, or a corpus."
+    )
+    parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"), help="a real Llama, or the paper's corpus")
     parser.add_argument(
         "--from",
         dest="source",
@@ -85,8 +88,8 @@ def main(argv: list[str]) -> None:
     if source and not (source.is_file() or source.is_dir()):
         raise UsageError(f"--from {source}: no such file or folder")
     fetch, place = {
-        "smollm2-135m": (fetch_smollm2, HOME / "weights/smollm2-135m"),
-        "bc5cdr": (fetch_bc5cdr, HOME / "data/bc5cdr"),
+        "smollm2-135m": (fetch_smollm2, Path("weights/smollm2-135m")),
+        "bc5cdr": (fetch_bc5cdr, Path("data/bc5cdr")),
     }[arguments.what]
     target = (arguments.out or place).resolve()
     if is_occupied(target):
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{error}; nothing was written to {target}") from None
     shown = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
     flag = {"smollm2-135m": "--model", "bc5cdr": "--data"}[arguments.what]
-    print(f"wrote {shown}\n{report}\nnext: python train.py {flag} {shlex.quote(str(shown))}")
+    print(f"wrote {shown}\n{report}\nnext: {called('train')} {flag} {shlex.quote(str(shown))}")
 
 
 def copy(stream: IO[bytes] | gzip.GzipFile, path: Path, limit: int) -> str:
@@ -225,8 +228,8 @@ def _download_corpus(folder: Path) -> Path:
     try:
         with urlopen(CORPUS, timeout=TIMEOUT) as response:
             expected = response.length  # None where the server does not say
-            with tqdm.wrapattr(response, "read", total=expected, desc=path.name) as stream:
-                copy(stream, path, CORPUS_LIMIT)
+            with Bar(path.name, expected, "B", leave=True) as bar:
+                copy(CallbackIOWrapper(bar.update, response, "read"), path, CORPUS_LIMIT)
         if path.stat().st_size < (expected or 0):
             raise OSError(f"the connection stopped after {path.stat().st_size} of {expected} bytes")
     except (OSError, HTTPException) as error:

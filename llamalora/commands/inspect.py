@@ -1,24 +1,27 @@
-"""`python -m llamalora inspect`: what a trained adapter looks like inside."""
+"""Shows what a trained adapter looks like inside."""
 
 import argparse
 import json
 from pathlib import Path
 
 from ..cli import Parser, UsageError, check_least, refuse_idle
+from ..drawing import need_matplotlib
 from ..files import is_occupied, new_folder
 from ..inspection import analysis, report
 from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
 from ..mistakes import is_run
 from ..model.checkpoint import read_config, skeleton
-from ..runs.folder import read_settings, trained_folder
+from ..runs.folder import adapter_of
 
 DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm only where there is no ratio
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora inspect", description=__doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder of train.py (its best)")
-    parser.add_argument("--model", metavar="FOLDER", help="base model, to set the updates against W0")
+    parser = Parser("inspect", "RUN --out page", description=__doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter folder, or run folder (its best)")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="base model, to set the updates against W0 (default: the run's)"
+    )
     parser.add_argument("--against", metavar="ADAPTER2", help="second adapter, for subspace similarity")
     parser.add_argument("--spectra", action="store_true", help="decompose W0: overlap, intruder dimensions (slow)")
     parser.add_argument("--layers", metavar="0,5,...", help="only of these layers (numbers, embed, head)")
@@ -45,8 +48,6 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     Raises:
         UsageError: flags that do not go together, a folder that is not empty, no matplotlib for it.
     """
-    if arguments.spectra and arguments.model is None:
-        raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
     refuse_idle(arguments, {"layers top epsilon": not arguments.spectra and "without --spectra"})
     check_least(arguments, top=1)
     if not 0 < arguments.epsilon <= 1:
@@ -56,23 +57,29 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     out = Path(arguments.out).resolve()
     if is_occupied(out):
         raise UsageError(f"--out {arguments.out}: exists and is not an empty folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--out draws heat maps with matplotlib: pip install 'llamalora[plots]'") from None
+    need_matplotlib("--out draws heat maps")
     return out
 
 
 def inspect_adapter(arguments: argparse.Namespace) -> dict:
     """All figures, as they go into inspect.json."""
-    base = None if arguments.model is None else skeleton(read_config(arguments.model))
-    adapter = read_adapter(adapter_folder(arguments.adapter), base)
-    other = None if arguments.against is None else read_adapter(adapter_folder(arguments.against), base)
+    folder, base_of_run = sources(arguments.adapter)
+    model = arguments.model or base_of_run
+    if model == base_of_run and model is not None and not Path(model).exists():
+        raise UsageError(
+            f"{arguments.adapter}: its base model {model} is no longer there; give its folder with --model, or inspect "
+            f"{folder} without it"
+        )
+    if arguments.spectra and model is None:
+        raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
+    base = None if model is None else skeleton(read_config(model))
+    adapter = read_adapter(folder, base)
+    other = None if arguments.against is None else read_adapter(sources(arguments.against)[0], base)
     spectra = chosen_layers(adapter, arguments.layers) if arguments.spectra else ()
-    matrices = analysis.measure(adapter, arguments.model, other, spectra, arguments.top, arguments.epsilon)
+    matrices = analysis.measure(adapter, model, other, spectra, arguments.top, arguments.epsilon)
     return {
         "adapter": arguments.adapter,
-        "model": arguments.model,
+        "model": model,
         "against": arguments.against,
         "top": arguments.top,
         "epsilon": arguments.epsilon,
@@ -81,22 +88,16 @@ def inspect_adapter(arguments: argparse.Namespace) -> dict:
     }
 
 
-def adapter_folder(given: str) -> Path:
-    """The adapter folder itself, or the best adapter of a run.
+def sources(given: str) -> tuple[Path, str | None]:
+    """The folder of an adapter, and that of its base model if it is a run's, which knows it.
 
     Raises:
-        UsageError: a run that trained without LoRA.
-        CheckpointError: a run that has saved nothing yet, or whose adapter is damaged.
+        UsageError, CheckpointError: as `adapter_of`.
     """
     folder = Path(given)
     if (folder / ADAPTER_CONFIG).is_file() or not is_run(folder):
-        return folder
-    settings = read_settings(folder)
-    if not settings.adapts:
-        raise UsageError(
-            f"{folder}: the run trained the model's own weights (--method {settings.method}), so it has no adapter"
-        )
-    return trained_folder(folder, "best")
+        return folder, None
+    return adapter_of(folder)
 
 
 def chosen_layers(adapter: Adapter, wanted: str | None) -> list[str]:

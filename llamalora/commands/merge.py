@@ -1,4 +1,4 @@
-"""`python -m llamalora merge`: base model and adapter become one Hugging Face folder, tensor by tensor.
+"""Makes base model and adapter one Hugging Face folder, tensor by tensor.
 
 Only one matrix is in memory at a time, for the merge and for the probe, so a model of any size can be merged.
 The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
@@ -15,22 +15,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..cli import Parser, UsageError
 from ..evaluation.card import merged_card
 from ..files import is_occupied, new_folder
-from ..lora.inject import KINDS, adapt, kind_of, lora_layers
+from ..lora.inject import adapt, lora_layers
+from ..lora.kinds import KINDS, kind_of
 from ..lora.layers import PARTS, LoRALayer
 from ..lora.peft_format import Adapter, Factors, read_adapter
 from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
-from ..runs.folder import read_settings, trained_folder
+from ..progress import Bar
+from ..runs.folder import adapter_of
 from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, write_record
 from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
-from ..text_table import aligned
+from ..text_table import aligned, wrapped
 
 PROBE = (
     "Input: A mild fever followed the second dose of naloxone, but the rash had gone.\n"
@@ -41,11 +42,16 @@ COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings
 OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
+EXAMPLES = """
+--run RUN --out FOLDER
+--adapter FOLDER --out FOLDER
+"""
+
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora merge", description=__doc__)
+    parser = Parser("merge", EXAMPLES, description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="RUN", help="run folder of train.py: its best adapter and its base model")
+    source.add_argument("--run", metavar="RUN", help="run folder: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--model", metavar="FOLDER", help="base model (default: the run's, or what the adapter names)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
@@ -69,12 +75,8 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     if arguments.run is None:
         adapter = Path(arguments.adapter)
         return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
-    folder = Path(arguments.run)
-    settings = read_settings(folder)
-    if not settings.adapts:
-        raise UsageError(f"--run {folder}: it trained with --method {settings.method}; {folder / 'best'} is a whole "
-                         "model already")  # fmt: skip
-    return trained_folder(folder, "best"), Path(settings.model if arguments.model is None else arguments.model)
+    adapter, base = adapter_of(Path(arguments.run))
+    return adapter, Path(base if arguments.model is None else arguments.model)
 
 
 def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:
@@ -157,10 +159,10 @@ def _write_merged(
         shards[files[source].name][name] = stored[source]
 
     adapted = lora_layers(model)
-    progress = tqdm(total=len(names), desc="merging", unit="tensor", leave=False)
+    bar = Bar("merging", len(names), "tensor")
 
     def merged(name: str) -> Tensor:
-        progress.update()
+        bar.update()
         weight = _read_frozen(adapter, files, name)
         layer = name.removesuffix(".weight")
         if layer not in adapter.layers:
@@ -170,7 +172,7 @@ def _write_merged(
             raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
         return weight
 
-    with progress:
+    with bar:
         for file, entries in shards.items():
             write_tensors(folder / file, entries, merged)
     if set(shards) != {"model.safetensors"}:
@@ -291,16 +293,17 @@ def show(report: dict) -> str:
     rows = [["", "layers", "update", "rounding error"]]
     for kind, of in report["kinds"].items():
         rows.append([kind, str(of["layers"]), _ratio(of["update"]), _ratio(of["rounding_error"])])
-    lines = [f"{report['out']}: {report['model']} with {report['adapter']} merged into {report['layers']} layers", ""]
+    merged = f"{report['out']}: {report['model']} with {report['adapter']} merged into {report['layers']} layers"
+    lines = [wrapped(merged), ""]
     lines += [aligned(rows), "", "update: |delta| / |W|; rounding error: |rounded - exact| / |delta|"]
     if report["untied"]:
         lines.append("embed and head were one matrix and are now two: tie_word_embeddings is false")
     if report["probe"]:
         probe = report["probe"]
-        lines.append(
+        lines.append(wrapped(
             f"probe of {probe['tokens']} tokens: largest logit difference {probe['largest_logit_difference']:.3g}, "
             f"most likely token changed at {probe['changed_argmax']} ({100 * probe['changed_argmax_share']:.1f} %)"
-        )
+        ))  # fmt: skip
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Annotates new text with a trained model: one document a line, PubTator or CoNLL, as a stream."""
+"""Annotates new text with a trained model: one document a line, or a corpus format, as it comes."""
 
 import argparse
 import json
@@ -9,43 +9,66 @@ from pathlib import Path
 
 from ..cli import Interrupt, Parser, UsageError, check_least, refuse_idle
 from ..corpus.documents import CorpusError, Document, told
-from ..corpus.pubtator import write_pubtator
-from ..corpus.read import stream_documents
+from ..corpus.read import FORMATS, find_splits, stream_documents
+from ..corpus.spans import span_record
 from ..distributed.world import World, join_world
 from ..evaluation.annotate import answer_documents, lacking
 from ..evaluation.answer import Answer
 from ..evaluation.page import predictions_page
 from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
 from ..evaluation.systems import System, load_annotator, load_run
+from ..files import is_occupied, new_folder
 from ..lora.peft_format import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_task
 from ..runs.setup import check_constraint_format
 from ..runs.shared import RECORD, recorded_task
-from ..task.definition import FORMATS, Task, listed_labels
+from ..task.definition import FORMATS as ANSWERS
+from ..task.definition import Task, listed_labels
+
+EXAMPLES = """
+--run RUN notes.txt
+--adapter FOLDER --to html notes.txt > notes.html
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora predict", description=__doc__)
+    parser = Parser("predict", EXAMPLES, description=__doc__)
     what = parser.add_argument_group("the model: a run, or a model folder, an adapter, or both")
-    what.add_argument("--run", help="run folder of train.py")
+    what.add_argument("--run", help="run folder")
     what.add_argument("--which", default="best", choices=("best", "last"), help="of the run's models (default: best)")
     what.add_argument("--model", metavar="FOLDER", help="whole model, or the adapter's base (default: what it names)")
     what.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
-    what.add_argument("--labels", help=f"what it is asked, where no {RECORD} says so: as in train.py")
-    what.add_argument("--format", default="tagging", choices=FORMATS, help="with --labels (default: tagging)")
+    what.add_argument("--labels", help=f"what it is asked, where no {RECORD} says so: as in `train`")
+    what.add_argument("--format", default="tagging", choices=ANSWERS, help="with --labels (default: tagging)")
     what.add_argument("--instruction", action="store_true", help="with --labels")
-    parser.add_argument("--to", default="jsonl", choices=("jsonl", "pubtator", "html"), help="output (default: jsonl)")
-    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
-    parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
-    parser.add_argument("file", help="text with one document a line, PubTator or CoNLL; - for standard input")
+    on = parser.add_argument_group("on what and how")
+    on.add_argument("--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)")
+    on.add_argument(
+        "--to", default="jsonl", choices=(*FORMATS, "html"), help="format of the output, or a page (default: jsonl)"
+    )
+    on.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
+    on.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    on.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
+    on.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
+    parser.add_argument(
+        "file", help="text with one document a line, or a corpus file or folder of brat's; - for standard input"
+    )
     arguments = parser.parse_args(argv)
     check_least(arguments, batch=1)
     file = Path(arguments.file)  # perhaps a pipe
-    if arguments.file != "-" and (file.is_dir() or not file.exists()):
-        raise CorpusError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}")
+    if arguments.file != "-" and not file.exists():
+        raise CorpusError(f"{file}: no such file")
+    if file.is_dir() and (splits := corpus_splits(file)):
+        raise CorpusError(f"{file}: a corpus folder; give one split of it: {', '.join(map(str, splits))}")
+    form = FORMATS.get(arguments.to)  # None: the page
+    in_folder = form is not None and form.folder
+    refuse_idle(
+        arguments, {"out": not in_folder and "without --to brat, since every other format goes to standard output"}
+    )
+    if in_folder and (arguments.out is None or is_occupied(Path(arguments.out))):
+        raise UsageError(f"--to {arguments.to}: needs --out FOLDER, a folder that is new or empty")
     task = find_task(arguments)
     if arguments.constrain:
         check_constraint_format(task.format)
@@ -53,16 +76,38 @@ def main(argv: list[str]) -> None:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load(arguments, task, precision, world)
         notes: Counter[str] = Counter()
-        documents = stream_documents(arguments.file, notes)
-        chunks = answer_documents(system, documents, world, arguments.batch, arguments.constrain)
-        if arguments.to == "html":
-            write_page(chunks, arguments, system, world)
-        else:
-            write_stream(chunks, arguments.to, world)
+        lost: Counter[str] = Counter()
+        whole: list[Document] = []  # of a format that is not written in pieces
+        shown: list[Answer] = []  # on the page
+        documents = stream_documents(arguments.file, notes, FORMATS.get(arguments.form))
+        for chunk, answers in answer_documents(system, documents, world, arguments.batch, arguments.constrain):
+            with Interrupt() as interrupt:  # a reader of the stream never meets half a line
+                if world.is_main:
+                    annotated = predicted_documents(chunk, answers)
+                    cut = unread(answers)
+                    if form is None:
+                        whole += annotated
+                        shown += answers
+                    elif form.whole or form.folder:
+                        whole += annotated
+                    else:
+                        write(annotated, confidence_by_mention(answers), cut, form.name, lost)
+            if interrupt.signal:
+                sys.exit(128 + interrupt.signal)
         if world.is_main:
             name = "standard input" if arguments.file == "-" else arguments.file
+            if form is None:
+                title = f"{name}, annotated by {arguments.run or arguments.adapter or arguments.model}"
+                print(predictions_page(title, whole, shown, mention_strings(system.known)), end="", flush=True)
+            elif form.folder:
+                with new_folder(Path(arguments.out), replace=True) as folder:
+                    form.write(whole, folder, lost)
+            elif form.whole:
+                form.write(whole, sys.stdout, lost)
             for note in told(notes):
                 print(f"{name}: {note}", file=sys.stderr)
+            for note in told(+lost):
+                print(f"--to {arguments.to}: {note}", file=sys.stderr)
 
 
 def find_task(arguments: argparse.Namespace) -> Task:
@@ -105,31 +150,12 @@ def load(arguments: argparse.Namespace, task: Task, precision: str, world: World
     return System(*load_annotator(*folders, task, DTYPES[precision], world.device))
 
 
-def write_stream(chunks: Iterable[tuple[list[Document], list[Answer]]], form: str, world: World) -> None:
-    """Documents as they are done."""
-    for chunk, answers in chunks:
-        with Interrupt() as interrupt:  # a reader of the stream never meets half a line
-            if world.is_main:
-                annotated = predicted_documents(chunk, answers)
-                write(annotated, confidence_by_mention(answers), unread(answers), form)
-        if interrupt.signal:
-            sys.exit(128 + interrupt.signal)
-
-
-def write_page(
-    chunks: Iterable[tuple[list[Document], list[Answer]]], arguments: argparse.Namespace, system: System, world: World
-) -> None:
-    """All documents as one page, on standard output."""
-    documents: list[Document] = []
-    answers: list[Answer] = []
-    for chunk, found in chunks:
-        documents += chunk
-        answers += found
-    if world.is_main:
-        unread(answers)
-        model = arguments.run or arguments.adapter or arguments.model
-        title = f"{'Standard input' if arguments.file == '-' else arguments.file}, annotated by {model}"
-        print(predictions_page(title, documents, answers, mention_strings(system.known)), end="", flush=True)
+def corpus_splits(folder: Path) -> list[Path]:
+    """The splits of a corpus folder; none if it is not one."""
+    try:
+        return list(find_splits(folder).values())
+    except CorpusError:
+        return []
 
 
 def unread(answers: Iterable[Answer]) -> dict[str, list[tuple[int, int]]]:
@@ -146,19 +172,17 @@ def write(
     confidence: Mapping[tuple[str, int, int, str], float],
     unread: Mapping[str, Sequence[tuple[int, int]]],
     form: str,
+    lost: Counter[str] | None = None,
 ) -> None:
-    """To standard output: PubTator, or JSON lines with id, text, entities (start, end, label, text, confidence) and
-    the bounds of sentences that are `unread`."""
-    if form == "pubtator":
-        write_pubtator(documents, sys.stdout)
-    else:
+    """To standard output: a corpus format, of which `jsonl` also has the confidence of each mention and the bounds of
+    sentences that are `unread`."""
+    if form == "jsonl":
         for document in documents:
-            entities = [
-                vars(span)
-                | {"text": document.text[span.start : span.end]}
-                | {"confidence": round(confidence[document.id, span.start, span.end, span.label], 4)}
-                for span in document.spans
-            ]
-            line = {"id": document.id, "text": document.text, "entities": entities}
+            line = span_record(document)
+            for item in line["entities"]:
+                key = (document.id, item["start"], item["end"], item["label"])
+                item["confidence"] = round(confidence[key], 4)
             print(json.dumps(line | {"unread": unread.get(document.id, [])}, ensure_ascii=False))
+    else:
+        FORMATS[form].write(documents, sys.stdout, Counter() if lost is None else lost)
     sys.stdout.flush()

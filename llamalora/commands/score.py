@@ -1,4 +1,4 @@
-"""`python -m llamalora score`: anyone's predictions against gold, by exact mentions."""
+"""Scores anyone's predictions against gold, by exact mentions."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from ..task.score import format_table, score_files
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora score", description="Exact-mention P/R/F1.")
-    parser.add_argument("gold", metavar="GOLD", help="PubTator or CoNLL file")
+    parser = Parser("score", "data/sample/test.PubTator.txt predictions.txt", description=__doc__)
+    parser.add_argument("gold", metavar="GOLD", help="file of any corpus format, or folder of brat's")
     parser.add_argument("predicted", metavar="PRED", help="predictions about it; PubTator may lack the texts")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`python -m llamalora verify RUN`: checks every file that a run has saved against the SHA-256 sums taken when it was
+"""Checks every file that a run has saved against the SHA-256 sums taken when it was
 written, and that its results are its own."""
 
 import json
@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cli import Parser
+from ..cli import Parser, called
 from ..evaluation.own import foreign, own_scoring
 from ..evaluation.result import RESULT, find_changes, read_result
 from ..model.tensors import CheckpointError
@@ -50,11 +50,12 @@ class Report:
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        prog="python -m llamalora verify",
+        "verify",
+        "RUN",
         description=__doc__,
         epilog="Exit code: 0 if all is sound, 1 if something is damaged, 2 if RUN is no run.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     arguments = parser.parse_args(argv)
     report = check_run(Path(arguments.run))
@@ -102,7 +103,9 @@ def _check_result(run: Path, split: str, comparable: bool) -> tuple[str, ...]:
     if comparable and found:
         own = own_scoring(run, split)
         limit = "" if own["limit"] is None else f" --limit {own['limit']}"
-        found.append(f"python eval.py --run {run} --split {split}{limit} --precision {own['precision']} writes it anew")
+        found.append(
+            f"{called('eval')} --run {run} --split {split}{limit} --precision {own['precision']} writes it anew"
+        )
     return tuple(found)
 
 
@@ -131,7 +134,7 @@ def show(report: Report) -> str:
     if wrong := [name for name, damage in report.results.items() if damage]:
         lines.append(f"not as the run itself wrote it: {', '.join(wrong)}")
     if report.resume and not report.config:
-        lines.append(f"python train.py --resume {report.run} would go on from {report.resume}")
+        lines.append(f"{called('train')} --resume {report.run} would go on from {report.resume}")
     elif not report.resume and any(item.name.startswith("checkpoints/") for item in report.folders):
         lines.append("no checkpoint is sound: the run cannot be resumed, start it again in another folder")
     return "\n".join(lines)

@@ -4,14 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
+from typing import TextIO
 
 from .documents import CorpusError, Document, Reading, Span
+from .format import Format
+from .tagged import laid_out, mentions_of, tagged, tags_of
 
-TAG = r"(?:O|[BIESLUM]-[^\t]+)"  # of IOB1, IOB2, BIOES, BILOU and BMES
-ENDINGS = ("tsv", "conll", "conllu", "iob", "iob2", "bio", "bioes", "bmes", "txt")
+ENDINGS = ("conll", "tsv", "conllu", "iob", "iob2", "bio", "bioes", "bmes", "txt")
 CONLL_NAME = re.compile(rf"\.({'|'.join(ENDINGS)})(\.gz)?$", re.IGNORECASE)
 # Phrases, which the third column of CoNLL-2003 holds. Beside a column of entities they are no entities.
 _PHRASES = set("NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP NC VC PC".split())
@@ -26,7 +27,7 @@ class _Row:
 
 
 def conll_documents(
-    lines: Iterable[tuple[str, str]], path: str, reading: Reading, reference: Sequence[Document] = ()
+    lines: Iterable[tuple[str, str]], name: str, reading: Reading, reference: Sequence[Document] = ()
 ) -> list[Document]:
     """Parses CoNLL: a token and its tag a line, tabs or spaces between columns. A blank line ends a sentence.
 
@@ -45,18 +46,18 @@ def conll_documents(
     """
     groups = _grouped(lines, reading)
     if not groups:
-        raise CorpusError(f"{path}: no sentence in it; a line holds a token and its tag")
+        raise CorpusError(f"{name}: no sentence in it; a line holds a token and its tag")
     if reference and len(groups) > len(reference):
         raise CorpusError(
-            f"{path}: {len(groups)} documents for {len(reference)} in the gold; "
+            f"{name}: {len(groups)} documents for {len(reference)} in the gold; "
             "predictions must keep the documents of the gold in their order"
         )
     sentences = [sentence for group in groups for sentence in group]
     _skip_numbers(sentences, reading)
     if _skip_names(sentences, reading):
         _skip_numbers(sentences, reading)
-    layers = _layers([row for sentence in sentences for row in sentence], path, reading)
-    stem = CONLL_NAME.sub("", Path(path).name)
+    layers = _layers([row for sentence in sentences for row in sentence], name, reading)
+    stem = CONLL_NAME.sub("", Path(name).name)
     ids = [document.id for document in reference] or [f"{stem}-{index + 1}" for index in range(len(groups))]
     return [_document(id, group, layers, reading) for id, group in zip(ids, groups, strict=False)]
 
@@ -72,7 +73,7 @@ def is_conll(lines: Iterable[str]) -> bool:
                 break
         elif line.startswith("#") or "-DOCSTART-" in columns[:2]:
             continue
-        elif not any(map(_tags, columns[1:] if "\t" in line else columns[1:][-1:])):
+        elif not any(map(tags_of, columns[1:] if "\t" in line else columns[1:][-1:])):
             return False
         else:
             widths.append(len(columns))
@@ -85,27 +86,19 @@ def _split(line: str) -> list[str]:
     return re.split(r" *\t *" if "\t" in line else " +", line)
 
 
-@lru_cache(maxsize=10_000)
-def _tags(cell: str) -> tuple[str, ...]:
-    """The tags of a cell, mostly one; none where it holds something else."""
-    parts = re.split(r"[|;,/+&#]", cell)
-    if all(re.fullmatch(TAG, part) for part in parts):
-        return tuple(parts)
-    return (cell,) if re.fullmatch(TAG, cell) else ()
-
-
 # ---- lines -> rows, by sentence and document ----
 
 
 def _grouped(lines: Iterable[tuple[str, str]], reading: Reading) -> list[list[list[_Row]]]:
     rows = [_Row(where, _split(line) if line.strip() else []) for where, line in lines]
-    width = _width(row for row in rows if row.columns and not row.columns[0].startswith("#"))
+    full = [row for row in rows if row.columns]
+    width = _width(row for row in full if not row.columns[0].startswith("#")) or _width(full)
     groups: list[list[list[_Row]]] = [[]]
     sentence: list[_Row] = []
     marked = False
     for row in [*rows, _Row("", [])]:
         columns = row.columns
-        if columns and columns[0].startswith("#") and not (len(columns) == width and any(map(_tags, columns[1:]))):
+        if columns and columns[0].startswith("#") and not (len(columns) == width and any(map(tags_of, columns[1:]))):
             reading.notes["comment lines skipped"] += 1
         elif columns and "-DOCSTART-" not in columns[:2]:
             sentence.append(row)
@@ -171,7 +164,9 @@ def _layers(rows: Sequence[_Row], path: str, reading: Reading) -> list[int]:
     width = _width(rows)
     whole = [row.columns for row in rows if len(row.columns) == width]
     columns = {column: [cells[column] for cells in whole] for column in range(-1, -width, -1)}
-    layers = {column: cells for column, cells in columns.items() if 2 * sum(map(bool, map(_tags, cells))) > len(cells)}
+    layers = {
+        column: cells for column, cells in columns.items() if 2 * sum(map(bool, map(tags_of, cells))) > len(cells)
+    }
     for column, cells in list(layers.items()):
         labels = {cell[2:] for cell in cells if cell != "O"}
         if ("NP" in labels or labels and labels <= _PHRASES) and list(layers) != [-1]:
@@ -197,26 +192,21 @@ def _layers(rows: Sequence[_Row], path: str, reading: Reading) -> list[int]:
 
 
 def _document(id: str, group: Sequence[Sequence[_Row]], layers: Sequence[int], reading: Reading) -> Document:
-    text = " ".join(row.columns[0] for sentence in group for row in sentence)
+    text, tokens = laid_out([row.columns[0] for row in sentence] for sentence in filter(None, group))
     spans: list[Span] = []
-    bounds = []
-    position = 0  # where the next token starts
-    for sentence in filter(None, group):
-        tokens = []
+    for sentence, bounds in zip(filter(None, group), tokens, strict=True):
         for row in sentence:
             _check(row, layers, reading)
-            tokens.append((position, position + len(row.columns[0])))
-            position = tokens[-1][1] + 1
-        bounds.append((tokens[0][0], tokens[-1][1]))
         for column in layers:
             cells = [row.columns[column] if len(row.columns) > -column else "O" for row in sentence]
-            found = [Span(tokens[first][0], tokens[last][1], label) for first, last, label in _mentions(cells)]
+            found = [Span(bounds[first][0], bounds[last][1], label) for first, last, label in mentions_of(cells)]
             spans += filter(None, (reading.trimmed(text, span) for span in found))
             if column != layers[0] and found:
                 reading.notes["mentions from a further column of tags"] += len(found)
-            if several := sum(len(_tags(cell)) > 1 for cell in cells):
+            if several := sum(len(tags_of(cell)) > 1 for cell in cells):
                 reading.notes["tokens with several tags in one cell, all read"] += several
-    return Document(id, text, tuple(sorted(set(spans))), tuple(bounds))
+    sentences = tuple((bounds[0][0], bounds[-1][1]) for bounds in tokens)
+    return Document(id, text, tuple(sorted(set(spans))), sentences, tuple(chain(*tokens)))
 
 
 def _check(row: _Row, layers: Sequence[int], reading: Reading) -> None:
@@ -225,30 +215,32 @@ def _check(row: _Row, layers: Sequence[int], reading: Reading) -> None:
         fault = f"only one column, {row.columns[0]!r}; a line holds a token and its tag"
     elif not row.columns[0]:
         fault = "no token in the first column; a line holds a token and its tag"
-    elif wrong := [row.columns[n] for n in layers if len(row.columns) > -n and not _tags(row.columns[n])]:
+    elif wrong := [row.columns[n] for n in layers if len(row.columns) > -n and not tags_of(row.columns[n])]:
         fault = f"{wrong[0]!r} is no tag; a tag is like O or B-Disease"
     if fault:
         reading.faults.append(f"{row.where}: {fault}")
 
 
-def _mentions(cells: Sequence[str]) -> list[tuple[int, int, str]]:
-    """The mentions of a sentence: first token, last token, label. In IOB1 a tag I- that continues no mention of its
-    label starts one."""
-    found: list[tuple[int, int, str]] = []
-    running: list[int] = []  # the mentions that the token before left open
-    for place, cell in enumerate(cells):
-        still = []
-        for tag in _tags(cell):
-            prefix, _, label = tag.partition("-")
-            if prefix == "O":
-                continue
-            mine = next((i for i in running if prefix in "IMEL" and found[i][2] == label), len(found))
-            if mine < len(found):
-                running.remove(mine)
-                found[mine] = (found[mine][0], place, label)
-            else:
-                found.append((place, place, label))
-            if prefix in "BIM":
-                still.append(mine)
-        running = still
-    return found
+# ---- writing ----
+
+
+def write_conll(documents: Iterable[Document], file: TextIO, lost: Counter[str]) -> None:
+    """Writes a token, a tab and its tag (IOB2) a line, with `-DOCSTART-` lines unless each document is one sentence.
+
+    Args:
+        lost: takes what cannot be written (see `tagged`).
+    """
+    documents = list(documents)
+    marked = any(len(document.sentences) > 1 for document in documents)
+    for document in documents:
+        sentences = tagged(document, lost)
+        if marked and sentences:
+            file.write("-DOCSTART-\tO\n\n")
+        for sentence in sentences:
+            file.writelines(f"{word}\t{tag}\n" for word, tag in sentence)
+            file.write("\n")
+    given = (document.id.endswith(f"-{number}") for number, document in enumerate(documents, start=1))
+    lost["ids of documents, which CoNLL does not hold"] += len(documents) - sum(given)
+
+
+CONLL = Format("conll", ENDINGS, is_conll, conll_documents, write_conll, whole=True)

@@ -1,12 +1,14 @@
 """PubTator, the format of BC5CDR: read, as a file or as it comes, and written."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from .conll import TAG
 from .documents import CorpusError, Document, Reading, Span, sentence_bounds
+from .format import Format, first_line
+from .tagged import TAG
 
 # ---- reading ----
 
@@ -19,8 +21,9 @@ _RELATION_LINE = re.compile(rf"[^\t]+\t[A-Za-z][A-Za-z_-]+({_CONCEPT}){{2}}(\t(N
 _MENTION_FORM = "`id start end text label` with tabs between its columns"
 
 
-def is_pubtator(line: str) -> bool:
+def is_pubtator(lines: Iterable[str]) -> bool:
     """Whether the first line of a file is one of PubTator's."""
+    line = first_line(lines)
     return bool(_TEXT_LINE.fullmatch(line) or _MENTION_LINE.match(line))
 
 
@@ -96,7 +99,7 @@ def pubtator_records(
 
 
 def pubtator_documents(
-    lines: Iterable[tuple[str, str]], reading: Reading, reference: Sequence[Document] = ()
+    lines: Iterable[tuple[str, str]], name: str, reading: Reading, reference: Sequence[Document] = ()
 ) -> list[Document]:
     """The documents of a PubTator file, see `pubtator_records`; `reference` as of `read_documents`."""
     known = {document.id: document.text for document in reference}
@@ -107,58 +110,41 @@ def pubtator_documents(
         if text is None:
             continue  # which is a fault
         texts[record.id] = text
-        found = (_mention(where, columns, text, reading) for where, columns in record.mentions)
+        document = Document(record.id, text, (), ())
+        found = (_mention(where, columns, document, reading) for where, columns in record.mentions)
         spans.setdefault(record.id, set()).update(filter(None, found))
     return [Document(id, text, tuple(sorted(spans[id])), sentence_bounds(text)) for id, text in texts.items()]
 
 
-def _mention(where: str, columns: list[str], text: str, reading: Reading) -> Span | None:
-    """The mention of a line, or None and a fault. Its text may differ from that of the document as `_core` allows:
-    the offsets count, and curators write as they like."""
+def _mention(where: str, columns: list[str], document: Document, reading: Reading) -> Span | None:
     start, end, written, label = columns[1:5]
-    label = label.strip()
-    fault = None
-    for offset in (start, end):
-        if not re.fullmatch("[0-9]{1,18}", offset):
-            fault = f"the offset {offset[:40]!r} is not a whole number; write digits"
-    if not fault and not label:
-        fault = f"the mention {written!r} has no label in its fifth column"
-    if not fault and not int(start) < int(end) <= len(text):
-        fault = (
-            f"offsets {start} to {end} lie outside the text of {columns[0]} ({len(text)} characters) or are empty; "
-            "count characters, not bytes"
-        )
-    if fault:
-        reading.faults.append(f"{where}: {fault}")
-        return None
-    stands = text[int(start) : int(end)]
-    if _core(stands) != _core(written):
-        reading.faults.append(
-            f"{where}: at {start} to {end} stands {stands!r}, not {written!r}; "
-            "count characters, not bytes, of title + one space + abstract"
-        )
-        return None
-    if stands.strip() != written.strip():
-        reading.notes["mentions whose text has other case, spaces or quotes, taken by their offsets"] += 1
-    return reading.trimmed(text, Span(int(start), int(end), label))
+    return reading.mention(where, document, start, end, label, written, " of title + one space + abstract")
 
 
-def _core(text: str) -> str:
-    return re.sub(r"[\s\"'`´‘’‚‛“”„‟′″«»]+", "", text).casefold()
+def pubtator_texts(lines: Iterable[tuple[str, str]], name: str, reading: Reading) -> Iterator[Document]:
+    """The documents as they come, without their mentions."""
+    for record in pubtator_records(lines, reading):
+        if record.text is not None:
+            yield Document(record.id, record.text, (), sentence_bounds(record.text))
 
 
 # ---- writing ----
 
 
-def write_pubtator(documents: Iterable[Document], file: TextIO) -> None:
+def write_pubtator(documents: Iterable[Document], file: TextIO, lost: Counter[str] | None = None) -> None:
     """Writes PubTator that `pubtator_documents` reads back with the same id, text and spans; concept ids are `-1`.
 
     Tabs and line ends in a text become spaces, one for one, since the format cannot hold them.
+
+    Raises:
+        CorpusError: an id that the format cannot hold.
     """
     for document in documents:
         if not re.fullmatch(r"[^|\t\r\n]+", document.id):
             raise CorpusError(f"{document.id!r}: no PubTator id; it must be without |, tab, line end")
-        text = re.sub(r"[\t\r\n]", " ", document.text)
+        text, spaces = re.subn(r"[\t\r\n]", " ", document.text)
+        if spaces and lost is not None:
+            lost["tabs and line ends in texts, written as spaces"] += spaces
         cut = document.sentences[0][1] if document.sentences else len(text)
         # The reader puts one space between title and abstract: cut only where the text has just that.
         title, abstract = (text[:cut], text[cut + 1 :]) if text[cut : cut + 1] == " " else (text, "")
@@ -169,3 +155,8 @@ def write_pubtator(documents: Iterable[Document], file: TextIO) -> None:
             mention = (document.id, span.start, span.end, text[span.start : span.end], span.label, -1)
             file.write("\t".join(map(str, mention)) + "\n")
         file.write("\n")
+
+
+PUBTATOR = Format(
+    "pubtator", ("PubTator.txt", "PubTator"), is_pubtator, pubtator_documents, write_pubtator, pubtator_texts
+)

@@ -6,47 +6,79 @@ Whatever is wrong with a file is a `CorpusError` that names the file and, where 
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BufferedReader
-from itertools import chain, tee
+from itertools import tee
 from pathlib import Path
 from typing import cast
 
 from ..mistakes import wrong_folder
-from .conll import CONLL_NAME, ENDINGS, conll_documents, is_conll
+from .bioc import BIOC, BIOC_JSON
+from .brat import BRAT, brat_texts, is_brat
+from .conll import CONLL, CONLL_NAME
 from .documents import CorpusError, Document, Documents, Reading, sentence_bounds
+from .format import Format
+from .hugging_face import TOKENS
 from .lines import decoded_lines, read_lines
-from .pubtator import is_pubtator, pubtator_documents, pubtator_records
+from .pubtator import PUBTATOR
+from .spans import SPANS
+
+# By name; a file is of the first that recognises it.
+FORMATS = {form.name: form for form in (PUBTATOR, BIOC, BIOC_JSON, TOKENS, SPANS, BRAT, CONLL)}
 
 
-def read_documents(path: str | Path, reference: Sequence[Document] = ()) -> Documents:
-    """Reads PubTator (known by its first line, under any name) or CoNLL (known by the ending of its name).
+def read_documents(path: str | Path, reference: Sequence[Document] = (), form: Format | None = None) -> Documents:
+    """Reads a corpus file, or a folder of brat's.
 
     Args:
         reference: for a file of predictions, the gold documents it is about. PubTator may then lack the text
-            lines, and CoNLL, which has no document ids, takes those of the reference in order.
+            lines, and formats whose documents have no ids take those of the reference in order.
+        form: of the file; otherwise it is known by the file's beginning or, CoNLL, by the ending of its name.
 
     Raises:
-        CorpusError: neither of them, or a file that is malformed, with all that is wrong, or cannot be read.
+        CorpusError: none of the formats, or a file that is malformed, with all that is wrong, or cannot be read.
     """
     path = Path(path)
-    lines = (line for _, line in read_lines(path))
-    first = next((line for line in lines if line.strip() and not line.startswith("#")), None)
-    if first is None:
-        raise CorpusError(f"{path}: empty; expected PubTator or CoNLL")
+    form = form or format_of(path)
     reading = Reading()
-    if is_pubtator(first):
-        documents = pubtator_documents(read_lines(path), reading, reference)
-    elif CONLL_NAME.search(path.name):
-        documents = conll_documents(read_lines(path), str(path), reading, reference)
+    if form.folder:
+        documents = list(form.read(path, reading, reference))
     else:
-        raise CorpusError(
-            f"{path}:1: neither PubTator (`id|t|title`) nor, by its name, CoNLL; "
-            f"give a CoNLL file one of the endings .{' .'.join(ENDINGS)} (.gz)"
-        )
+        documents = list(form.read(read_lines(path), str(path), reading, reference))
     reading.check()
     return Documents(documents, reading.notes)
+
+
+def format_of(path: Path) -> Format:
+    """The format of a corpus file or folder.
+
+    Raises:
+        CorpusError: it is none that is known, or cannot be read.
+    """
+    if is_brat(path):
+        return BRAT
+    form, lines = _recognised(read_lines(path))
+    if form not in (None, CONLL):
+        return form
+    if all(not line.strip() or line.startswith("#") for _, line in lines):
+        raise CorpusError(f"{path}: empty; expected PubTator, CoNLL or another format of {', '.join(FORMATS)}")
+    if CONLL_NAME.search(path.name):
+        return CONLL
+    raise CorpusError(
+        f"{path}:1: neither PubTator (`id|t|title`), BioC, JSON with texts or tokens nor, by its name, CoNLL; "
+        f"give a CoNLL file one of the endings .{' .'.join(CONLL.endings)} (.gz)"
+    )
+
+
+def _recognised(lines: Iterator[tuple[str, str]]) -> tuple[Format | None, Iterator[tuple[str, str]]]:
+    """The format of lines by their beginning, and the lines once more; read no further than it takes."""
+    ahead, lines = tee(lines)
+    for form in FORMATS.values():
+        ahead, look = tee(ahead)
+        if form.recognises(line for _, line in look):
+            return form, lines
+    return None, lines
 
 
 def read_splits(folder: str | Path) -> dict[str, Documents]:
@@ -54,43 +86,46 @@ def read_splits(folder: str | Path) -> dict[str, Documents]:
     return {split: read_documents(path) for split, path in find_splits(folder).items()}
 
 
-def stream_documents(path: str, notes: Counter[str]) -> Iterator[Document]:
-    """The documents of a file or of standard input (`-`), without their mentions, as they come.
+def stream_documents(path: str, notes: Counter[str], form: Format | None = None) -> Iterator[Document]:
+    """The documents of a file, of a folder of brat's or of standard input (`-`), without their mentions, as they come.
 
-    PubTator is known by its first line, CoNLL by its first sentence or its name; in other text each line that is not
-    blank is a document, its id the number of the line.
+    Formats are known by their beginning, CoNLL also by its name; in other text each line that is not blank is a
+    document, its id the number of the line.
 
     Args:
         notes: takes the notes of the reading (see `Documents`).
+        form: of the file, if that is known.
 
     Raises:
-        CorpusError: text that is not UTF-8, or malformed PubTator or CoNLL.
+        CorpusError: text that is not UTF-8, or malformed.
     """
+    reading = Reading(notes)
+    if form is BRAT or Path(path).is_dir():
+        yield from _checked(brat_texts(Path(path), reading), reading)
+        return
     name = "standard input" if path == "-" else path
     lines = decoded_lines(cast(BufferedReader, sys.stdin.buffer), name) if path == "-" else read_lines(Path(path))
-    ahead, lines = tee(lines)
-    texts = (line for _, line in ahead)  # read no further than it takes to know the format
-    first = next((line for line in texts if line.strip() and not line.startswith("#")), "")
-    pubtator = is_pubtator(first)
-    named = CONLL_NAME.search(path) and not re.search(r"\.txt(\.gz)?$", path, re.IGNORECASE)
-    conll = first and not pubtator and (named or is_conll(chain([first], texts)))
-    del ahead, texts  # or they would hold what is read from now on
-    reading = Reading(notes)
-    if pubtator:
-        for record in pubtator_records(lines, reading):
-            reading.check()
-            if record.text is not None:
-                yield Document(record.id, record.text, (), sentence_bounds(record.text))
-        reading.check()
-    elif conll:
-        documents = conll_documents(lines, name, reading)
-        reading.check()
-        notes["documents read as CoNLL (a token and its tag a line)"] += len(documents)
-        yield from (replace(document, spans=()) for document in documents)
-    else:
+    known, lines = (form, lines) if form else _recognised(lines)
+    if known is None and CONLL_NAME.search(path) and not re.search(r"\.txt(\.gz)?$", path, re.IGNORECASE):
+        known = CONLL
+    if known is None:
         for number, (_, line) in enumerate(lines, start=1):
             if line.strip():
                 yield Document(str(number), line, (), sentence_bounds(line))
+        return
+    found = known.stream(lines, name, reading) if known.stream else known.read(lines, name, reading, ())
+    for document in _checked(found, reading):
+        if known is CONLL:
+            notes["documents read as CoNLL (a token and its tag a line)"] += 1
+        yield document
+
+
+def _checked(documents: Iterable[Document], reading: Reading) -> Iterator[Document]:
+    """The documents without their mentions, as long as there is no fault."""
+    for document in documents:
+        reading.check()
+        yield replace(document, spans=())
+    reading.check()
 
 
 _SPLITS = {
@@ -98,10 +133,11 @@ _SPLITS = {
     "dev": ("development", "dev|devel|valid|validation"),
     "test": ("test", "test"),
 }
+_ENDINGS = tuple(dict.fromkeys(ending for form in FORMATS.values() for ending in form.endings))
 
 
 def find_splits(folder: str | Path) -> dict[str, Path]:
-    """The files of a corpus folder under `train`, `dev` and `test`, those that there are.
+    """The files of a corpus folder under `train`, `dev` and `test`, those that there are; of brat they are folders.
 
     Raises CorpusError if there is none, or two for one split.
     """
@@ -109,9 +145,10 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         for split, (official, plain) in _SPLITS.items():
-            plain = rf"({plain})\.({'|'.join(ENDINGS)}|pubtator|pubtator\.txt)"
-            name = rf"(cdr_{official}set\.pubtator\.txt|{plain})(\.gz)?"
-            if not re.fullmatch(name, path.name, re.IGNORECASE):
+            name = rf"(cdr_{official}set\.pubtator\.txt|({plain})\.({'|'.join(map(re.escape, _ENDINGS))}))(\.gz)?"
+            if path.is_dir():
+                name = rf"{official}|{plain}"
+            if not re.fullmatch(name, path.name, re.IGNORECASE) or path.is_dir() and not is_brat(path):
                 continue
             if split in found:
                 both = f"{found[split].name} and {path.name}"
@@ -121,8 +158,7 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
         missing = (
             f"{folder}: no corpus file in it; looked for CDR_TrainingSet.PubTator.txt, "
             "CDR_DevelopmentSet.PubTator.txt, CDR_TestSet.PubTator.txt, or train, dev (devel, "
-            f"valid, validation), test with the ending .{' .'.join(ENDINGS)} .PubTator "
-            ".PubTator.txt, each also .gz"
+            f"valid, validation), test with the ending .{' .'.join(_ENDINGS)}, each also .gz, or as folders of brat's"
         )
         raise CorpusError(wrong_folder(folder, "corpus folder", missing))
     return {split: found[split] for split in _SPLITS if split in found}

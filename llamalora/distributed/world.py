@@ -1,6 +1,7 @@
 """One process or many: the group, sums over it, and who may write. Started by torchrun or alone."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,16 +28,22 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    quiet: bool = False
+    quiet: bool = False  # says nothing but warnings
+    terse: bool = False  # says nothing but warnings and the result, and shows no progress
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, *words) -> None:
-        """Prints once for all processes, unless quiet."""
-        if self.is_main and not self.quiet:
+    def say(self, *words, result: bool = False) -> None:
+        """Prints once for all processes, unless quiet; if terse only what is the `result`."""
+        if self.is_main and not self.quiet and (result or not self.terse):
             print(*words, flush=True)
+
+    def warn(self, *words) -> None:
+        """Prints once for all processes to standard error, however quiet."""
+        if self.is_main:
+            print(*words, file=sys.stderr, flush=True)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
 
-from tqdm import tqdm
-
 from ..corpus.documents import Document, Sentence, Span, all_sentences
 from ..distributed.sharding import in_step
 from ..distributed.world import World
 from ..model.llama import Llama
+from ..progress import Bar
 from ..task.definition import Parsed, Task
 from ..task.parse import join_labels, parse
 from ..task.prompt import render_prompt
@@ -99,8 +98,7 @@ def answer_sentences(
     # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
     ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
     grammar = Constraint(tokenizer, task, texts, limits, known) if constrain else None
-    hidden = quiet or world.quiet or not world.is_main
-    with tqdm(total=len(mine), desc="decoding", unit="sentence", leave=False, disable=hidden) as bar:
+    with Bar("decoding", len(mine), "sentence", hidden=quiet or world.terse or not world.is_main) as bar:
         decoding = in_step(model, world, lambda: generate(
             model, [prompts[i] for i in fits], ends, limits, batch_size, drafter, grammar, bar.update, stop
         ))  # fmt: skip

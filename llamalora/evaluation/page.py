@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..corpus.documents import Document, Sentence, label_order
 from ..html_template import fill
-from ..task.errors import Match, match, string_of, tables
+from ..task.errors import WORDS, Match, match, string_of, tables
+from ..text_table import used
 from .answer import Answer
 from .result import confidence_by_mention, gold_keys, placed_keys, predicted_keys
 
@@ -77,9 +78,9 @@ def result_page(
     pairs = match(gold_keys(documents, result["types"]), predicted_keys(answers))
     shown = describe(pairs, texts, confidence_by_mention(answers), known)
     asked = [item.sentence for item in answers]
-    return html_page(
-        title, facts, documents, asked, shown, ERRORS, ["correct"], "Only errors", tables(result["errors"])
-    )
+    counts = tables(result["errors"])
+    words = used(WORDS, str(counts))
+    return html_page(title, facts, documents, asked, shown, ERRORS, ["correct"], "Only errors", counts, words)
 
 
 def predictions_page(
@@ -143,6 +144,7 @@ def html_page(
     usual: Collection[str],
     only: str,
     counts: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
+    words: Mapping[str, str] | None = None,
     gold: bool = True,
 ) -> str:
     """The page, with its data, style and script inside: it opens from a file, and loads nothing.
@@ -152,6 +154,7 @@ def html_page(
         asked: the sentences to show; those that a mention crosses are shown as one.
         usual: the kinds that a button named `only` takes away.
         counts: tables, each a title and rows of cells, the head first.
+        words: of the tables, with their meanings.
         gold: whether there is any; without, the kinds are of confidence.
     """
     texts = {document.id: document.text for document in documents}
@@ -178,7 +181,11 @@ def html_page(
         "label": "Label, gold or predicted" if gold else "Label",
     }
     escaped = {name: html.escape(text) for name, text in places.items()}
-    return fill(PAGE, data, tables="".join(_html_table(name, rows) for name, rows in counts), **escaped)
+    terms = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>\n"
+                    for word, meaning in (words or {}).items())  # fmt: skip
+    meanings = f"<dl>\n{terms}</dl>" if terms else ""
+    drawn = "".join(_html_table(name, rows) for name, rows in counts)
+    return fill(PAGE, data, tables=drawn, meanings=meanings, **escaped)
 
 
 def _units(

@@ -11,10 +11,12 @@ from ..corpus.documents import CorpusError, Document, Sentence, Span, label_orde
 from ..files import replace_file, write_json
 from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError
+from ..task import errors
 from ..task.definition import Task
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
+from ..text_table import legend, used, wrapped
 from .answer import Answer
 
 RESULT, ANSWERS = "eval-{}.json", "answers-{}.jsonl"  # of a split
@@ -45,7 +47,7 @@ def assess(
 
     The headline is exact (document, start, end, label); an entity that its sentence does not hold counts
     as a false positive. Such an entity has no offsets, so that no file of predictions can tell of it: `placed` is the
-    score without it, that which `python -m llamalora score` gives those files. `unscored` counts gold mentions of
+    score without it, that which `llamalora score` gives those files. `unscored` counts gold mentions of
     other labels, which nobody asked for. `secondary` has two other conventions: each string placed at its first
     occurrence only, and the set of (sentence, string, label). `by_document` has the counts of true positives,
     false positives and false negatives of each document for the headline, and for the first of the others,
@@ -197,11 +199,30 @@ def read_answers(folder: Path, split: str, task: Task, asked: Sequence[Sentence]
     return answers
 
 
+WORDS = {
+    "first occurrence": "an extracted string counts at its first place alone",
+    "string set": "strings with labels are compared, not their places",
+    "exact copies": "outputs that change nothing in what they copy",
+    "unbalanced": "outputs whose tags or lists are not well formed",
+    "truncated": "outputs that met the limit of new tokens",
+    "unaligned": "tagged mentions that could not be placed, so rejected",
+    "not in source": "predicted strings that the sentence does not hold",
+    "overlong": "sentences that exceed the model's context: not asked",
+}
+
+
+def format_legend(result: dict, text: str) -> str:
+    """What the words of a report mean, those that stand in `text`; of troubles only those that there were."""
+    none = {name.replace("_", " ") for name, count in result["health"].items() if not count}
+    known = {word: meaning for word, meaning in (WORDS | errors.WORDS).items() if word not in none}
+    return legend(used(known, text))
+
+
 def format_report(result: dict) -> str:
     """The scores as a table for the terminal, with the health of the outputs below."""
     interval, state, secondary = result["interval"], result["health"], result["secondary"]
+    table = format_table(result)
     lines = [
-        format_table(result),
         f"95 % interval of micro F1 (bootstrap over {result['documents']} documents): "
         f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
         f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
@@ -228,4 +249,4 @@ def format_report(result: dict) -> str:
             f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
             f"{speed['tokens_per_row_pass']:.1f} tokens a forward pass and sentence"
         )
-    return "\n".join(lines)
+    return "\n".join([table, *map(wrapped, lines)])

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..lora.inject import KINDS, kind_of
+from ..lora.kinds import KINDS, kind_of
 from ..lora.peft_format import Adapter, Factors, block_of
 from ..model.checkpoint import tensor_files
 from ..model.tensors import CheckpointError, read_tensor, tensor_entries
+from ..progress import Bar
 from .spectrum import (
     decompose,
     directions,
@@ -137,13 +137,13 @@ def measure(
         check_comparable(adapter, other)
     matrices, threads = [], torch.get_num_threads()
     try:
-        with tqdm(adapter.layers.values(), desc="inspect", unit="matrix", leave=False) as progress:
-            for layer in progress:
+        with Bar("inspecting", len(adapter.layers), "layer") as bar:
+            for layer in adapter.layers.values():
                 decomposed = layer.name in spectra
-                progress.set_postfix_str(layer.name.removeprefix("model."), refresh=decomposed)
                 # narrow factors and small weights have threads only wait for each other
                 torch.set_num_threads(threads if decomposed and min(layer.shape) > 1000 else 1)
                 matrices.append(_inspect_layer(adapter, layer, files, other, (top, epsilon) if decomposed else None))
+                bar.update(note=layer.name.removeprefix("model."))
     finally:
         torch.set_num_threads(threads)
     return matrices

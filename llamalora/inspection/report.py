@@ -5,8 +5,9 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..drawing import new_figure
 from ..html_template import fill
-from ..text_table import aligned
+from ..text_table import aligned, legend, wrapped
 
 PAGE = Path(__file__).with_name("page.html")
 PHI_GRID = 16  # the page shows phi(i, j) for at most this many i and j
@@ -14,39 +15,51 @@ PHI_GRID = 16  # the page shows phi(i, j) for at most this many i and j
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a matrix: the name of its column, its title, and what it means."""
+    """One figure of a matrix: the name of its column, its title, what it means in a line, and at length."""
 
     short: str
     title: str
+    gist: str
     meaning: str
     digits: int = 3
 
 
 METRICS = {
-    "norm": Metric("|dW|", "Norm of the update", "Frobenius norm of scale·BA."),
-    "ratio": Metric("|dW|/|W0|", "Norm against W0", "Frobenius norm of scale·BA over that of W0."),
+    "norm": Metric("|dW|", "Norm of the update", "Frobenius norm of scale·BA", "Frobenius norm of scale·BA."),
+    "ratio": Metric(
+        "|dW|/|W0|", "Norm against W0", "that norm over that of W0", "Frobenius norm of scale·BA over that of W0."
+    ),
     "effective_rank": Metric(
         "eff.rank",
         "Effective rank",
+        "how many directions the update spreads over",
         "exp of the entropy of the normalised singular values (Roy and Vetterli 2007): how many directions the "
         "update spreads over.",
     ),
-    "used": Metric("used", "Share of the rank used", "Effective rank over r.", 2),
+    "used": Metric("used", "Share of the rank used", "effective rank over r", "Effective rank over r.", 2),
     "stable_rank": Metric(
         "stab.rank",
         "Stable rank",
+        "|dW|² over the largest singular value²: how many carry its size",
         "Squared Frobenius norm over squared largest singular value: how many directions carry its size.",
     ),
-    "energy_rank": Metric("99%", "Directions for 99 %", "Singular values that hold 99 % of the squared norm."),
+    "energy_rank": Metric(
+        "99%",
+        "Directions for 99 %",
+        "how many singular values hold 99 % of |dW|²",
+        "Singular values that hold 99 % of the squared norm.",
+    ),
     "amplification": Metric(
         "amplif.",
         "Amplification factor",
+        "how much stronger than in W0 the update's directions become",
         "Norm of the update over that of UᵀW0V, U and V its singular directions (Hu et al. 2022, 7.3): how much "
         "stronger than in W0 these directions become.",
     ),
     "overlap_left": Metric(
         "in W0:out",
         "Overlap with W0, rows",
+        "share of its ten leading left directions in W0's r leading ones",
         "Share of the update's ten leading left directions that lies in W0's r leading ones; by chance r over the "
         "number of rows.",
         2,
@@ -54,6 +67,7 @@ METRICS = {
     "overlap_right": Metric(
         "in W0:in",
         "Overlap with W0, columns",
+        "share of its ten leading right directions in W0's r leading ones",
         "Share of the update's ten leading right directions that lies in W0's r leading ones; by chance r over the "
         "number of columns.",
         2,
@@ -61,13 +75,22 @@ METRICS = {
     "intruders": Metric(
         "intruders",
         "Intruder dimensions",
+        "leading directions of W0 + dW that resemble none of W0's",
         "Leading left singular vectors of W0 + scale·BA that resemble none of W0 (Shuttleworth et al. 2024).",
     ),
     "similarity_A": Metric(
-        "phi A", "Similarity of A", "phi(r, r) of the two adapters' right singular directions of A (Hu et al. 7.2).", 2
+        "phi A",
+        "Similarity of A",
+        "share of directions that the two adapters' A have in common",
+        "phi(r, r) of the two adapters' right singular directions of A (Hu et al. 7.2).",
+        2,
     ),
     "similarity_B": Metric(
-        "phi B", "Similarity of B", "phi(r, r) of the two adapters' left singular directions of B (Hu et al. 7.2).", 2
+        "phi B",
+        "Similarity of B",
+        "share of directions that the two adapters' B have in common",
+        "phi(r, r) of the two adapters' left singular directions of B (Hu et al. 7.2).",
+        2,
     ),
 }
 
@@ -91,7 +114,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def format_table(result: dict) -> str:
-    """Medians by kind of layer, then the matrices at either end of each metric."""
+    """Medians by kind of layer, the matrices at either end of each metric, and what the metrics are."""
     metrics = present(result)
     head = ["kind", "matrices", "parameters", *(METRICS[name].short for name in metrics)]
     rows = [head]
@@ -100,19 +123,23 @@ def format_table(result: dict) -> str:
         for name in metrics:
             row.append(number(figures[name]["median"], METRICS[name].digits) if name in figures else "-")
         rows.append(row)
-    return "\n".join([aligned(rows), "", *_extremes(result, metrics)])
+    words = legend({METRICS[name].short: METRICS[name].gist for name in metrics})
+    table = aligned(rows)
+    extremes = f"largest and smallest (above are medians)\n{_extremes(result, metrics)}"
+    return f"{table}\n\n{extremes}\n\n{words}"
 
 
-def _extremes(result: dict, metrics: list[str], count: int = 3) -> list[str]:
-    lines = ["largest and smallest" + " " * 12 + "(medians above)"]
+def _extremes(result: dict, metrics: list[str], count: int = 3) -> str:
+    lines = []
     for name in metrics:
         having = sorted((m for m in result["matrices"] if name in m), key=lambda matrix: -matrix[name])
         if len({number(m[name]) for m in having}) < 2:
             continue
         top, bottom = having[:count], having[count:][-count:]
-        shown = [", ".join(f"{label(m)} {number(m[name])}" for m in part) for part in (top, bottom)]
-        lines.append(f"  {METRICS[name].short:<10} {' ... '.join(part for part in shown if part)}")
-    return lines
+        shown = [", ".join(f"{label(m)}\N{NO-BREAK SPACE}{number(m[name])}" for m in part) for part in (top, bottom)]
+        line = wrapped(f"  {METRICS[name].short:<10} {' ... '.join(part for part in shown if part)}", indent=13)
+        lines.append(line.replace("\N{NO-BREAK SPACE}", " "))
+    return "\n".join(lines)
 
 
 def label(matrix: dict) -> str:
@@ -126,7 +153,6 @@ def label(matrix: dict) -> str:
 def save_heatmap(result: dict, metric: str, path: Path) -> None:
     """One metric by layer (from left to right, embedding and head at the ends) and kind of layer."""
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     matrices = [matrix for matrix in result["matrices"] if metric in matrix]
@@ -139,7 +165,7 @@ def save_heatmap(result: dict, metric: str, path: Path) -> None:
     wide = max(values) > 10 * least > 0
     norm = LogNorm(least, max(values)) if wide else Normalize(min(values), max(values))
 
-    figure = Figure(figsize=(1.7 + 0.3 * (blocks + 3.4), 1.1 + 0.3 * height), dpi=150, layout="constrained")
+    figure = new_figure(1.7 + 0.3 * (blocks + 3.4), 1.1 + 0.3 * height)
     axes = figure.subplots()
     colours = axes.imshow([[math.nan]], cmap="viridis", norm=norm)  # gives the legend its scale
     for x, y in [(block, row) for block in range(blocks) for row in range(len(kinds))]:
@@ -220,16 +246,24 @@ def _rounded(value):
 
 
 def _html_table(result: dict, metrics: list[str]) -> str:
-    head = ["kind", "matrices", "parameters", *(METRICS[name].title for name in metrics)]
-    rows = ["<tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head) + "</tr>"]
-    for kind, figures in result["kinds"].items():
-        cells = [str(figures["count"]), f"{figures['parameters']:,}"]
-        for name in metrics:
-            cell = "–"
-            if name in figures:
-                digits = METRICS[name].digits
-                least, middle, largest = (number(figures[name][key], digits) for key in ("least", "median", "largest"))
-                cell = f"{middle}<small>{least} – {largest}</small>"
-            cells.append(cell)
-        rows.append(f'<tr><th scope="row">{kind}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    """A row for each figure, a column for each kind."""
+    kinds = result["kinds"]
+    table = {
+        "matrices": [str(figures["count"]) for figures in kinds.values()],
+        "parameters": [f"{figures['parameters']:,}" for figures in kinds.values()],
+    } | {METRICS[name].title: [_spread_of(figures, name) for figures in kinds.values()] for name in metrics}
+    rows = ["<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in ("", *kinds)) + "</tr>"]
+    for title, values in table.items():
+        cells = "".join(f'<td data-kind="{kind}">{cell}</td>' for kind, cell in zip(kinds, values, strict=True))
+        rows.append(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>')
     return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _spread_of(figures: dict, name: str) -> str:
+    """The median, below it the least and the largest, if these differ."""
+    if name not in figures:
+        return "–"
+    least, middle, largest = (
+        number(figures[name][key], METRICS[name].digits) for key in ("least", "median", "largest")
+    )
+    return middle if least == largest else f"{middle}<small>{least} – {largest}</small>"

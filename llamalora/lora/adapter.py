@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model.llama import Llama
 from ..model.tensors import save_tensors
-from .inject import KINDS, adapt, kind_of, lora_layers
+from .inject import adapt, lora_layers
+from .kinds import KINDS, kind_of
 from .peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
 
 

@@ -7,7 +7,8 @@ import torch
 
 from ..model.llama import Llama
 from ..model.tensors import file_bytes
-from .inject import KINDS, count_parameters, kind_of, lora_layers, trainable_parameters
+from .inject import count_parameters, lora_layers, trainable_parameters
+from .kinds import KINDS, kind_of
 from .peft_format import factor_keys
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError
-from .inject import kind_of
+from .kinds import kind_of
 
 # initialisations that leave the base model as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move its weights
 _HARMLESS_INITS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")

@@ -18,7 +18,7 @@ from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, tensor_entries
-from .inject import kind_of
+from .kinds import kind_of
 from .layers import lora_scale
 from .peft_config import PeftConfig, read_peft_config
 

@@ -3,12 +3,14 @@
 import gc
 import hashlib
 import json
+import math
 import re
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..corpus.documents import Document, Sentence, label_order
 from ..corpus.read import find_splits, read_documents
@@ -21,10 +23,12 @@ from ..evaluation.systems import load_run, score_split
 from ..files import write_json
 from ..model.tensors import CheckpointError
 from ..runs.folder import RUN_CONFIG, fingerprints, read_settings, read_task
-from ..runs.settings import ResolvedSettings, Settings, resolve
+from ..runs.resolve import resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..training.loop import train
 from ..training.step import DivergedError
 from .experiments import BASE, Changes, Row, Table
+from .origin import origin
 
 # ---- cells ----
 
@@ -46,9 +50,7 @@ class Cell:
         """The cell of a run whose settings are `base` with these changes. Its name holds a hash of all that
         decides its result: settings, model, tokenizer, data; not where they lie."""
         settings = resolve(replace(base, **changes, out=""), world.device)[0]
-        idle = {*Settings.FREE, "model", "data", *settings.idle}
-        deciding = {name: value for name, value in asdict(settings).items() if name not in idle}
-        content = json.dumps([deciding, fingerprints(settings)], sort_keys=True)
+        content = json.dumps([deciding(settings), fingerprints(settings)], sort_keys=True)
         what = [settings.format, re.sub(r"[^\w+-]+", "_", settings.labels.replace(",", "+"))]
         what += ["prompt"] if settings.instruction or settings.shots else []
         what += [variant for variant in ("rslora", "dora") if getattr(settings, variant)]
@@ -85,25 +87,45 @@ class Cell:
         except (RuntimeError, InputError) as error:
             result = failure(error)
             if not on_every_process(error, world):
-                self.keep(result)
+                self.keep(result, world)
                 raise  # the others have not failed, and wait
         else:
             config = json.loads((self.folder / RUN_CONFIG).read_text())
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             result = trained | {
+                "model": config["model"],
                 "trainable": config["parameters"]["trainable"],
                 "seconds": sum(step["seconds"] for step in steps) + trained["speed"]["seconds"],
                 "curve": [round(step["loss"], 5) for step in steps],
             }
-        result["settings"] = asdict(self.settings)
         if world.is_main:
-            self.keep(result)
+            self.keep(result, world)
         world.barrier()
         return result
 
-    def keep(self, result: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, self.path)
+    def keep(self, result: dict, world: World) -> None:
+        keep(result, [self], self.path, world)
+
+
+def keep(result: dict, cells: Iterable[Cell], path: Path, world: World) -> None:
+    """Writes a result with the settings of its `runs`, but for where things lay, and what it was made by."""
+    runs = []
+    for cell in cells:
+        places = {name: Path(getattr(cell.settings, name)).name for name in ("model", "data", "out")}
+        runs.append(asdict(cell.settings) | places)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result | {"runs": runs, "made_by": origin(world)}, path)
+
+
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide a result, as far as they differ from their defaults: a setting that comes with a later
+    version, and does nothing unless it is asked for, leaves the cells that are kept as they are."""
+    idle = {*Settings.FREE, "model", "data", *settings.idle} | ({"batch_tokens"} if settings.batch_sentences else set())
+    return {
+        field.name: value
+        for field in fields(Settings)
+        if field.name not in idle and (value := getattr(settings, field.name)) != field.default
+    }
 
 
 def failure(error: Exception) -> dict:
@@ -116,6 +138,28 @@ def on_every_process(error: Exception, world: World) -> bool:
     return alike or world.size == 1
 
 
+def rate(rank: int, rates: Mapping[int, float], default: float | None) -> float | None:
+    """The peak learning rate of a rank: that of the nearest rank, by ratio, among `rates`; of two, of the lower."""
+    if not rates:
+        return default
+    return rates[min(sorted(rates), key=lambda known: abs(math.log(known / rank)))]
+
+
+def runs(row: Row, seed: int, rates: Mapping[int, float], lr: float | None, lr_full: float | None) -> list[Changes]:
+    """The settings in which the runs of a row differ from what all share.
+
+    Args:
+        rates, lr: the peak learning rates of LoRA, as in `rate`.
+        lr_full: that of full and partial fine-tuning.
+    """
+    changes: list[Changes] = []
+    for one in row.runs:
+        run = {**BASE, **one, "seed": seed}
+        run.setdefault("lr", rate(run["rank"], rates, lr) if run["method"] == "lora" else lr_full)
+        changes.append(run)
+    return changes
+
+
 @dataclass
 class Runner:
     """Runs the cells of tables that have not been run yet.
@@ -125,6 +169,7 @@ class Runner:
         seeds: each row is run with each of them.
         out: folder of cells and runs.
         lr_full: peak learning rate of full and partial fine-tuning; by default a tenth of LoRA's.
+        rates: peak learning rates by rank, which take the place of `base.lr`: see `rate`.
     """
 
     base: Settings
@@ -132,6 +177,7 @@ class Runner:
     out: Path
     world: World
     lr_full: float | None = None
+    rates: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.lr_full is None and self.base.lr is not None:
@@ -144,13 +190,8 @@ class Runner:
         return self.base.data
 
     def cells(self, row: Row, seed: int) -> list[Cell]:
-        cells = []
-        for one in row.runs:
-            changes = {**BASE, **one, "seed": seed}
-            if changes["method"] != "lora":
-                changes = {"lr": self.lr_full} | changes
-            cells.append(Cell.of(self.base, changes, self.out, self.world))
-        return cells
+        changes = runs(row, seed, self.rates, self.base.lr, self.lr_full)
+        return [Cell.of(self.base, one, self.out, self.world) for one in changes]
 
     def run(self, tables: Iterable[Table]) -> None:
         """A failed cell is recorded and passed over; the next time it is tried again."""
@@ -180,12 +221,26 @@ class Runner:
         errors = [result["error"] for result in known if "error" in result]
         if errors:
             return {"error": errors[0]}
-        together = {key: sum(result[key] for result in known) for key in ("trainable", "seconds")}
-        if split != "dev":
-            scored = self._score(cells, split)
-            return scored if "error" in scored else scored | together
-        if len(cells) == 1:
+        if split == "dev" and len(cells) == 1:
             return known[0]
+        missing = [cell.folder for cell in cells if not cell.folder.is_dir()]
+        name = "+".join(cell.path.stem for cell in cells)
+        path = cells[0].path.with_name(f"{name}.json" if split == "dev" else f"{name}.{split}.json")
+        if self.world.from_main(path.exists()):
+            return json.loads(path.read_text())
+        if self.world.from_main(missing):
+            return {"error": f"{missing[0]} is not there; without {cells[0].path} the run is repeated"}
+        result = self._join(cells) if split == "dev" else self._score(cells, split)
+        if "error" in result:
+            return result
+        result |= {key: sum(each[key] for each in known) for key in ("trainable", "seconds")}
+        if self.world.is_main:
+            keep(result, cells, path, self.world)
+        self.world.barrier()
+        return result
+
+    def _join(self, cells: list[Cell]) -> dict:
+        """The result on the development split of models for one label each, from the answers that they gave there."""
         documents, asked = self.documents("dev")
         tasks = [read_task(cell.folder) for cell in cells]
         by_label = {
@@ -193,13 +248,10 @@ class Runner:
             for cell, task in zip(cells, tasks, strict=True)
         }
         labels = label_order(by_label)
-        return assess(documents, join_answers(by_label, labels), labels) | together
+        return {"split": "dev", **assess(documents, join_answers(by_label, labels), labels)}
 
     def _score(self, cells: list[Cell], split: str) -> dict:
-        """The result on another split, of the models that were the best on the development split; computed once."""
-        path = cells[0].path.with_suffix(f".{split}.json")
-        if self.world.from_main(path.exists()):
-            return json.loads(path.read_text())
+        """The result on another split, of the models that were the best on the development split."""
         documents, asked = self.documents(split)
         loaders = [partial(load_run, cell.folder, "best", cell.settings.precision, self.world) for cell in cells]
         gc.collect()
@@ -209,11 +261,8 @@ class Runner:
             if not on_every_process(error, self.world):
                 raise
             return failure(error)
-        if self.world.is_main:
-            if len(cells) == 1 and self.base.eval_limit is None:
-                write_result(result | own_scoring(cells[0].folder, split), answers, cells[0].folder)
-            replace(cells[0], path=path).keep(result)
-        self.world.barrier()
+        if self.world.is_main and len(cells) == 1 and self.base.eval_limit is None:
+            write_result(result | own_scoring(cells[0].folder, split), answers, cells[0].folder)
         return result
 
     def documents(self, split: str) -> tuple[list[Document], list[Sentence]]:

@@ -6,7 +6,7 @@ from ..lora.counts import audit
 from ..lora.inject import count_parameters, make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LLAMA_2, LlamaConfig
-from ..text_table import aligned
+from ..text_table import aligned, wrapped
 from ..training.memory import GIB
 from .printed import RANKS, TABLE7, TABLE8, TARGETS
 
@@ -78,10 +78,8 @@ def show_table7(cells: list[dict]) -> str:
     differing = [f"{cell['targets']} at r={cell['rank']}" for cell in cells if _misprint(cell)]
     if cells[0]["printed"] is None:
         return aligned(rows)
-    return (
-        f"{aligned(rows)}\n\nTable 7 prints {len(cells) - len(differing)} of the {len(cells)} counts as they are; "
-        f"it differs for {' and '.join(differing)}."
-    )
+    note = f"Table 7 prints {len(cells) - len(differing)} of the {len(cells)} counts as they are; it differs for "
+    return f"{aligned(rows)}\n\n{wrapped(note + ' and '.join(differing) + '.')}"
 
 
 def _misprint(cell: dict) -> str:
@@ -102,7 +100,7 @@ def show_table8(result: dict) -> str:
         found = [f"{reading}, in {unit}" for reading, one in of["readings"].items() for unit in one["matches"]]
         notes.append(f"{of['printed']['storage']} for {name} reads as: {'; '.join(found) or 'none of these'}.")
     notes.append("Full fine-tuning has no LoRA weights; its own alone never come to the printed figure.")
-    return "\n".join([aligned(list(rows)), "", *notes])
+    return "\n".join([aligned(list(rows)), "", *map(wrapped, notes)])
 
 
 def _column8(title: str, of: dict) -> list[str]:

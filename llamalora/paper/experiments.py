@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..lora.inject import KINDS, count_parameters, make_trainable
+from ..lora.inject import count_parameters, make_trainable
+from ..lora.kinds import KINDS
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from .printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TARGETS
 
-Changes = Mapping[str, Any]  # to the settings of train.py
+Changes = Mapping[str, Any]  # to the settings of `train`
 
 # what the tables vary themselves, and what each run of theirs has in common
 VARIED = ("out", "format", "labels", "instruction", "shots", "method", "targets", "rank", "rslora", "dora", "loraplus",
@@ -72,6 +73,7 @@ class Table:
 
 
 def table1(labels: tuple[str, ...], shots: int, chat_model: str | None) -> Table:
+    """The first model is called a base model only beside a chat model: of one alone nobody has said which it is."""
     label = "Chemical" if "Chemical" in labels else labels[0]
     prompt = {"instruction": True, "shots": shots}
     rows = []
@@ -80,10 +82,11 @@ def table1(labels: tuple[str, ...], shots: int, chat_model: str | None) -> Table
         (_, _, *with_prompt), (_, _, *without), _ = TABLE1
         rows.append(Row(("chat model", "instruction and demonstrations"), ({**chat, **prompt},), *with_prompt))
         rows.append(Row(("chat model", "input sentence only"), (chat,), *without))
+    first = "base model" if chat_model else "the model"
     (_, _, *base) = TABLE1[-1]
-    rows.append(Row(("base model", "instruction and demonstrations"), ({"labels": label, **prompt},)))
-    rows.append(Row(("base model", "input sentence only"), ({"labels": label},), *base))
-    model = "chat model" if chat_model else "base model"
+    rows.append(Row((first, "instruction and demonstrations"), ({"labels": label, **prompt},)))
+    rows.append(Row((first, "input sentence only"), ({"labels": label},), *base))
+    model = "chat model" if chat_model else first
     claim = Claim(
         "The prompt does not matter once the model is fine-tuned",
         (model, "instruction and demonstrations"),
@@ -157,9 +160,9 @@ def _size(config: LlamaConfig, targets: str, rank: int) -> int:
     return count_parameters(make_trainable(skeleton(config), "lora", targets, rank))["trainable"]
 
 
-def recipe(rates: Iterable[float], rates_full: Iterable[float]) -> Table:
-    """The search for the learning rates, on the development split."""
-    rows = [Row(("LoRA", str(r), f"{lr:g}"), ({"rank": r, "lr": lr},)) for r in (8, 128) for lr in rates]
+def recipe(rates: Mapping[int, Iterable[float]], rates_full: Iterable[float]) -> Table:
+    """The search for the learning rates, on the development split: of LoRA for each rank, and of full fine-tuning."""
+    rows = [Row(("LoRA", str(r), f"{lr:g}"), ({"rank": r, "lr": lr},)) for r, those in rates.items() for lr in those]
     rows += [Row(("full", "-", f"{lr:g}"), ({"method": "full", "lr": lr},)) for lr in rates_full]
     return Table("recipe", "Learning rates tried", ("method", "r", "learning rate"), tuple(rows))
 

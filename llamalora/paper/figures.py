@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-SMOOTHED = 0.1  # share of a run's steps over which its curve is averaged
+from ..cli import UsageError
+from ..drawing import INK, dress, log_scale, need_matplotlib, new_figure, smooth, style
 
 
 def save(result: dict, out: Path) -> None:
     """Writes `table3.png` and `curves.png` of what `tables.json` holds, as far as it has them; without matplotlib
     nothing."""
     try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
+        need_matplotlib("figures are drawn")
+    except UsageError:
         return
     if "3" in result["tables"]:
         save_grid(result["tables"]["3"], out / "table3.png")
@@ -19,51 +20,48 @@ def save(result: dict, out: Path) -> None:
 
 
 def save_grid(table: dict, path: Path) -> None:
-    """F1 against trainable parameters: a line for each set of targets, a point for each rank."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(7, 4.2), dpi=150, layout="constrained")).subplots()
-    for targets in dict.fromkeys(row["title"][0] for row in table["rows"]):
+    """F1 against trainable parameters: a line for each set of targets, at each rank a disc with its number."""
+    axes = (figure := new_figure(7, 4.2)).subplots()
+    for index, targets in enumerate(dict.fromkeys(row["title"][0] for row in table["rows"])):
         rows = [row for row in table["rows"] if row["title"][0] == targets and "f1" in row]
         if not rows:
             continue
         x, y = [row["trainable"] for row in rows], [100 * row["f1"] for row in rows]
         reach = [[100 * abs(row["interval"][end] - row["f1"]) for row in rows] for end in ("low", "high")]
-        axes.errorbar(x, y, reach, marker="o", capsize=2, linewidth=1, label=targets)
+        axes.errorbar(
+            x, y, reach, capsize=2, elinewidth=0.8, marker="o", markersize=13, markerfacecolor="white",
+            markeredgewidth=1.2, label=targets, **style(index),
+        )  # fmt: skip
         for row, place in zip(rows, zip(x, y, strict=True), strict=True):
-            axes.annotate(f"r={row['title'][1]}", place, (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="F1 (%)")
-    axes.set_title("Target layers and rank, with 95 % intervals over documents", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="targets", frameon=False, fontsize=8, loc="lower right")
+            axes.annotate(row["title"][1], place, ha="center", va="center_baseline", fontsize=5.5, color=INK)
+    axes.set(xlabel="trainable parameters (in the discs: the rank)", ylabel="F1 (%)")
+    log_scale(axes, "x")
+    dress(axes, "Target layers and rank, with 95 % intervals over documents")
+    axes.legend(title="targets", frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), markerscale=0.5,
+                handlelength=4, labelspacing=0.8)  # fmt: skip
     figure.savefig(path)
 
 
 def save_curves(curves: dict, path: Path) -> None:
-    """The loss of each run over its steps, smoothed; a panel for each table, a colour for each row."""
-    from matplotlib.figure import Figure
-
-    by_table: dict[str, list[dict]] = {}
+    """The loss of each run over its steps, smoothed: a panel for each table that the run is in, a style for each
+    row, or for each label of a row whose labels have a model each."""
+    by_table: dict[str, dict[str, list[dict]]] = {}
     for curve in curves.values():
-        by_table.setdefault(curve["table"], []).append(curve)
-    figure = Figure(figsize=(7, 2.9 * len(by_table)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(by_table), 1, squeeze=False)[:, 0]
-    for axes, (name, those) in zip(panels, by_table.items(), strict=True):
-        colours = {row: f"C{number % 10}" for number, row in enumerate(dict.fromkeys(one["row"] for one in those))}
-        named = set()
-        for one in those:
-            label = None if one["row"] in named else one["row"]
-            named.add(one["row"])
-            dashed = "--" if list(colours).index(one["row"]) >= 10 else "-"
-            axes.plot(smooth(one["loss"]), dashed, color=colours[one["row"]], linewidth=0.9, label=label)
-        axes.set(yscale="log", xlabel="step", ylabel="loss (nats a token)")
-        axes.set_title(f"Table {name}" if name.isdigit() else name, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+        for table, row in curve["rows"]:
+            by_table.setdefault(table, {}).setdefault(row, []).append(curve)
+    by_table = dict(sorted(by_table.items(), key=lambda item: (not item[0].isdigit(), item[0])))
+    heights = [max(2.6, 0.5 + 0.17 * len(rows)) for rows in by_table.values()]
+    figure = new_figure(8, sum(heights))
+    panels = figure.subplots(len(by_table), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, rows) in zip(panels, by_table.items(), strict=True):
+        for index, (row, those) in enumerate(rows.items()):
+            for label, one in zip([row, *[None] * len(those)], those, strict=False):
+                loss = smooth(one["loss"])
+                axes.plot(range(1, 1 + len(loss)), loss, label=label, **style(index))
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        log_scale(axes, "y")
+        dress(axes, f"Table {name}" if name.isdigit() else name.capitalize())
+        axes.legend(
+            frameon=False, fontsize=7, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3.6
+        )
     figure.savefig(path)
-
-
-def smooth(losses: list[float]) -> list[float]:
-    """The mean of each loss and of those before it, over `SMOOTHED` of the run."""
-    window = max(1, round(SMOOTHED * len(losses)))
-    return [sum(part) / len(part) for end in range(len(losses)) if (part := losses[max(0, end + 1 - window) : end + 1])]

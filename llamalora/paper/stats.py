@@ -1,4 +1,4 @@
-"""`python -m llamalora stats`: what a corpus holds, beside the paper's Table 5, and how long its sentences are."""
+"""Counts what a corpus holds, beside the paper's Table 5, and how long its sentences are."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .printed import SPLITS, TABLE5
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora stats", description=__doc__)
+    parser = Parser("stats", "--data data/bc5cdr", description=__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="corpus folder")
     parser.add_argument("--model", metavar="FOLDER", help="model folder, whose tokenizer gives lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")

@@ -1,41 +1,38 @@
-"""`python -m llamalora tables`: the paper's tables again, ours beside the paper's, as Markdown, JSON and PNG."""
+"""Makes the paper's tables again, ours beside the paper's, as Markdown, JSON and PNG. What they need is trained once
+and kept; the flags in groups are those of `train`, for every run."""
 
 import argparse
 import math
-import os
-import platform
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
-from datetime import date
 from pathlib import Path
 
-import torch
-
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
-from ..corpus.documents import Span, all_sentences, labels_of
+from ..corpus.documents import all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
-from ..distributed.world import World, join_world
+from ..distributed.world import join_world
 from ..files import replace_file, write_json
 from ..mistakes import is_run
 from ..model.checkpoint import read_config
-from ..model.config import LLAMA_2
-from ..runs.settings import ResolvedSettings, Settings, resolve
-from ..task.definition import Task
-from ..task.prompt import render_answer
+from ..runs.resolve import choose_data, resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..task.score import document_counts, score, score_files, span_keys
-from . import figures, findings, stats
+from ..text_table import legend, wrapped
+from . import figures, findings, report
 from .cells import Runner
-from .costs import show_table7, show_table8, table7, table8
+from .counted import COUNTED, counted
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
-from .printed import RANKS, TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
+from .origin import origin
+from .printed import RANKS
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
-COUNTED = ("5", "6", "7", "8")
+FULL = 0  # in the place of a rank: full fine-tuning
 CHOICES = (*TRAINED[:4], *COUNTED, "all", *TRAINED[4:])
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m llamalora tables", description=__doc__)
+    usage = "%(prog)s TABLE ... [FLAG ...]"
+    parser = Parser("tables", "5 6 7 8\n2 --limit-train 64 --limit-eval 20", usage=usage, description=__doc__)
     parser.add_argument("which", nargs="+", metavar="TABLE", help=f"any of {', '.join(CHOICES)} (all: 1 to 8)")
     parser.add_argument("--seeds", default="0", help="each row is run with each seed of this comma list (default: 0)")
     parser.add_argument("--limit-eval", type=int, help="score on the first N sentences of the split")
@@ -43,7 +40,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--demonstrations", type=int, default=2, help="in the prompt of Table 1 (default: 2)")
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="of Table 3 (default: the paper's)")
     parser.add_argument("--lr-full", type=float, help="peak learning rate of full fine-tuning (default: a tenth)")
-    parser.add_argument("--rates", default="5e-4,1e-3,2e-3", help="for `recipe` (default: %(default)s)")
+    parser.add_argument(
+        "--rates", action="append", metavar="RANK=LR,...", default=["8=5e-4,1e-3,2e-3", "128=5e-4,1e-3,2e-3"],
+        help="learning rates that `recipe` tries at a rank, or with full=LR,... in full fine-tuning (default: "
+        "5e-4,1e-3,2e-3 at ranks 8 and 128; a tenth of the last rank's in full fine-tuning)",
+    )  # fmt: skip
     parser.add_argument(
         "--predictions", action="append", default=[], metavar="NAME=FILE", help="PubTator, a further row of Table 4"
     )
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     # steps of so many tokens would give the formats, which differ in length, different numbers of steps
     own = (*VARIED, "eval_limit", "batch_tokens")
     common = [field.name for field in fields(Settings) if field.name not in own]
-    add_flags(parser.add_argument_group("of every run, as in train.py"), Settings, common)
+    add_flags(parser, Settings, common)
     parser.set_defaults(batch_sentences=10)
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.which if name not in CHOICES]
@@ -73,25 +74,33 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
     with join_world(base.timeout) as world:
-        places = resolve(base, world.device)[0]
-        base = replace(base, model=places.model, data=places.data)
-        sections = [counted(name, places.data) for name in which if name in COUNTED]
+        sections = [report.counted(*counted(name, choose_data(base.data)[0])) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
-            runner = Runner(base, seeds, out, world, rate)
+            places = resolve(base, world.device)[0]
+            base = replace(base, model=places.model, data=places.data)
             chosen = [define(name, arguments, places) for name in which if name in TRAINED]
             missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(places.data).keys()
             if missing:
                 raise UsageError(f"--data {places.data}: these tables need a split {', '.join(sorted(missing))}, too")
-            runner.run(chosen)
-            summaries = [summarise(table, runner, predictions) for table in chosen]
-            sections += [markdown(summary) for summary in summaries]
+            runner = Runner(base, seeds, out, world, rate)
+            runners = [runner] * len(chosen)
+            if "recipe" in which:
+                (trials,) = (table for table in chosen if table.name == "recipe")
+                first = replace(runner, seeds=seeds[:1])
+                first.run([trials])
+                runner.rates, runner.lr_full = best_rates(trials, first)
+                runners = [first if table is trials else runner for table in chosen]
+            runner.run(table for table in chosen if table.name != "recipe")
+            summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
+            sections += [report.trained(summary) for summary in summaries]
             if world.is_main:
-                keep(summaries, runner, chosen, out)
+                keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
         if world.is_main:
-            text = "\n\n".join(sections)
             out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "tables.md", text + "\n")
-            print(f"\n{text}\n\nwritten to {out / 'tables.md'}")
+            replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
+            words = {word: meaning for section in sections for word, meaning in section.words.items()}
+            parts = [section.plain for section in sections] + [legend(words)] * bool(words)
+            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out / 'tables.md'}")]))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
@@ -108,8 +117,11 @@ def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
         "ranks": "3" not in which and "without table 3",
         "predictions": "4" not in which and "without table 4",
         "rates": "recipe" not in which and "without recipe",
-        "lr": trained == {"recipe"} and "on recipe, which tries --rates",
-        "lr_full": not which & {"4", "methods"} and "without table 4 or methods",
+        "lr": "recipe" in which and "beside recipe, which chooses it",
+        "lr_full": "recipe" in which
+        and "beside recipe, which chooses it"
+        or not which & {"4", "methods"}
+        and "without table 4 or methods",
     }
 
 
@@ -123,6 +135,32 @@ def numbers(text: str, flag: str, kind: type) -> tuple:
     if not all(least <= value < math.inf for value in found):
         raise UsageError(f"--{flag} {text}: must be positive")
     return found
+
+
+def read_rates(items: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The learning rates of `--rates` by rank, or "full"."""
+    rates = {}
+    for item in items:
+        rank, _, those = item.partition("=")
+        if not those or rank != "full" and (not rank.isdigit() or int(rank) == 0):
+            raise UsageError(f"--rates {item}: write RANK=LR,LR,... or full=LR,LR,...")
+        rates[rank] = numbers(those, f"rates {rank}", float)
+    if rates.keys() <= {"full"}:
+        raise UsageError("--rates: name a rank, too: RANK=LR,LR,...")
+    return rates
+
+
+def best_rates(trials: Table, runner: Runner) -> tuple[dict[int, float], float | None]:
+    """The learning rate with the best F1 on the development split: for each rank that was tried, and for full
+    fine-tuning. A trial that failed is none."""
+    best: dict[int, tuple[float, float]] = {}
+    for row in trials.rows:
+        (result,), (run,) = runner.results(row, trials.split), row.runs
+        if "error" not in result:
+            rank = run.get("rank", FULL)
+            best[rank] = max(best.get(rank, (-1.0, 0.0)), (result["micro"]["f1"], run["lr"]))
+    rates = {rank: lr for rank, (_, lr) in best.items()}
+    return rates, rates.pop(FULL, None)
 
 
 def define(name: str, arguments: argparse.Namespace, base: ResolvedSettings) -> Table:
@@ -141,8 +179,9 @@ def define(name: str, arguments: argparse.Namespace, base: ResolvedSettings) -> 
     if name == "4":
         return table4()
     if name == "recipe":
-        rates = numbers(arguments.rates, "rates", float)
-        return recipe(rates, [rate / 10 for rate in rates])
+        rates = read_rates(arguments.rates)
+        full = rates.pop("full", None) or tuple(lr / 10 for lr in [*rates.values()][-1])
+        return recipe({int(rank): those for rank, those in rates.items()}, full)
     config = read_config(base.model)
     return ablation(config, 8) if name == "ablation" else methods()
 
@@ -168,134 +207,25 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
     return {**score(gold, made), "by_document": dict.fromkeys(findings.CONVENTIONS, by_document)}
 
 
-# ---- tables that need no run ----
-
-
-def counted(name: str, data: str) -> str:
-    """Tables 5 to 8 as Markdown; `data` is the corpus folder."""
-    if name == "5":
-        splits = read_splits(data)
-        title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))
-    elif name == "6":
-        title, text = f"Formats of the answer to: {TABLE6_INPUT}", "\n".join(formats())
-    elif name == "7":
-        title, text = "Trainable parameters of Llama-2-7B", show_table7(table7(LLAMA_2["llama-2-7b"]))
-    else:
-        title, text = "Cost, Llama-2-7B", show_table8(table8(LLAMA_2["llama-2-7b"]))
-    return f"## Table {name}: {title}\n\n```\n{text}\n```"
-
-
-def formats() -> list[str]:
-    """The lines of Table 6, rendered, each ticked if it is the paper's."""
-    text = TABLE6_INPUT
-    spans = [Span(text.index(m), text.index(m) + len(m), label) for m, label in TABLE6_MENTIONS.items()]
-    lines = []
-    for (form, labels), printed in TABLE6.items():
-        names = ("Disease", "Chemical") if labels == "all" else (labels,)
-        answer = render_answer(Task(form, names, per_label=labels != "all"), text, spans)
-        lines.append(f"{form:<10} {labels:<8} {answer} {'✓' if answer == printed else f'(printed: {printed})'}")
-    return lines
-
-
 # ---- what is written ----
 
 
-def markdown(summary: dict) -> str:
-    """A table as Markdown: a grid for Table 3, else a line a row; then the verdicts."""
-    title = f"## Table {summary['name']}" if summary["name"].isdigit() else f"## {summary['name'].capitalize()}"
-    where = {"dev": "development", "test": "test"}[summary["split"]]
-    lines = [f"{title}: {summary['caption']} (F1 in percent, {where} split)", ""]
-    lines += _grid(summary) if summary["name"] == "3" else _list(summary)
-    lines += [f"\n{row_title(row)} failed: {row['error']}" for row in summary["rows"] if "error" in row]
-    for claim in summary["claims"]:
-        lines += ["", f"**{claim['text']}**: {_verdicts(claim)}"]
-    return "\n".join(lines)
-
-
-def row_title(row: dict) -> str:
-    return ", ".join(row["title"])
-
-
-def percent(value: float | None, deviation: float | None = None) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
-def _ours(row: dict) -> str:
-    return "failed" if "error" in row else percent(row.get("f1"), row.get("deviation"))
-
-
-def _paper(row: dict) -> str:
-    scale = {key: row[key] / 100 if row[key] is not None else None for key in ("paper", "paper_deviation")}
-    return percent(scale["paper"], scale["paper_deviation"])
-
-
-def _list(summary: dict) -> list[str]:
-    head = [*summary["head"], "ours", "95 % interval", "first occurrence", "string set", "exact copies"]
-    head += ["trainable", "minutes", "paper"]
-    rows = []
-    ranked = summary["name"] in ("recipe", "ablation", "methods")
-    for row in sorted(summary["rows"], key=lambda row: -row.get("f1", -1)) if ranked else summary["rows"]:
-        interval, secondary = row.get("interval"), row.get("secondary", {})
-        rows.append([
-            *row["title"],
-            _ours(row),
-            f"{percent(interval['low'])} – {percent(interval['high'])}" if interval else "–",
-            percent(secondary.get("first_occurrence")),
-            percent(secondary.get("string_set")),
-            percent(row.get("exact_copy")),
-            f"{row['trainable']:,.0f}" if "trainable" in row else "–",
-            f"{row['seconds'] / 60:.1f}" if "seconds" in row else "–",
-            _paper(row),
-        ])  # fmt: skip
-    return _markdown_table(head, rows, len(summary["head"]))
-
-
-def _grid(summary: dict) -> list[str]:
-    """Targets by rank, the paper's in brackets."""
-    ranks = list(dict.fromkeys(row["title"][1] for row in summary["rows"]))
-    by_title = {tuple(row["title"]): row for row in summary["rows"]}
-    rows = []
-    for targets in dict.fromkeys(row["title"][0] for row in summary["rows"]):
-        cells = (by_title[targets, rank] for rank in ranks)
-        rows.append([targets, *(f"{_ours(cell)} ({_paper(cell)})" for cell in cells)])
-    return _markdown_table(["ours (paper)", *(f"r={rank}" for rank in ranks)], rows, 1)
-
-
-def _markdown_table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
-    line = ["---"] * left + ["---:"] * (len(head) - left)
-    return ["| " + " | ".join(cells) + " |" for cells in (head, line, *rows)]
-
-
-def _verdicts(claim: dict) -> str:
-    parts = []
-    for convention, found in claim["by"].items():
-        words = "" if convention == "exact" else " by first occurrence"
-        numbers = ""
-        if "difference" in found:
-            low, high = (f"{100 * found[key]:+.1f}" for key in ("low", "high"))
-            numbers = f" ({100 * found['difference']:+.1f} points{words}, 95 % interval {low} to {high})"
-        parts.append(found["verdict"] + numbers)
-    return parts[0] if claim["equal"] else "; ".join(parts)
-
-
-def keep(summaries: list[dict], runner: Runner, chosen: list[Table], out: Path) -> None:
+def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner]], out: Path) -> None:
     """Writes `tables.json`, all that a report is made of, and the figures."""
     curves: dict[str, dict] = {}
-    for table in chosen:
+    for table, its in chosen:
         for row in table.rows:
-            for cell in (cell for seed in runner.seeds for cell in runner.cells(row, seed)):
+            for cell in (cell for seed in its.seeds for cell in its.cells(row, seed)):
                 found = cell.read() or {}
                 curve = {"seconds": found.get("seconds", 0), "loss": found.get("curve", [])}
-                curves.setdefault(cell.path.stem, {"table": table.name, "row": row.name} | curve)
+                name = row.name if len(row.runs) == 1 else f"{row.name}: {cell.settings.labels}"
+                curves.setdefault(cell.path.stem, {"rows": [], **curve})["rows"].append([table.name, name])
     common = {key: value for key, value in asdict(runner.base).items() if key not in VARIED}
     for name in ("model", "data"):
         common[name] = Path(common[name]).name  # not where it lay
     result = {
-        "date": str(date.today()),
-        "machine": machine(runner.world),
-        "settings": common | {"lr_full": runner.lr_full},
+        "made_by": origin(runner.world),
+        "settings": common | {"rates": runner.rates, "lr_full": runner.lr_full},
         "seeds": list(runner.seeds),
         "tables": {summary["name"]: summary for summary in summaries},
         "curves": curves,
@@ -303,18 +233,3 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[Table], out: Path) 
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "tables.json")
     figures.save(result, out)
-
-
-def machine(world: World) -> dict:
-    """What the runs were made on."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor()
-    return {"device": name, "processes": world.size, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

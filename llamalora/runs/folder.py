@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import TextIO, get_type_hints
 
@@ -38,6 +39,22 @@ def trained_folder(run: Path, which: str) -> Path:
         raise CheckpointError(f"{folder}: the run has saved no such model yet")
     verify_folder(folder)
     return folder
+
+
+def adapter_of(run: Path) -> tuple[Path, str]:
+    """The folders of a run's best adapter and of its base model.
+
+    Raises:
+        UsageError: a run that trained without LoRA.
+        CheckpointError: as `trained_folder`.
+    """
+    settings = read_settings(run)
+    if not settings.adapts:
+        raise UsageError(
+            f"{run}: it trained the model's own weights (--method {settings.method}), so it has no adapter; "
+            f"{run / 'best'} is a whole model"
+        )
+    return trained_folder(run, "best"), settings.model
 
 
 def _read_config(run: Path) -> dict:
@@ -126,9 +143,11 @@ def read_fingerprints(run: Path) -> dict:
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """A hash of size, first and last MiB of each file: weights of 13 GB should not delay every start."""
+    """A hash of size, first and last MiB of each file, also of those in folders: weights of 13 GB should not delay
+    every start."""
     digest = hashlib.sha256()
-    for path in paths:
+    files = (sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path] for path in paths)
+    for path in chain.from_iterable(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

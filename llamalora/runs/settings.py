@@ -1,33 +1,31 @@
-"""The settings of a run, and what they resolve to on this machine."""
+"""The settings of a run. Without torch, for the command line; `resolve.py` chooses what they leave open."""
 
 import math
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime
-from pathlib import Path
-
-import torch
+from dataclasses import dataclass, fields
 
 from ..cli import UsageError, check_least, flag, option
-from ..files import HOME
-from ..lora.inject import KINDS, METHODS, parse_targets
-from ..model.checkpoint import read_config
-from ..model.precision import choose_precision
+from ..lora.kinds import KINDS, METHODS, parse_targets
 from ..task.definition import FORMATS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of train.py. `resolve` chooses what is left open (`None`)."""
+    """The flags of `train`, in their groups. `resolve` chooses what is left open (`None`)."""
 
-    model: str | None = option(None, "Hugging Face folder (default: weights/llama-2-7b if there, else weights/tiny)")
-    data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else data/sample)")
-    out: str | None = option(None, "folder of the run (default: a new one under runs/)")
-    format: str = option("tagging", "what the model answers", FORMATS)
+    model: str | None = option(
+        None, "Hugging Face folder (default: weights/llama-2-7b if there, else the built-in checkpoint)", group="data"
+    )
+    data: str | None = option(None, "corpus folder (default: data/bc5cdr if there, else the built-in sample)")
+    limit_train: int | None = option(None, "use only the first N training sentences")
+    overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
+
+    format: str = option("tagging", "what the model answers", FORMATS, group="task")
     labels: str = option("all", "all, one label (the per-label formats), or a comma list in the order of the answer")
     instruction: bool = option(False, "put the instruction of figure 2 before the input")
     shots: int = option(0, "demonstrations from the training split before the input")
+
     method: str = option(
-        "lora", "train updates of the target layers, their own weights, or every parameter", (*METHODS,)
+        "lora", "train updates of the target layers, their own weights, or every parameter", (*METHODS,), group="LoRA"
     )
     targets: str = option("all", f"kinds of layer that are trained: all, or a comma list of {','.join(KINDS)}")
     rank: int = option(8, "rank of the updates")
@@ -36,7 +34,17 @@ class Settings:
     dora: bool = option(False, "learn the length of each row of the weights apart from its direction")
     loraplus: float = option(1.0, "learning rate of every B over that of A, as in LoRA+ (not on the embedding)")
     dropout: float = option(0.0, "on the input of the updates")
-    epochs: int | None = option(None, "passes over the training split (default: 3, or as many as give 400 steps)")
+
+    epochs: int | None = option(
+        None,
+        "passes over the training split (default: 3, or as many as give 400 steps, but 3 with --limit-train)",
+        group="optimisation",
+    )
+    max_steps: int | None = option(
+        None,
+        "end after N steps, for which the learning rate is planned: after --epochs if that is sooner, and without "
+        "--epochs after as many passes as it takes",
+    )
     lr: float | None = option(None, "peak learning rate (default: 1.2 / hidden size for LoRA, else a tenth of it)")
     schedule: str = option("cosine", "of the learning rate after the warm-up", ("cosine", "constant"))
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
@@ -44,23 +52,31 @@ class Settings:
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
     batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
     batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
-    micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
-    overlong: str = option("error", "what to do about an example longer than the context", ("error", "skip"))
-    limit_train: int | None = option(None, "use only the first N training sentences")
-    precision: str = option("auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"))
+    seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
+
+    precision: str = option(
+        "auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"), group="memory and machine"
+    )
     parallel: str = option(
         "auto", "ddp: the model in each process; fsdp: one over all; auto: as memory allows", ("auto", "ddp", "fsdp")
     )
+    micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
     activation_checkpointing: int | str = option(
-        "auto", "recompute every K-th block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
+        "auto", "recompute every Nth block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
     )
-    seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
-    eval_every: int | None = option(None, "evaluate on the development split every N steps (default: each epoch)")
+    timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
+
+    eval_every: int | None = option(
+        None, "evaluate on the development split every N steps (default: each epoch)", group="evaluation and output"
+    )
     eval_limit: int | None = option(None, "evaluate on its first N sentences")
+    patience: int | None = option(
+        None, "end after N evaluations without a better F1 (the learning rate is planned for all steps)"
+    )
     eval_batch: int = option(32, "sentences decoded side by side")
     save_every: int | None = option(None, "checkpoint every N steps as well as at the end of each epoch")
     keep: int = option(2, "checkpoints to keep")
-    timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
+    out: str | None = option(None, "folder of the run (default: a new one under runs/)")
 
     # what may differ when a run is resumed, because it does not change what is learnt
     FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
@@ -92,9 +108,9 @@ class Settings:
             if unknown or choices and value not in choices:
                 raise UsageError(f"{flag(name)} is {value!r}, which is none of its values")
         check_least(
-            self, rank=1, epochs=1, batch_tokens=1, batch_sentences=1, micro_tokens=1, limit_train=1, eval_every=1,
-            eval_limit=1, eval_batch=1, save_every=1, keep=1, shots=0, clip=0, weight_decay=0, warmup=0, loraplus=1,
-            activation_checkpointing=0,
+            self, rank=1, epochs=1, max_steps=1, batch_tokens=1, batch_sentences=1, micro_tokens=1, limit_train=1,
+            eval_every=1, eval_limit=1, patience=1, eval_batch=1, save_every=1, keep=1, shots=0, clip=0, weight_decay=0,
+            warmup=0, loraplus=1, activation_checkpointing=0,
         )  # fmt: skip
         chosen = {"rslora": self.rslora, "dora": self.dora, "loraplus": self.loraplus != 1}
         if not self.adapts and any(chosen.values()):
@@ -130,35 +146,3 @@ class ResolvedSettings(Settings):
     data: str
     out: str
     lr: float
-
-
-def resolve(settings: Settings, device: torch.device) -> tuple[ResolvedSettings, dict[str, str]]:
-    """Fills in model, data, output folder, precision and learning rate; and says why model, data and precision are
-    what they are.
-
-    Raises:
-        CheckpointError: no such model folder.
-    """
-    why = {}
-    model, why["model"] = _default(settings.model, "weights/llama-2-7b", "weights/tiny", "config.json")
-    data, why["data"] = _default(settings.data, "data/bc5cdr", "data/sample", ".")
-    precision, why["precision"] = choose_precision(settings.precision, device)
-    out = settings.out
-    if out is None:
-        what = f"r{settings.rank}" if settings.adapts else settings.method
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.format}-{what}-{Path(model).name}"
-        out = str(HOME / "runs" / name)
-    config = read_config(model)
-    lr = settings.lr
-    if lr is None:
-        lr = float(f"{1.2 / config.hidden_size * (1 if settings.adapts else 0.1):.3g}")
-    chosen = {"model": model, "data": data, "out": out, "precision": precision, "lr": lr}
-    return ResolvedSettings(**asdict(settings) | chosen), why
-
-
-def _default(given: str | None, preferred: str, built_in: str, proof: str) -> tuple[str, str]:
-    if given is not None:
-        return given, "requested"
-    if (HOME / preferred / proof).exists():
-        return str(HOME / preferred), f"found at {preferred}"
-    return str(HOME / built_in), f"built in, since {preferred} is not there"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..cli import UsageError
-from ..files import HOME
+from ..files import BUILT_IN, built_in, search_places
 from ..lora.inject import METHODS
 from ..lora.peft_format import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
@@ -53,8 +53,8 @@ def base_name(folder: str | Path) -> str:
 
 
 def find_base(adapter: Path) -> Path:
-    """The folder of an adapter's base model: that of the run it lies in, else the one of that name here, or in a
-    folder `weights` here or beside the package.
+    """The folder of an adapter's base model: that of the run it lies in, else one of that name here, in a `weights/`
+    where models are looked for, or built in.
 
     Raises:
         UsageError: none of them is there.
@@ -79,9 +79,11 @@ def find_base(adapter: Path) -> Path:
 
 
 def _candidates(name: str) -> Iterator[Path]:
-    yield from (Path(name), HOME / name)
-    for weights in (Path("weights"), HOME / "weights"):
-        for config in sorted(weights.glob("*/config.json")):
+    yield from (Path(name), *(place / name for place in search_places()))
+    if name in BUILT_IN:
+        yield built_in(name)
+    for place in search_places():
+        for config in sorted(place.glob("weights/*/config.json")):
             if base_name(config.parent) == name:
                 yield config.parent
 

@@ -28,6 +28,14 @@ CREDIT: dict[str, dict[str, float]] = {
     "partial": {"correct": 1, "type": 1, "boundary": 0.5, "boundary_and_type": 0.5},
     "type": {"correct": 1, "boundary": 1},
 }
+WORDS = {
+    "boundary, type, both": "overlaps gold with other ends, another label, or both",
+    "missing, spurious": "gold without a prediction, a prediction without gold",
+    "strict, exact": "place and label have to be right; only the place has to",
+    "partial, type": "the place, half for an overlap; the label, at an overlap",
+    "seen in training": "a training sentence has the mention, letter by letter",
+    "calibration error": "how far confidence is from the share that is correct",
+}
 BINS = 10  # of confidence, equally wide
 RATES = ("precision", "recall", "f1")
 

@@ -3,16 +3,17 @@
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LLAMA_2
+from .cards import CARDS
 from .memory import GIB, REPORTED, USABLE, plan_memory
 
-# card -> the GB in its name, and the half precision that it computes
-CARDS = {
-    "V100 16 GB": (16, "fp16"),
-    "RTX 24 GB": (24, "bf16"),
-    "V100 32 GB": (32, "fp16"),
-    "A100 40 GB": (40, "bf16"),
-    "A100 80 GB, H100": (80, "bf16"),
-    "H200": (141, "bf16"),
+# column -> the card that stands for all of its memory
+COLUMNS = {
+    "V100 16 GB": CARDS["V100-16"],
+    "RTX 24 GB": CARDS["RTX-4090"],
+    "V100 32 GB": CARDS["V100-32"],
+    "A100 40 GB": CARDS["A100-40"],
+    "A100 80 GB, H100": CARDS["A100-80"],
+    "H200": CARDS["H200"],
 }
 METHODS = {"LoRA on all, r=8": ("lora", 8), "LoRA on all, r=128": ("lora", 128), "full": ("full", 0)}
 GPUS = (2, 4, 8, 16, 32, 64)
@@ -27,11 +28,11 @@ def table() -> list[dict]:
         for method, (kind, rank) in METHODS.items():
             model = make_trainable(skeleton(config), kind, "all", rank)
             needed = {precision: _needed(model, precision) for precision in ("fp16", "bf16")}
-            for card, (size, precision) in CARDS.items():
-                capacity = int(size * GIB * REPORTED)
+            for title, card in COLUMNS.items():
+                capacity, precision = int(card.memory * GIB * REPORTED), card.half
                 usable = USABLE * capacity
                 fitting = [gpus for gpus, total in needed[precision].items() if total <= usable]
-                cell = {"model": name, "method": method, "card": card, "precision": precision, "capacity": capacity}
+                cell = {"model": name, "method": method, "card": title, "precision": precision, "capacity": capacity}
                 cells.append(cell | {"bytes": needed[precision], "fewest_gpus": min(fitting, default=None)})
     return cells
 
@@ -47,7 +48,7 @@ def _needed(model, precision: str) -> dict[int, int]:
 
 def show(cells: list[dict]) -> str:
     """The table as Markdown: what fits, with the GiB that it takes on each GPU."""
-    lines = ["| | | " + " | ".join(CARDS) + " |", "|---|---|" + "---|" * len(CARDS)]
+    lines = ["| | | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for name in LLAMA_2:
         for method in METHODS:
             row = [cell for cell in cells if (cell["model"], cell["method"]) == (name, method)]

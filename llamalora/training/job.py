@@ -1,8 +1,10 @@
 """What a run is about, settled before the model is loaded: settings, task, examples, steps, how it fits the memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from ..cli import UsageError, flag
@@ -10,7 +12,8 @@ from ..corpus.documents import CorpusError, Documents, Sentence, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
 from ..runs.folder import check_resumable, find_obstacle
-from ..runs.settings import ResolvedSettings, Settings, resolve
+from ..runs.resolve import resolve
+from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import check_tags, make_task, read_base
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer
@@ -18,6 +21,7 @@ from .batch import Example, encode_all, plan_epoch
 from .placement import Placement, place
 
 FEWEST_STEPS = 400  # by default a small corpus is passed over more often than 3 times, up to this many steps
+MOST_EPOCHS = 10**4  # all of them are planned at once
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class Job:
         regular = done % every == 0 if every else self.ends_epoch(done)
         return "dev" in self.splits and (regular or done == len(self.steps))
 
+    def ends_early(self, stale: int) -> bool:
+        """Whether so many evaluations without a better F1 are enough."""
+        return self.settings.patience is not None and stale >= self.settings.patience
+
 
 def prepare(settings: Settings, world: World, resume: bool) -> Job:
     """Settles settings, task, examples, steps and how the run fits the memory.
@@ -80,7 +88,7 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     splits = read_splits(resolved.data)
     if "train" not in splits:
         raise CorpusError(f"{resolved.data}: has no training split")
-    unused = [name for name in ("eval_every", "eval_limit") if getattr(resolved, name) is not None]
+    unused = [name for name in ("eval_every", "eval_limit", "patience") if getattr(resolved, name) is not None]
     if unused and "dev" not in splits:
         raise UsageError(f"{flag(unused[0])}: {resolved.data} has no development split to evaluate on")
     task = make_task(resolved, splits)
@@ -96,11 +104,40 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     sizes, capacity = lengths, resolved.batch_tokens
     if resolved.batch_sentences:
         sizes, capacity = [1] * len(examples), resolved.batch_sentences
-    epochs = resolved.epochs
-    if epochs is None:
-        per_epoch = len(plan_epoch(sizes, capacity, resolved.seed, 0))
-        epochs = max(3, math.ceil(FEWEST_STEPS / per_epoch))
-    steps = [(epoch, step) for epoch in range(epochs) for step in plan_epoch(sizes, capacity, resolved.seed, epoch)]
-    resolved = replace(resolved, epochs=epochs)
+    steps = plan_steps(sizes, capacity, resolved)
+    if resolved.epochs is None:
+        resolved = replace(resolved, epochs=steps[-1][0] + 1)
     placement = place(resolved, config, lengths, world)
-    return Job(resolved, why, splits, task, tokenizer, sentences, examples, skipped, steps, placement)
+    job = Job(resolved, why, splits, task, tokenizer, sentences, examples, skipped, steps, placement)
+    if resolved.patience is not None:
+        evaluations = sum(map(job.is_evaluated, range(1, len(steps) + 1)))
+        if evaluations < resolved.patience + 2:  # the first is the best so far, and after the last nothing is left
+            raise UsageError(
+                f"--patience {resolved.patience}: cannot end the run early, which is evaluated {evaluations} times; "
+                "--eval-every evaluates more often"
+            )
+    return job
+
+
+def plan_steps(sizes: Sequence[int], capacity: int, settings: ResolvedSettings) -> list[tuple[int, list[int]]]:
+    """The steps of a run, each with its epoch and the indices of its examples, as `plan_epoch` makes them.
+
+    Raises:
+        UsageError: more steps than can be planned.
+    """
+    epochs, most = settings.epochs, settings.max_steps
+    if epochs is None and most is not None:
+        epochs = MOST_EPOCHS
+    elif epochs is None:
+        per_epoch = len(plan_epoch(sizes, capacity, settings.seed, 0))
+        epochs = default_epochs(per_epoch, FEWEST_STEPS if settings.limit_train is None else 0)
+    every = ((epoch, step) for epoch in range(epochs) for step in plan_epoch(sizes, capacity, settings.seed, epoch))
+    steps = list(islice(every, most))
+    if settings.epochs is None and most is not None and len(steps) < most:
+        raise UsageError(f"--max-steps {most}: would take more than {MOST_EPOCHS:,} passes over the training split")
+    return steps
+
+
+def default_epochs(per_epoch: int, fewest: int = FEWEST_STEPS) -> int:
+    """Passes over a training split that takes so many steps."""
+    return max(3, math.ceil(fewest / per_epoch))

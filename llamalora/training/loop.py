@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: what `train.py` runs, and every cell of the paper's tables."""
+"""The training loop, from top to bottom: what `train` runs, and every cell of the paper's tables."""
 
 import math
 import random
@@ -11,13 +11,13 @@ from typing import NoReturn
 
 import torch
 
-from ..cli import Interrupt
+from ..cli import Interrupt, called
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
 from ..evaluation.card import model_card
 from ..evaluation.own import own_scoring
-from ..evaluation.result import assess, format_report, mention_strings, read_result, write_result
+from ..evaluation.result import assess, format_legend, format_report, mention_strings, read_result, write_result
 from ..lora.inject import count_parameters
 from ..model.llama import Llama
 from ..model.precision import autocast
@@ -62,14 +62,15 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
         save(model, settings, folder, "last", world, record)
-        world.say(f"stopped by a signal after step {progress.cursor}; continue with --resume {folder}")
+        words = f"stopped by a signal after step {progress.cursor}; go on with: {called('train')} --resume {folder}"
+        world.say(words, result=True)
         sys.exit(128 + number)
 
     model.train()
     with (
         explained(job.placement.plan, world.device),
         Interrupt() as interrupt,
-        StepLog(folder, world, len(steps), progress.cursor) as log,
+        StepLog(folder, world, len(steps), progress.cursor, progress.best) as log,
     ):
         while True:
             if progress.evaluated < progress.cursor and job.is_evaluated(progress.cursor):
@@ -78,14 +79,22 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                     leave()
                 result, answers = scored
                 log.evaluation(progress.cursor, result)
+                progress.stale += 1
                 if result["micro"]["f1"] > progress.best:
-                    progress.best = result["micro"]["f1"]
+                    progress.best, progress.stale = result["micro"]["f1"], 0
                     save(model, settings, folder, "best", world, record, [result])
                     if world.is_main:
                         write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
                 save_progress(folder, optimizer, progress, settings.keep, world)
             if progress.cursor == len(steps):
+                break
+            if job.ends_early(progress.stale):
+                save(model, settings, folder, "last", world, record)
+                world.say(
+                    f"ended early after step {progress.cursor}: no better dev F1 than {100 * progress.best:.2f} "
+                    f"in {progress.stale} evaluations"
+                )
                 break
 
             epoch, step = steps[progress.cursor]
@@ -122,11 +131,13 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
 
     if "dev" not in job.splits:
         save(model, settings, folder, "best", world, record)
-        world.say(f"no development split; what was trained is in {folder / 'best'}")
+        world.say(f"no development split; what was trained is in {folder / 'best'}", result=True)
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
-    world.say(f"\ndevelopment split, best of {folder}:\n{format_report(result)}")
-    world.say(f"\nscore the test split with: python eval.py --run {folder} --split test")
+    report = format_report(result)
+    world.say(f"\ndevelopment split, best of {folder}:\n{report}", result=True)
+    world.say(f"\n{format_legend(result, report)}")
+    world.say(f"\nscore the test split with: {called('eval')} --run {folder} --split test")
     return result
 
 
@@ -160,6 +171,7 @@ class Progress:
     updates: int = 0  # of the parameters; a skipped step makes none
     evaluated: int = 0  # the step after which the model was last evaluated
     best: float = -1.0  # F1 on the development split
+    stale: int = 0  # evaluations since then
 
 
 def save_progress(folder: Path, optimizer: Optimizer, progress: Progress, keep: int, world: World) -> None:
@@ -174,7 +186,7 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     if world.is_main:
         clean_partial(folder)
     world.barrier()
-    checkpoint = load_checkpoint(folder, world.say)
+    checkpoint = load_checkpoint(folder, world.warn)
     if checkpoint is None:
         world.say(f"{folder} has no checkpoint yet: starting from the beginning")
         return Progress()

@@ -10,7 +10,8 @@ from functools import cached_property
 
 from torch import nn
 
-from ..lora.inject import KINDS, lora_layers, trainable_parameters
+from ..lora.inject import lora_layers, trainable_parameters
+from ..lora.kinds import KINDS
 from ..lora.layers import LoRALinear
 from ..model.llama import Llama
 from ..model.packing import Packing

@@ -1,4 +1,4 @@
-"""What a run reports: its first lines, then for each step one line for a person (tqdm) and one for a program (JSON)."""
+"""What a run reports: its first lines, then how far it is for a person, and a JSON line for each step for a program."""
 
 import json
 import math
@@ -6,18 +6,21 @@ import resource
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..corpus.documents import told
 from ..distributed.world import World
 from ..files import naming, replace_file
-from ..lora.inject import count_parameters, what_learns
+from ..lora.inject import count_parameters
+from ..lora.kinds import what_learns
 from ..model.attention import attention_kernel
 from ..model.llama import Llama
 from ..model.precision import DTYPES
+from ..progress import Bar
+from ..text_table import wrapped
 from .batch import Example
 from .job import Job
 from .step import Update
+from .timetable import expected
 
 
 def announce(job: Job, model: Llama, world: World) -> None:
@@ -29,11 +32,13 @@ def announce(job: Job, model: Llama, world: World) -> None:
     if world.device.type == "cuda":
         heads = model.config.num_attention_heads, model.config.head_dim
         on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+    time = expected(job, model, world)
     trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
     if not settings.adapts and "targets" not in settings.idle and model.tied:
         trained += " (embed and head are one matrix)"
     step = f"{settings.batch_sentences} sentences" if settings.batch_sentences else f"{settings.batch_tokens} tokens"
-    world.say(
+    epochs = job.steps[-1][0] + 1
+    said = (
         f"model      {settings.model} ({why['model']}), {counts['base']:,} parameters\n"
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
         f"data       {settings.data} ({why['data']}), "
@@ -45,16 +50,23 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + (" (one-label format)" if task.per_label else "")
         + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
         f"parallel   {job.placement}\n"
-        f"schedule   {settings.epochs} epochs, {len(job.steps)} steps of up to {step}, "
+        f"schedule   {epochs} epoch{'s' * (epochs > 1)}, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
-        f"output     {settings.out}\n"
+        + (f"time       {time}\n" if time else "")
+        + f"output     {settings.out}\n"
     )
+    world.say(wrapped(said, indent=11))
 
 
 class StepLog:
-    """One line for a person (tqdm), one JSON line a step for programs (metrics.jsonl)."""
+    """A bar or a line now and then for a person, one JSON line a step for programs (metrics.jsonl).
 
-    def __init__(self, folder: Path, world: World, total: int, done: int):
+    Args:
+        total, done: steps of the run, and those that were done before.
+        best: F1 of the best evaluation so far; negative before the first one.
+    """
+
+    def __init__(self, folder: Path, world: World, total: int, done: int, best: float = -1.0):
         self.world = world
         if not world.is_main:
             return
@@ -64,7 +76,8 @@ class StepLog:
             kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
             replace_file(path, "".join(line + "\n" for line in kept))
         self.path, self.file = metrics, metrics.open("a", buffering=1)
-        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", leave=not world.quiet)
+        self.bar = Bar("training", total, "step", done, hidden=world.terse, leave=not world.quiet)
+        self.best = best
 
     def __enter__(self) -> "StepLog":
         return self
@@ -106,15 +119,16 @@ class StepLog:
         }
         with naming(self.path):
             self.file.write(json.dumps(record) + "\n")
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens / seconds:.0f} tokens/s")
+        scored = f"dev F1 {100 * self.best:.2f}, " if self.best >= 0 else ""
+        self.bar.update(note=f"loss {loss:.4f}, {scored}{tokens / seconds:.0f} tokens/s")
 
     def evaluation(self, step: int, result: dict) -> None:
         if self.world.is_main:
             record = {"step": step} | {key: result[key] for key in ("micro", "types", "health", "speed")}
             with naming(self.evaluations), self.evaluations.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            with self.bar.external_write_mode():
+            self.best = max(self.best, result["micro"]["f1"])
+            with self.bar.aside():
                 self.world.say(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
 
 

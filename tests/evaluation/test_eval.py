@@ -231,7 +231,7 @@ def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
         (["--model", "weights/tiny", "--adapter", "weights", "--data", "data/sample"], "adapter_config.json"),
         (["--run", "RUN", "--run", "DISEASE", "--order", "Disease"], "two systems answer"),
         (["--run", "RUN/best"], "RUN/best: no run folder but a PEFT adapter in the run RUN"),
-        ([*MODEL, "--adapter", "RUN"], "RUN: no adapter folder but a run of train.py"),
+        ([*MODEL, "--adapter", "RUN"], "RUN: no adapter folder but a training run"),
         (
             ["--model", "RUN", "--data", "data/sample"],
             "its base model is weights/tiny, what it has learnt",
@@ -303,7 +303,7 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     flags = ["--run", str(run), *(places.get(flag, flag) for flag in FOREIGN[reason])]
     before = contents(run)
     run_command(evaluation.main, flags)
-    assert f"not the run's own result: {reason}" in capsys.readouterr().out
+    assert f"not the run's own result: {reason}" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit) as refused:
         run_command(evaluation.main, [*flags, "--out", str(run)])
     assert refused.value.code == 2 and reason in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     capsys.readouterr()
     code, output = verified(run, capsys)
     assert code == 1 and f"not the run's own result: {reason}" in output
-    assert f"eval.py --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
+    assert f"llamalora eval --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
 
 
 def test_a_run_scored_as_it_scores_itself(run, capsys):

@@ -91,7 +91,7 @@ def test_interrupted_in_a_phase(phase, number, tmp_path, flags, whole):
     code, output = run(tmp_path / "log", [*flags, "--out", folder], fault=fault)
     assert code == 128 + number and "Traceback" not in output, output
     if phase != "start":
-        assert f"continue with --resume {folder}" in output
+        assert f"go on with: python -m llamalora train --resume {folder}" in output
         done = len(metrics(folder))
         # what comes after a step has been summed up is seen in the next
         assert done == {"step": 8, "saving": 5}.get(phase, 10)

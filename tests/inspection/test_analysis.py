@@ -17,7 +17,8 @@ from llamalora.commands import inspect
 from llamalora.inspection import analysis, spectrum
 from llamalora.inspection.analysis import METRICS, Matrix, by_kind
 from llamalora.lora.adapter import save_adapter
-from llamalora.lora.inject import KINDS, inject_lora, lora_layers
+from llamalora.lora.inject import inject_lora, lora_layers
+from llamalora.lora.kinds import KINDS
 from llamalora.lora.peft_format import read_adapter
 from llamalora.model.checkpoint import save_model
 from llamalora.model.tensors import CheckpointError
@@ -438,9 +439,20 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
     (run / "config.json").write_text(json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3))}))
     assert "best: the run has saved no such model yet" in refusal(capsys, run)
     write_atomically(run / "best", lambda folder: save_adapter(adapted("q"), folder))
-    assert inspect.adapter_folder(str(run)) == run / "best"
+    assert inspect.sources(str(run)) == (run / "best", "m")
+    assert inspect.sources(str(run / "best")) == (run / "best", None)
+    message = refusal(capsys, run)
+    assert "its base model m is no longer there" in message and f"--model, or inspect {run / 'best'}" in message
+    save_model(tiny_model(), tmp_path / "base")
+    # with the base that it names, as with one that is given
+    settings = asdict(Settings(model=str(tmp_path / "base"), data="d", out="o", lr=1e-3))
+    main(["inspect", str(run), "--model", str(tmp_path / "base")])
+    given = capsys.readouterr().out
+    (run / "config.json").write_text(json.dumps({"settings": settings}))
+    main(["inspect", str(run), "--spectra"])
+    assert "intruders" in capsys.readouterr().out
     main(["inspect", str(run)])
-    assert capsys.readouterr().out.startswith("kind")
+    assert capsys.readouterr().out == given and given.startswith("kind") and "amplif." in given
     (run / "config.json").write_text(
         json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3, method="full"))})
     )

@@ -1,5 +1,6 @@
 """The table, the heat maps and the page of `inspect`: complete, well-formed, and without any other file."""
 
+import html
 import json
 import re
 import shutil
@@ -161,6 +162,36 @@ def test_pointing_at_cells_in_a_browser(page, opened):
     assert log[-1][2].startswith("output head: ") and float(log[-1][2].split()[-1]) == pytest.approx(norm, rel=1e-2)
 
 
+def test_nothing_is_cut_or_collides_at_any_width(page, opened):
+    """At the widths of a telephone, a laptop and a desk: nothing sticks out of the page or of what holds it, and no
+    two labels lie on each other."""
+    frames = "".join(
+        f'<iframe width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>' for width in (420, 1200, 1900)
+    )
+    script = """<script>
+    const clear = (a, b) => a.right <= b.left + 0.5 || a.bottom <= b.top + 0.5;
+    const collide = ([, a], [, b]) => !clear(a, b) && !clear(b, a);
+    onload = () => {
+      const found = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => {
+        const all = (query) => [...page.querySelectorAll(query)];
+        const labels = all("#grid > span, #panes text, td").map((e) => [e.textContent, e.getBoundingClientRect()]);
+        const pairs = labels.flatMap((one, k) => labels.slice(k + 1).map((other) => [one, other]));
+        return {
+          out: all("html, section, .scroll, #legend, #panes").filter((e) => e.scrollWidth > e.clientWidth + 1)
+            .map((e) => e.id || e.className || e.tagName),
+          collide: pairs.filter(([one, other]) => collide(one, other)).map(([[one], [other]]) => `${one} / ${other}`),
+          figures: all("td[data-kind=q]").length,
+        };
+      });
+      document.body.innerHTML = "<pre></pre>";
+      document.querySelector("pre").textContent = JSON.stringify(found);
+    };
+    </script>"""
+    dom = opened(f"<!DOCTYPE html><body>{frames}{script}</body>")
+    found = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", dom)[1]))
+    assert found == [{"out": [], "collide": [], "figures": 2 + len(report.METRICS)}] * 3
+
+
 # ---- heat maps ----
 
 
@@ -188,14 +219,18 @@ def test_a_heat_map_of_few_kinds(result, kinds, tmp_path):
 def test_the_table_shows_medians_and_extremes(result):
     table = report.format_table(result)
     lines = table.splitlines()
-    head = lines[0].split()
-    assert head[:3] == ["kind", "matrices", "parameters"] and len(head) > len(report.METRICS)
+    heads = [line.split() for line in lines if line.startswith("kind ")]
+    assert heads[0][:3] == ["kind", "matrices", "parameters"] and len(sum(heads, [])) > len(report.METRICS)
     assert [line.split()[0] for line in lines[1:10]] == list(result["kinds"])
+    assert all(len(line) <= 80 for line in lines)
     q = next(line for line in lines if line.startswith("q "))
     assert report.number(result["kinds"]["q"]["norm"]["median"]) in q.split()
     largest = max(result["matrices"], key=lambda matrix: matrix["norm"])
-    (extremes,) = [line for line in lines if line.strip().startswith("|dW| ")]
+    extremes, _ = [line for line in lines if line.strip().startswith("|dW| ")]
     assert extremes.split()[1] == report.label(largest)
+    # and what each word means
+    meanings = table.split("what the words mean\n")[1].splitlines()
+    assert [line.split("  ")[1].strip() for line in meanings] == [metric.short for metric in report.METRICS.values()]
     assert "nan" not in table and "None" not in table
 
 

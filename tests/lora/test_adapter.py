@@ -21,16 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llamalora.lora.adapter import load_adapter, save_adapter
-from llamalora.lora.inject import (
-    KINDS,
-    adapt,
-    inject_lora,
-    kind_of,
-    lora_layers,
-    merge,
-    parse_targets,
-    trainable_parameters,
-)
+from llamalora.lora.inject import adapt, inject_lora, lora_layers, merge, trainable_parameters
+from llamalora.lora.kinds import KINDS, kind_of, parse_targets
 from llamalora.lora.peft_config import read_peft_config
 from llamalora.model.tensors import CheckpointError
 

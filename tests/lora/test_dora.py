@@ -23,16 +23,8 @@ from torch.nn import functional as F
 
 from llamalora.lora.adapter import load_adapter, save_adapter
 from llamalora.lora.dora import Stretch, row_norms
-from llamalora.lora.inject import (
-    KINDS,
-    count_parameters,
-    inject_lora,
-    lora_layers,
-    merge,
-    parse_targets,
-    restore,
-    trainable_parameters,
-)
+from llamalora.lora.inject import count_parameters, inject_lora, lora_layers, merge, restore, trainable_parameters
+from llamalora.lora.kinds import KINDS, parse_targets
 from llamalora.lora.layers import LoRAEmbedding
 from llamalora.lora.peft_format import read_adapter
 from llamalora.model.tensors import CheckpointError

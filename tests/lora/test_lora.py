@@ -22,18 +22,16 @@ from helpers import (
 from torch.nn import functional as F
 
 from llamalora.lora.inject import (
-    KINDS,
     adapt,
     count_parameters,
     inject_lora,
-    kind_of,
     lora_layers,
     merge,
-    parse_targets,
     restore,
     train_weights,
     trainable_parameters,
 )
+from llamalora.lora.kinds import KINDS, kind_of, parse_targets
 from llamalora.lora.layers import LoRAEmbedding, LoRALinear, _FusedLinears, adapted_linear
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama, fan_out

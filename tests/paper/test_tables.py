@@ -18,7 +18,7 @@ from llamalora.distributed.world import World
 from llamalora.lora.inject import count_parameters, make_trainable
 from llamalora.model.checkpoint import read_config, skeleton
 from llamalora.model.config import LlamaConfig
-from llamalora.paper import cells, figures, findings, tables
+from llamalora.paper import cells, counted, figures, findings
 from llamalora.paper.cells import Runner
 from llamalora.paper.experiments import (
     BASE,
@@ -80,7 +80,7 @@ def every_table():
     return [
         table1(labels, 2, "chat"), table2(labels), table3(RANKS),
         table4(), ablation(config, 8), methods(),
-        recipe([1e-3], [1e-4]),
+        recipe({8: [1e-3]}, [1e-4]),
     ]  # fmt: skip
 
 
@@ -164,6 +164,10 @@ def test_what_is_written(done):
         assert name in text
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(result["curves"]) == 6 and all(curve["loss"] for curve in result["curves"].values())
+    rows = {tuple(row) for curve in result["curves"].values() for row in curve["rows"]}
+    names = ("Disease", "Chemical")
+    labels = {("2", f"{form}, per-label: {label}") for form in ("tagging", "extraction") for label in names}
+    assert rows == labels | {("2", "tagging, all"), ("2", "extraction, all")}
     assert result["settings"]["model"] == "tiny" and str(HOME) not in json.dumps(result)
 
 
@@ -244,23 +248,62 @@ def test_two_processes_fill_a_table_together(tmp_path):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout
     result = json.loads((out / "tables.json").read_text())
-    assert result["machine"]["processes"] == 2
+    assert result["made_by"]["machine"]["processes"] == 2
     assert ["f1" in row for row in result["tables"]["4"]["rows"]] == [True, True, False]
+
+
+def test_the_recipe_chooses_the_learning_rates_of_the_other_tables(monkeypatch, tmp_path):
+    """For each rank that with the best F1; a rank without trials takes that of the nearest."""
+    seen = []
+
+    def train(settings, world, resume=False):
+        seen.append((settings.method, settings.rank, settings.lr, settings.seed))
+        folder = Path(settings.out)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model": {}, "parameters": {"trainable": 7}}')
+        (folder / "metrics.jsonl").write_text('{"loss": 1.0, "seconds": 1.0}\n')
+        best = {2: 0.04, 32: 0.01}[settings.rank] if settings.method == "lora" else 0.002
+        by_document = dict.fromkeys(findings.CONVENTIONS, {"1": [1, 0, 1]})
+        f1 = {"micro": {"f1": 1 - abs(settings.lr - best)}}
+        return f1 | {"by_document": by_document, "health": {"exact_copy": 1}, "secondary": {}, "speed": {"seconds": 1}}
+
+    monkeypatch.setattr(cells, "train", train)
+    rates = ("--rates", "2=0.01,0.02,0.04", "--rates", "32=0.01,0.02", "--rates", "full=0.001,0.002,0.003")
+    result = run_tables("recipe", out=tmp_path, flags=(*SHORT, "--seeds", "0,1", *rates))
+    assert len(seen) == 8 and {seed for *_, seed in seen} == {0}
+    assert result["settings"]["rates"] == {"2": 0.04, "32": 0.01} and result["settings"]["lr_full"] == 0.002
+    assert [cells.rate(rank, {2: 0.04, 32: 0.01}, None) for rank in (1, 2, 7, 8, 9, 128)] == [0.04] * 4 + [0.01] * 2
+    assert cells.rate(8, {}, 0.5) == 0.5
+    table, runner = methods(), Runner(BASE_SETTINGS, (0,), tmp_path, World(), 0.002, {2: 0.04, 32: 0.01})
+    used = {row.name: runner.cells(row, 0)[0].settings.lr for row in table.rows}
+    assert used["DoRA"] == 0.04 and used["full fine-tuning of the same layers"] == 0.002
+
+
+def test_a_kept_cell_says_what_it_was_made_by(done):
+    out, result = done
+    for path in out.glob("cells/*.json"):
+        kept = json.loads(path.read_text())
+        assert kept["made_by"] == result["made_by"] and kept["made_by"]["machine"]["processes"] == 1
+        assert len(kept["runs"]) == path.name.count("+") + 1 and str(HOME) not in json.dumps(kept)
+    assert len(list(out.glob("cells/*+*.json"))) == 2  # the systems of one model per label
 
 
 # ---- tables without runs ----
 
 
-def test_tables_5_to_8_need_no_model(tmp_path, capsys):
+def test_tables_5_to_8_need_no_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llamalora.runs.resolve.read_config", None)  # a call would be a traceback
     run_command(command, ["tables", "5", "6", "7", "8", "--data", str(HOME / "data/sample"), "--out", str(tmp_path)])
-    text = (tmp_path / "tables.md").read_text()
-    assert text.strip() in capsys.readouterr().out and not (tmp_path / "cells").exists()
+    text, shown = (tmp_path / "tables.md").read_text(), capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
+    text, shown = (" ".join(form.replace("```", "").replace("## ", "").split()) for form in (text, shown))
+    assert text in shown and not (tmp_path / "cells").exists()
     for words in ("(Table 5: 4,182)", "it differs for q,k at r=64 and q,k,v at r=64", "329,056,256 ✓"):
         assert words in text
 
 
 def test_the_formats_of_table_6_come_out_exactly():
-    lines = tables.formats()
+    lines = counted.formats()
     assert len(lines) == 6 and all(line.endswith(" ✓") for line in lines)
     for line, answer in zip(lines, TABLE6.values(), strict=True):
         assert answer in line
@@ -276,7 +319,9 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("1", "--model", "nowhere"): "no such model folder",
         ("1", "--demonstrations", "9999"): "--demonstrations: the training split has no more than 417 sentences",
         ("4", "--lr-full", "nan"): "--lr-full is nan",
-        ("recipe", "--rates", "nan"): "--rates nan",
+        ("recipe", "--rates", "8=nan"): "--rates 8 nan",
+        ("recipe", "--rates", "1e-3"): "--rates 1e-3: write RANK=LR,LR,...",
+        ("recipe", "--rates", "full=1e-3"): "--rates: name a rank, too",
         ("1", "--out", str(HOME / "README.md")): "is a file",
         ("5", "--seeds", "1"): "--seeds: no effect on tables that train nothing",
         ("7", "--data", "data/sample"): "--data: no effect",
@@ -285,8 +330,8 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("2", "--chat-model", "weights/tiny", "--demonstrations", "2"): "--chat-model, --demonstrations: no effect",
         ("1", "--ranks", "2"): "--ranks: no effect",
         ("1", "--rates", "1e-3"): "--rates: no effect",
-        ("2", "recipe", "--lr-full", "1e-3"): "--lr-full: no effect",
-        ("recipe", "5", "--lr", "1e-3"): "--lr: no effect on recipe",
+        ("4", "recipe", "--lr-full", "1e-3"): "--lr-full: no effect beside recipe",
+        ("recipe", "5", "--lr", "1e-3"): "--lr: no effect beside recipe",
         ("1", "--predictions", "x=README.md"): "--predictions: no effect",
     }.items():
         with pytest.raises(SystemExit) as stop:
@@ -334,6 +379,25 @@ def test_seeds_are_averaged_and_their_counts_pooled():
     assert judged["verdict"] == "holds" and judged["low"] > 0
     failed = findings.summarise(table, {("a",): good, ("b",): [{"error": "gone"}], ("cited",): []})
     assert "not decided" in failed["claims"][0]["by"]["exact"]["verdict"]
+
+
+def test_a_run_is_drawn_in_every_table_that_it_is_in(tmp_path, monkeypatch):
+    panels = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda figure, path: panels.extend(figure.axes))
+    losses = {"one": [3.0, 2.0], "two": [2.0, 1.0], "again": [2.5, 1.0]}
+    rows = {"one": [["3", "all, 128"], ["4", "LoRA"]], "two": [["4", "full"]], "again": [["4", "full"]]}
+    curves = {name: {"loss": losses[name], "seconds": 1, "rows": rows[name]} for name in rows}
+    figures.save_curves(curves, tmp_path / "curves.png")
+    three, four = ([(list(line.get_ydata()), line.get_color(), line.get_linestyle()) for line in axes.lines]
+                   for axes in panels)  # fmt: skip
+    assert [y for y, *_ in three] == [losses["one"]] and [y for y, *_ in four] == list(losses.values())
+    # a row's seeds look alike, and like nothing else
+    assert four[1][1:] == four[2][1:] and four[0][1] != four[1][1] and four[0][2] != four[1][2]
+    assert [text.get_text() for text in panels[1].get_legend().get_texts()] == ["LoRA", "full"]
+    for axes in panels:
+        minor = axes.yaxis.get_tick_params(which="minor")["length"]
+        assert minor < axes.yaxis.get_tick_params(which="major")["length"]
 
 
 def test_the_figure_of_table_3(tmp_path):

@@ -1,13 +1,19 @@
 """What is checked before a model is loaded."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
+from llamalora import files
+from llamalora.runs.resolve import resolve
+from llamalora.runs.settings import Settings
 from llamalora.runs.setup import check_tags
 from llamalora.task.definition import Task
 from llamalora.task.tokenizer import TokenizerError, load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 TASK = Task("tagging", ("Disease",), per_label=False)
 
 
@@ -31,3 +37,39 @@ def test_ordinary_tokenizers_keep_tags(tiny_bytelevel, tiny_sentencepiece):
     for folder in (tiny_bytelevel, tiny_sentencepiece):
         for task in (TASK, Task("extraction", ("Disease",), per_label=True)):
             check_tags(task, load_tokenizer(folder), str(folder))
+
+
+# ---- where model and data are ----
+
+
+def test_the_working_folder_comes_before_the_clone_and_that_before_what_is_built_in(tmp_path, monkeypatch):
+    """For a package that runs from a clone, and for one that a wheel has brought."""
+
+    def found() -> tuple[str, ...]:
+        settings, why = resolve(Settings(), torch.device("cpu"))
+        assert settings.out.startswith("runs/") and settings.out.endswith(f"-r8-{Path(settings.model).name}")
+        places = (str(Path(place).relative_to(tmp_path)) for place in (settings.model, settings.data))
+        return (*places, why["model"], why["data"])
+
+    for name in ("clone", "site/llamalora"):
+        for built_in in files.BUILT_IN:
+            shutil.copytree(ROOT / built_in, tmp_path / name / built_in)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    missing = tuple(f"built in, since {place} is not there" for place in ("weights/llama-2-7b", "data/bc5cdr"))
+    there = ("found at weights/llama-2-7b", "found at data/bc5cdr")
+    for package, carried in (("clone/llamalora", "clone"), ("site/llamalora", "site/llamalora")):
+        monkeypatch.setattr(files, "PACKAGE", tmp_path / package)
+        assert found() == (f"{carried}/weights/tiny", f"{carried}/data/sample", *missing)
+    for place in ("clone", "site", "here"):
+        shutil.copytree(ROOT / "weights/tiny", tmp_path / place / "weights/llama-2-7b")
+        (tmp_path / place / "data/bc5cdr").mkdir(parents=True)
+        if place == "site":  # beside an installed package stand other packages
+            assert found() == ("site/llamalora/weights/tiny", "site/llamalora/data/sample", *missing)
+        if place == "clone":
+            monkeypatch.setattr(files, "PACKAGE", tmp_path / "clone/llamalora")
+            assert found() == ("clone/weights/llama-2-7b", "clone/data/bc5cdr", *there)
+            monkeypatch.setattr(files, "PACKAGE", tmp_path / "site/llamalora")
+    for package in ("clone/llamalora", "site/llamalora"):
+        monkeypatch.setattr(files, "PACKAGE", tmp_path / package)
+        assert found() == ("here/weights/llama-2-7b", "here/data/bc5cdr", *there)

@@ -77,7 +77,7 @@ def test_the_table_of_cards(monkeypatch):
     """Of the 7B alone, for speed; every cell is the plan's."""
     monkeypatch.setattr(hardware, "LLAMA_2", {"llama-2-7b": SEVEN})
     cells = {(cell["method"], cell["card"]): cell for cell in hardware.table()}
-    assert len(cells) == len(hardware.METHODS) * len(hardware.CARDS)
+    assert len(cells) == len(hardware.METHODS) * len(hardware.COLUMNS)
     assert cells["LoRA on all, r=128", "V100 16 GB"]["fewest_gpus"] == 2
     assert cells["LoRA on all, r=128", "RTX 24 GB"]["fewest_gpus"] == 1
     assert cells["full", "A100 40 GB"]["fewest_gpus"] <= 8

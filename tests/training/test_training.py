@@ -17,7 +17,8 @@ from helpers import (
 from torch.nn import functional as F
 
 from llamalora.distributed.world import World
-from llamalora.lora.inject import KINDS, inject_lora, lora_layers, train_weights, trainable_parameters
+from llamalora.lora.inject import inject_lora, lora_layers, train_weights, trainable_parameters
+from llamalora.lora.kinds import KINDS
 from llamalora.model.precision import DTYPES, autocast, choose_precision
 from llamalora.runs.state import load_checkpoint, save_checkpoint
 from llamalora.training import step as training_step

@@ -1,0 +1,297 @@
+"""The plan of a run's time: what is counted against what torch counts, rates by hand, and an independent model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from llamalora.__main__ import main
+from llamalora.cli import UsageError, run_command
+from llamalora.distributed.world import World
+from llamalora.lora.inject import count_parameters, make_trainable
+from llamalora.model.checkpoint import skeleton
+from llamalora.model.config import LLAMA_2
+from llamalora.training import timetable
+from llamalora.training.arithmetic import FORMS, Batch, Form, Part, Work, micro_batches, model_flops
+from llamalora.training.batch import Example, MicroBatch, plan_epoch
+from llamalora.training.cards import CARDS, recognise
+from llamalora.training.duration import Links, Machine
+from llamalora.training.memory import GIB, LENGTHS, typical
+from llamalora.training.placement import Placement
+from llamalora.training.step import backward
+from llamalora.training.timetable import Corpus
+
+pytestmark = pytest.mark.quick
+SHARED = Path(__file__).parents[3] / "shared/data"
+SETUPS = [("lora", "all", False), ("lora", "q", False), ("lora", "down", False), ("lora", "head", False),
+          ("lora", "o,up", True), ("full", "all", False), ("partial", "q,v", False),
+          ("partial", "embed,down", False), ("partial", "head", False)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seven():
+    return make_trainable(skeleton(LLAMA_2["llama-2-7b"]), "lora", "all", 128)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus.bc5cdr()
+
+
+def training(machine: Machine, work: Work, corpus: Corpus, batch_tokens: int, micro_tokens: int):
+    steps = plan_epoch(corpus.lengths, batch_tokens, seed=0, epoch=0)[: 100_000 // batch_tokens]
+    return machine.training(
+        work, micro_batches(corpus.lengths, corpus.supervised, steps, machine.links.size, micro_tokens)
+    )
+
+
+# ---- what is counted ----
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("method, targets, dora", SETUPS)
+def test_products_are_those_that_torch_counts(method, targets, dora, recompute):
+    model = make_trainable(tiny_model(num_hidden_layers=3), method, targets, rank=5, dora=dora).train()
+    examples = [Example(tuple(range(3, 4 + length)), max(1, length // 2)) for length in (40, 30, 20, 10)]
+    batch, supervised = MicroBatch.of(examples, torch.device("cpu")), sum(one.supervised for one in examples)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **how: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        backward(model, batch, supervised, torch.amp.GradScaler("cpu", enabled=False), "fp32", recompute)
+    of = Work(model, "fp32", recompute).products
+    counted = batch.ids.numel() * (of["weights"] + of["updates"]) + supervised * of["head"] + of["norms"]
+    assert counted == counter.get_total_flops()
+
+
+def test_the_flops_of_mfu(seven):
+    """28.8 GFLOP a token of 512, all of them supervised: 4 a frozen parameter, 6 one of LoRA's, and attention."""
+    assert model_flops(seven, Batch.of([512], 1.0)) / 512 == pytest.approx(28.8e9, rel=0.005)
+    frozen, lora, attention = 6_738_415_616 - 32000 * 4096, 329_056_256, 6 * 32 * 4096 * 512
+    assert model_flops(seven, Batch.of([512], 1.0)) / 512 == 4 * frozen + 6 * lora + attention
+    full = make_trainable(skeleton(LLAMA_2["llama-2-7b"]), "full")
+    assert model_flops(full, Batch.of([512], 1.0)) / 512 == 6 * frozen + attention
+
+
+def test_a_padded_rectangle(seven):
+    batch = Batch.of([30, 10, 20], 0.5)
+    assert batch == Batch(tokens=60, supervised=30, squares=1400, slots=90, slot_squares=2700)
+    padded, plain = (Work(seven, "bf16", form=Form(padded=one)).parts(batch) for one in (True, False))
+    assert padded["attention"].flops / plain["attention"].flops == 2700 / 1400
+    assert plain["attention"].flops == 32 * 4096 * 1400 * 7  # 2 L D forward, half of it by causality; 2.5 times back
+    assert padded["rows of attention"].bytes > 3 * plain["rows of attention"].bytes
+
+
+def test_the_corpus_is_as_long_as_the_memory_plan_thinks(corpus):
+    assert len(corpus.lengths) == 4579
+    for ours, theirs in zip(typical(corpus.lengths), LENGTHS, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.02)
+    assert 0.58 < corpus.supervised < 0.59
+
+
+def test_the_corpus_is_as_long_as_bc5cdr(corpus, tmp_path):
+    if not (SHARED / "bc5cdr").is_dir():
+        pytest.skip(f"{SHARED / 'bc5cdr'} is not there")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["llama-2-7b"].to_dict()))
+    (tmp_path / "tokenizer.model").symlink_to(SHARED / "llama2-tokenizer/tokenizer.model")
+    real = Corpus.read(str(SHARED / "bc5cdr"), str(tmp_path))
+    assert (len(real.lengths), sum(real.lengths), real.evaluated) == (4579, 489_663, corpus.evaluated)
+    assert sum(corpus.lengths) == pytest.approx(sum(real.lengths), rel=0.01)
+    assert (corpus.prompt, corpus.answer) == pytest.approx((real.prompt, real.answer), abs=0.05)
+
+
+# ---- rates, by hand ----
+
+
+def test_the_slowest_of_arithmetic_memory_and_kernels():
+    machine = Machine(CARDS["H100"])
+    assert machine.seconds(Part(flops=0.72 * 989e12, bytes=1.0), "bf16") == pytest.approx(1)
+    assert machine.seconds(Part(flops=0.36 * 989e12, small=True), "bf16") == pytest.approx(1)
+    assert machine.seconds(Part(flops=0.72 * 67e12), "fp32") == pytest.approx(1)
+    assert machine.seconds(Part(flops=1.0, bytes=0.85 * 3350e9), "bf16") == pytest.approx(1)
+    assert machine.seconds(Part(bytes=1.0, kernels=5e5), "bf16") == pytest.approx(1)
+
+
+def test_exchange_over_links():
+    assert Links(4, 1, 100, 10).seconds(80e9, 0) == pytest.approx(0.75)  # three of four parts, at 80 %
+    assert Links(4, 1, 100, 10).seconds(0, 4) == pytest.approx(1e-4)
+    assert Links(4, 2, 100, 10).seconds(8e9, 0) == pytest.approx(0.875)  # seven of eight, through the network
+    assert Links(1, 2, 5, 10).seconds(8e9, 0) == pytest.approx(0.5)  # on no link inside a node
+    assert Links().seconds(1e12, 100) == 0
+
+
+def test_ddp_sums_gradients_and_fsdp_gathers_parameters(seven):
+    work, links = Work(seven, "fp16"), Links(4, 1, 150)
+    assert Machine(CARDS["V100-32"], links).update(work)["links"] == links.seconds(2 * 4 * 329_056_256, 452)
+    assert Machine(CARDS["V100-32"]).update(work)["links"] == 0
+    spread = Machine(CARDS["V100-16"], links, sharded=True)
+    taken = spread.micro_batch(work, Batch.of([100], 0.6))
+    gathered = 2 * 2 * sum(count_parameters(seven).values()) + 4 * 329_056_256
+    assert sum(taken.values()) == pytest.approx(links.seconds(gathered, 99)) and taken["links"] > 0
+    assert spread.update(work)["optimizer"] == pytest.approx(48 * 329_056_256 / 4 / (0.85 * 900e9))
+
+
+def test_a_small_micro_batch_waits_for_the_host(seven):
+    """A launch of 9.2 microseconds for each of 8,300 kernels: 77 ms."""
+    taken = Machine(CARDS["H100"]).micro_batch(Work(seven, "bf16"), Batch.of([100] * 2, 0.6))
+    assert sum(taken.values()) == pytest.approx(0.077, rel=0.01) and taken["host"] > 0.04
+
+
+# ---- beside an independent model with the same assumptions, which was reckoned from kernels one by one ----
+
+
+@pytest.mark.parametrize("card, tokens, precision, shares", [
+    ("H200", 4096, "bf16", (0.44, 0.48, 0.60)),
+    ("H100", 4096, "bf16", (0.38, 0.42, 0.56)),
+    ("V100-16", 2048, "fp16", (0.52, 0.54, 0.64)),
+])  # fmt: skip
+def test_shares_of_peak(card, tokens, precision, shares, seven, corpus):
+    for form, expected in zip(FORMS.values(), shares, strict=True):
+        planned = training(Machine(CARDS[card]), Work(seven, precision, form=form), corpus, tokens, tokens)
+        of_passes = planned.mfu * planned.seconds / (planned.seconds - planned.parts["optimizer"])
+        assert of_passes == pytest.approx(expected, abs=0.025)
+
+
+@pytest.mark.parametrize("inside, tokens, minutes", [(150, 1024, 2), (12.5, 1024, 19), (150, 8192, 1.25)])
+def test_four_v100_over_nvlink_and_pcie(inside, tokens, minutes, seven, corpus):
+    machine = Machine(CARDS["V100-16"], Links(4, 1, inside), sharded=True)
+    planned = training(machine, Work(seven, "fp16", recompute=1 if tokens > 1024 else 0), corpus, tokens, 3000)
+    steps = {1024: 512, 8192: 61}[tokens]
+    assert planned.seconds / planned.steps * steps / 60 == pytest.approx(minutes, rel=0.2)
+
+
+def test_summing_gradients_of_seven_billion(seven):
+    assert 0.015 < Machine(CARDS["H100"], Links(4, 1, 450)).update(Work(seven, "bf16"))["links"] < 0.020
+
+
+@pytest.mark.parametrize("card, graphed, speed", [("H200", 0, 114), ("H200", 1, 265), ("H100", 1, 193)])
+def test_decoding_one_sentence(card, graphed, speed, seven):
+    seconds = Machine(CARDS[card]).decoding(Work(seven, "bf16"), 1, 1, 64, bool(graphed))
+    assert 1 / seconds == pytest.approx(speed, rel=0.04)
+
+
+# ---- more of anything is never slower ----
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_more_is_never_slower(parallel, seven, corpus):
+    card = CARDS["A100-40"]
+
+    def seconds(gpus=2, nodes=1, inside=300.0, network=25.0, form=FORMS["attention padded"], **faster):
+        machine = Machine(replace(card, **faster), Links(gpus, nodes, inside, network), parallel == "fsdp")
+        return training(machine, Work(seven, "bf16", form=form), corpus, 32768, 2048).seconds
+
+    usual = seconds()
+    assert seconds(gpus=4) < usual and seconds(gpus=8) < seconds(gpus=4)
+    assert seconds(bandwidth=2 * card.bandwidth) < usual > seconds(teraflops={"bf16": 600})
+    assert seconds(inside=10) > usual >= seconds(inside=600)
+    assert seconds(gpus=2, nodes=2, network=5) > seconds(gpus=2, nodes=2) > seconds(gpus=4)
+    unpadded, compiled = (seconds(form=FORMS[name]) for name in ("attention unpadded", "and compiled"))
+    assert compiled < unpadded < usual
+
+
+def test_recomputation_and_sentences_side_by_side(seven, corpus):
+    machine = Machine(CARDS["A100-40"])
+    none, half, all_ = (training(machine, Work(seven, "bf16", k), corpus, 4096, 4096).seconds for k in (0, 2, 1))
+    assert none < half < all_ < 1.5 * none
+    work = Work(seven, "bf16")
+    assert machine.sentences_a_second(work, 32, 45, 63) > 5 * machine.sentences_a_second(work, 1, 45, 63)
+
+
+# ---- cards ----
+
+
+@pytest.mark.parametrize("name, gib, card", [
+    ("Tesla V100-SXM2-16GB", 15.77, "V100-16"),
+    ("Tesla V100-SXM3-32GB", 31.7, "V100-32"),
+    ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"),
+    ("NVIDIA A100-SXM4-80GB", 79.2, "A100-80"),
+    ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
+    ("NVIDIA H200", 139.8, "H200"),
+    ("NVIDIA GeForce RTX 4090", 23.5, "RTX-4090"),
+    ("NVIDIA GeForce RTX 4090 D", 23.5, None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+    ("NVIDIA H100 PCIe", 79.1, None),
+    ("Tesla V100-PCIE-16GB", 15.77, None),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 19.6, None),
+    ("NVIDIA GH200 480GB", 94.5, None),
+    ("Tesla T4", 14.6, None),
+])  # fmt: skip
+def test_cards_by_their_names(name, gib, card):
+    assert recognise(name, int(gib * GIB)) == card
+
+
+# ---- what a person sees ----
+
+
+def job_of(model, lengths):
+    examples = [Example(tuple(range(length + 1)), length // 2) for length in lengths]
+    settings = SimpleNamespace(precision="bf16")
+    steps = [(epoch, [index]) for epoch in range(2) for index in range(len(lengths))]
+    placement = Placement("ddp", 2048, 0, None, "")
+    return SimpleNamespace(examples=examples, lengths=lengths, settings=settings, steps=steps, placement=placement)
+
+
+def test_a_run_says_what_it_expects_where_its_gpu_is_known(seven, monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    job, on_gpu = job_of(seven, [500] * 120), World(device=torch.device("cuda", 0))
+    assert timetable.expected(job, seven, World()) is None
+    # 500 tokens wait for the host, 77 ms, and are followed by the optimizer: 40 bytes a parameter
+    assert timetable.expected(job, seven, on_gpu) == "10 s an epoch, as planned for 1 x H100 at 18% of its peak"
+    properties.name = "NVIDIA L4"
+    assert timetable.expected(job, seven, on_gpu) is None
+    properties.name, properties.total_memory = "Tesla V100-SXM2-16GB", 15.77 * GIB
+    assert timetable.expected(job, seven, on_gpu) is None  # which computes no bf16
+
+
+def test_audit_prints_times_and_assumptions(capsys, monkeypatch):
+    flags = ["audit", "--model", "weights/tiny", "--time", "--gpu", "A100-40"]
+    main([*flags, "--nodes", "2", "--network", "50", "--data", "data/sample", "--batch-tokens", "256"])
+    text = capsys.readouterr().out
+    assert "in each of 2 nodes" in text and "50 GB/s  assumed (--network)" in text and "data/sample" in text
+    placement = Placement("ddp", 2048, 0, None, "as the plan says")
+    monkeypatch.setattr(timetable, "fit", lambda *_: placement)  # seconds of a search, which has its own tests
+    main([*flags, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    forms = result["training"]
+    assert list(forms) == list(FORMS) and result["precision"] == "bf16" and result["epochs"] == 3
+    for form in forms.values():
+        assert sum(form["parts"].values()) == pytest.approx(form["seconds_an_epoch"])
+        run = result["epochs"] * (form["seconds_an_epoch"] + form["seconds_an_evaluation"]) / 3600
+        assert form["hours_a_run"] == pytest.approx(run)
+    main(flags)
+    text = capsys.readouterr().out
+    for words in ("planned, not measured", "4 x A100-40, bf16, ddp", "300 GB/s", "2.5 hours an epoch", "72%  assumed"):
+        assert words in text
+    assert "--network" not in text
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--time", "--gpu", "K80"], "invalid choice"),
+    (["--time", "--precision", "bf16"], "a V100-16 has fp16 and fp32"),
+    (["--time", "--link", "0"], "--link is 0; it must be above 0"),
+    (["--time", "--nodes", "2", "--network", "nan"], "--network is nan"),
+    (["--time", "--network", "10"], "--network: no effect on one node"),
+    (["--time", "--gpus", "1", "--link", "10"], "--link: no effect on one GPU"),
+    (["--time", "--micro-tokens", "9"], "--micro-tokens: no effect with --time"),
+    (["--time", "--data", "data/sample"], "give a model folder"),
+    (["--time", "--gpus", "2000"], "at most 1,024 GPUs"),
+    (["--memory", "--gpu", "H100"], "--gpu: no effect without --time"),
+    (["--time", "--batch-tokens", "0"], "--batch-tokens is 0"),
+    (["--time", "--memory"], "not allowed with"),
+])  # fmt: skip
+def test_flags_that_cannot_be(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, ["audit", *flags])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_corpus_that_cannot_be_read(tmp_path):
+    with pytest.raises(Exception, match="no training split|no corpus"):
+        Corpus.read(str(tmp_path), "weights/tiny")
+    with pytest.raises(UsageError, match="at most"):
+        timetable.table(None, None, None, "H100", Links(64, 64))
