@@ -134,6 +134,7 @@ def command(result: dict) -> str:
     """What the results were made with, but for where model and data lay."""
     defaults = {field.name: field.default for field in fields(Settings)}
     settings = dict(result["settings"])
+    settings.pop("batch_tokens", None)  # steps of tables are sentences
     flags = [f"--seeds {','.join(map(str, result['seeds']))}"]
     if settings["eval_limit"]:
         flags.append(f"--limit-eval {settings.pop('eval_limit')}")

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
 from ..lora import counts
 from ..lora.inject import make_trainable
@@ -20,6 +22,7 @@ from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
 from ..paper.printed import TABLE8
+from ..runs.resolve import step_tokens
 from ..runs.settings import Settings
 from ..text_table import aligned, legend, used, wrapped
 from ..training import duration, hardware, timetable
@@ -125,8 +128,10 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
     """What `train` would plan with ddp and with fsdp, on examples as long as BC5CDR's, and which it would take."""
     names = ("method", "targets", "rank", "dora", "micro_tokens", "activation_checkpointing")
     precision = arguments.precision or "fp16"
-    settings = Settings(precision=precision, **{name: getattr(arguments, name) for name in names})
-    gpus, step = arguments.gpus, settings.batch_tokens
+    gpus = arguments.gpus
+    step = step_tokens(torch.device("cuda"), gpus)
+    chosen = {name: getattr(arguments, name) for name in names}
+    settings = Settings(precision=precision, batch_tokens=step, **chosen)
     result = {"gpus": gpus, "capacity": capacity, "precision": precision, "batch_tokens": step}
     auto = fit(model, settings, LENGTHS, gpus, capacity)
     for parallel in ("ddp", "fsdp"):
@@ -149,7 +154,8 @@ def time_plan(arguments: argparse.Namespace, model: Llama) -> dict:
         raise UsageError(f"--data: --model {arguments.model} is a name without a tokenizer; give a model folder")
     corpus = Corpus.read(arguments.data, arguments.model) if arguments.data else Corpus.bc5cdr()
     links = Links(arguments.gpus, arguments.nodes, arguments.link or card.link, arguments.network)
-    settings = Settings(precision=arguments.precision or card.half, batch_tokens=arguments.batch_tokens)
+    step = arguments.batch_tokens or step_tokens(torch.device("cuda"), links.size)
+    settings = Settings(precision=arguments.precision or card.half, batch_tokens=step)
     return timetable.table(model, settings, corpus, arguments.gpu, links) | {"paper": TABLE8}
 
 

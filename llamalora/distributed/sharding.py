@@ -23,11 +23,27 @@ from .world import World
 T = TypeVar("T")
 
 
-def shard(model: Llama, world: World, dtype: torch.dtype) -> None:
+def whole_blocks(model: Llama, processes: int, width: int, free: int) -> int:
+    """How many blocks' frozen weights every process can keep whole in so many free bytes, beyond its own rows of them:
+    what is whole need not be gathered in each pass.
+
+    Args:
+        width: bytes of a value.
+    """
+    frozen = max(sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in model.model.layers)
+    more = width * frozen * (processes - 1) // processes
+    return min(len(model.model.layers), max(0, free) // more) if more else 0
+
+
+def shard(model: Llama, world: World, dtype: torch.dtype, whole: int = 0) -> None:
     """Spreads a model, which may be on the meta device, over all processes, in place.
 
     Parameters stay in their own dtype where they are kept, and are gathered in `dtype` for the products.
     Gradients are summed (the loss is a share of the whole step's already) in fp32.
+
+    Args:
+        whole: blocks of which every process keeps all frozen weights, which must be in `dtype`. They stand evenly among
+            the others, so that what is gathered next has a block more to hide behind.
     """
     # here, since these take a second to import and few runs need them
     from torch.distributed.device_mesh import init_device_mesh
@@ -35,10 +51,15 @@ def shard(model: Llama, world: World, dtype: torch.dtype) -> None:
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-        part.set_gradient_divide_factor(1.0)  # FSDP would make means
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+    blocks = list(model.model.layers)
+    kept = [block for i, block in enumerate(blocks) if (i + 1) * whole // len(blocks) > i * whole // len(blocks)]
+    frozen = {parameter for block in kept for parameter in block.parameters() if not parameter.requires_grad}
+    assert all(parameter.dtype == dtype for parameter in frozen), "nothing converts what is not gathered"
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        spread = cast(Any, part)
+        spread.set_gradient_divide_factor(1.0)  # FSDP would make means
+        spread.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     # a method of the model, so that FSDP can gather its outer group around whatever `within` runs
     model.__dict__["compute"] = lambda function: function()
     register_fsdp_forward_method(model, "compute")

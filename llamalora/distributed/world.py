@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..errors import RunError
 
@@ -72,21 +71,6 @@ class World:
         box = [item]
         dist.broadcast_object_list(box, src=0)
         return box[0]
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces each gradient by its sum over all processes, in place: no second copy, no buckets.
-
-        A process that had no example this step contributes zeros.
-        """
-        if self.size == 1:
-            return
-        pending = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            pending.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in pending:
-            work.wait()
 
 
 @contextmanager

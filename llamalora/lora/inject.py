@@ -1,13 +1,16 @@
 """Low-rank updates put into a model that never mentions them, merged into its weights, and taken out again."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import InputError
+from ..model.tensors import is_sharded
+from .fused import scaled
 from .kinds import METHODS, kind_of, parse_targets
 from .layers import PARTS, LoRAEmbedding, LoRALayer, LoRALinear
 
@@ -156,6 +159,30 @@ def restore(model: Model) -> Model:
     for layer in lora_layers(model).values():
         layer.restore()
     return model
+
+
+@contextmanager
+def cast_factors(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every linear layer's factors in the products' dtype, cast once for all passes until this ends, and not by each.
+
+    Factors must not change meanwhile: it is for the micro-batches of an optimizer step. Gradients are those of the fp32
+    factors, as ever. Those that are sharded, or in that dtype already, are left alone, and so are layers with dropout,
+    through which autograd itself goes.
+    """
+    linear = [layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear) and not layer.dropout]
+    layers = [one for one in linear if one.lora_A.dtype != dtype and not is_sharded(one.lora_A)]
+    with torch.no_grad():
+        fp32 = [part for one in layers for part in (one.lora_A, scaled(one.lora_B, one.scale))]
+        cast = [torch.empty_like(part, dtype=dtype) for part in fp32]
+        if layers:
+            torch._foreach_copy_(cast, fp32)  # a few kernels on a GPU, however many layers there are
+    for layer, A, B in zip(layers, cast[::2], cast[1::2], strict=True):
+        layer.cast = A, B
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

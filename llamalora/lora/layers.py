@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..model.tensors import is_sharded, own_rows, placed, whole
 from .dora import Stretch, initial_magnitude, normalise_, row_norms
+from .fused import Factors, FusedLinears
 
 PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
 
@@ -33,56 +34,6 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def adapted_linear(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """h = W0 x + scale * B A x (the paper's equation 2): what every form below computes, and is tested against."""
     return F.linear(x, W0) + low_rank(x, A, B, scale)
-
-
-class _FusedLinears(torch.autograd.Function):
-    """`adapted_linear` for several layers with one input and W0 frozen.
-
-    Beside autograd's own form this reads x once for all A and sums the gradients of x, like the outputs, in the
-    products' accumulators; and it keeps no half-precision copy of A, B or x between forward and backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype, scales: Sequence[float], *matrices: Tensor) -> tuple[Tensor, ...]:
-        """`matrices` are W0, A and B of the first layer, then those of the next."""
-        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
-            inner = F.linear(rows, torch.cat(As).to(dtype))  # (N, all R)
-            outputs = [F.linear(rows, weight.to(dtype)) for weight in weights]
-            for y, part, B, scale in zip(outputs, _split(inner, As), Bs, scales, strict=True):
-                y.addmm_(part, (B * scale).to(dtype).T)
-        ctx.save_for_backward(x, inner, *matrices)
-        ctx.dtype, ctx.scales = dtype, scales
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        x, inner, *matrices = ctx.saved_tensors
-        weights, As, Bs = matrices[::3], matrices[1::3], matrices[2::3]
-        dtype, grad_x = ctx.dtype, None
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            scaled = [(B * scale).to(dtype) for B, scale in zip(Bs, ctx.scales, strict=True)]
-            grad_inner = torch.cat([grad @ B for grad, B in zip(flat, scaled, strict=True)], dim=1)  # (N, all R)
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_inner @ torch.cat(As).to(dtype)
-                for grad, weight in zip(flat, weights, strict=True):
-                    grad_x.addmm_(grad, weight.to(dtype))
-                grad_x = grad_x.view_as(x).to(x.dtype)
-            grad_As = (grad_inner.T @ rows).to(As[0].dtype).split([len(A) for A in As])
-            grad_Bs = [  # (R, O), and then transposed, in half the time of (O, R)
-                (part.T @ grad).T.to(B.dtype) * scale
-                for part, grad, B, scale in zip(_split(inner, As), flat, Bs, ctx.scales, strict=True)
-            ]
-        each = ((None, grad_A, grad_B) for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True))
-        return grad_x, None, None, *chain.from_iterable(each)
-
-
-def _split(inner: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
-    """(N, all R) -> (N, R) of each layer."""
-    return inner.split([len(A) for A in As], dim=1)
 
 
 class LoRALayer:
@@ -211,6 +162,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     A starts as nn.Linear's own initialisation and B as zeros, so the update starts as zero.
     """
 
+    cast: Factors | None = None  # in the products' dtype, if `inject.cast_factors` keeps them
+
     @staticmethod
     def turn(matrix: Tensor) -> Tensor:
         return matrix
@@ -254,8 +207,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     @staticmethod
     def _side_by_side(x: Tensor, layers: "Sequence[LoRALinear]") -> list[Tensor]:
         matrices = chain.from_iterable((layer.weight, layer.lora_A, layer.lora_B) for layer in layers)
-        scales = [layer.scale for layer in layers]
-        outputs = _FusedLinears.apply(x, layers[0]._dtype(x), scales, *matrices)
+        scales, casts = [layer.scale for layer in layers], [layer.cast for layer in layers]
+        outputs = FusedLinears.apply(x, layers[0]._dtype(x), scales, casts, *matrices)
         return [layer._stretch(y) for layer, y in zip(layers, outputs, strict=True)]
 
     @staticmethod

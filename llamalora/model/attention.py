@@ -51,22 +51,66 @@ def _mask(reach: Reach, groups: int, dtype: torch.dtype) -> Tensor:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Causal attention of every sequence of a packed row over itself: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
-    if _prefers_products(q):
-        return _CausalProducts.apply(q, k, v, _layout(packing, q.shape[1], k.shape[1], q.dtype))
+    match attention_kernel(q.shape[2], q.dtype, q.device):
+        case "products":
+            return _CausalProducts.apply(q, k, v, _layout(packing, q.shape[1], k.shape[1], q.dtype))
+        case "flash":
+            return _attend_flash(q, k, v, packing)
+        case "memory-efficient":
+            return _attend_efficient(q, k, v, packing)
     sizes = [rectangle.tokens for rectangle in packing.rectangles]
     parts = zip(packing.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
     return torch.cat([one.pack(attend(*map(one.unpack, qkv))) for one, *qkv in parts])
 
 
-def attention_kernel(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that PyTorch chooses for training's attention on a GPU: FLASH_ATTENTION, EFFICIENT_ATTENTION, ..."""
-    q = torch.empty(1, heads, 128, head_dim, dtype=dtype, device=device)
-    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+# Both kernels know the sequences by their bounds, so nothing is laid out or padded. PyTorch's public door to the first,
+# torch.nn.attention.varlen (2.10), has no twin for the second, which is all that a V100 or fp32 has. Nested tensors
+# lead to both, with a new tensor class around every layer's q, k and v. The arguments that are given here, and the
+# gradients' formulas behind them, have been the same from torch 2.8 to 2.13.
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    bounds, longest = packing.bounds, max(packing.lengths)
+    return torch.ops.aten._flash_attention_forward(q, k, v, bounds, bounds, longest, longest, 0.0, True, False)[0]
+
+
+def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    bounds, longest = packing.bounds, max(packing.lengths)
+    sums = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    rows = (x[None] for x in (q, k, v))
+    return torch.ops.aten._efficient_attention_forward(
+        *rows, None, bounds, bounds, longest, longest, 0.0, CAUSAL, compute_log_sumexp=sums
+    )[0][0]
+
+
+CAUSAL = 1  # of the memory-efficient kernel's masks: a query sees keys up to its own place in the sequence
+
+
+@lru_cache(maxsize=16)
+def attention_kernel(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How packed rows attend to themselves.
+
+    On a GPU by kernels that take sequences of any length: `flash` in half precision from compute capability 8.0 on,
+    else `memory-efficient`. By `rectangles` of padded sequences for heads of a size that these do not take, and on a
+    CPU in fp32; by batched matrix `products` on a CPU in half precision. The meta device, on which memory is planned,
+    stands for a GPU: in bf16 for one that has the first kernel.
+    """
+    if device.type == "cpu":
+        return "products" if dtype in (torch.bfloat16, torch.float16) else "rectangles"
+    if head_dim % 8 or head_dim > 256:
+        return "rectangles"
+    if device.type == "meta":
+        return "flash" if dtype == torch.bfloat16 else "memory-efficient"
+    can = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "flash" if can and dtype in (torch.bfloat16, torch.float16) else "memory-efficient"
 
 
 def _prefers_products(q: Tensor) -> bool:
     """In half precision PyTorch's fused kernel for the CPU takes several times as long as matrix products."""
-    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    return attention_kernel(q.shape[-1], q.dtype, q.device) == "products"
 
 
 class _Layout:

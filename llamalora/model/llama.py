@@ -10,11 +10,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend_cached, attend_packed
 from .config import LlamaConfig
+from .elementwise import RMSNorm, Rotate, Run, SwiGLU, plain
 from .packing import KVCache, Packing
 
 
@@ -44,62 +44,6 @@ def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotary embedding of x (B, T, heads, E), rotate-half convention; computed in fp32 like the angles."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        wide = x.float()
-        return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin), None, None
-
-
-class _Normalize(torch.autograd.Function):
-    """x / rms(x) in fp32. Saves x alone, where autograd would save four copies of its size."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, inverse)
-        return (wide * inverse).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, inverse = ctx.saved_tensors
-        unit, wide = x * inverse, grad.float()
-        return torch.addcmul(wide, unit, (wide * unit).mean(-1, keepdim=True), value=-1).mul_(inverse).to(x.dtype), None
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * _Normalize.apply(x, self.eps)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Saves its two inputs alone, and computes silu(gate) again for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
 def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """The output of each layer for x. Layers that can share the work have a `fan_out` of their own, which does so."""
     for layer in layers:
@@ -109,6 +53,8 @@ def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 class Attention(nn.Module):
+    run: Run = staticmethod(plain)
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -121,18 +67,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles, packing: Packing, cache: KVCache | None) -> Tensor:
         projected = fan_out(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (1, N, H, E), and K for H
-        q, k = _Rotate.apply(q, *angles), _Rotate.apply(k, *angles)
+        q, k = Rotate.apply(q, k, *angles, self.run)
         if cache is not None:
             cache.write(self.layer, k, v, packing)
         if packing.continues:
             assert cache is not None, "sequences that go on have a cache"
-            y = attend_cached(q[0], cache, self.layer, packing)
+            y = attend_cached(q.squeeze(0), cache, self.layer, packing)
         else:
-            y = attend_packed(q[0], k[0], v[0], packing)
+            y = attend_packed(q.squeeze(0), k.squeeze(0), v.squeeze(0), packing)
         return self.o_proj(y.flatten(1)[None])
 
 
 class MLP(nn.Module):
+    run: Run = staticmethod(plain)
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -140,7 +88,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj), self.run))
 
 
 class Block(nn.Module):
@@ -152,8 +100,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normalized = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), *context))
+        return x + self.mlp(normalized)
 
 
 class Backbone(nn.Module):
@@ -191,6 +139,8 @@ class Backbone(nn.Module):
 
 class Llama(nn.Module):
     """The language model: `model` is the backbone, `lm_head` the output head (one matrix if tied)."""
+
+    run: Run = staticmethod(plain)  # of whoever computes with its logits
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -4,7 +4,8 @@ Dimensions: N tokens of the row, T tokens of a sequence, L longest sequence of a
 K key/value heads, E head size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -40,7 +41,7 @@ class Rectangle:
 class Packing:
     """How sequences of unequal lengths stand behind each other in one row, without padding.
 
-    Every matrix product sees the row, (1, N, D); only attention lays the sequences out as rectangles.
+    Every matrix product sees the row, (1, N, D); only attention sees sequences, by their bounds or as rectangles.
 
     Args:
         lengths: tokens of each sequence in the row.
@@ -48,6 +49,11 @@ class Packing:
             only themselves.
         rows: the cache rows that the sequences are written to; default 0, 1, ... Sequences that go on
             must be given for all rows of the cache (a length may be 0).
+
+    Attributes:
+        positions: (1, N) of each token in its sequence.
+        rows: (N,) of the cache, of each token.
+        bounds: (sequences + 1,) in int32: where each sequence begins in the row, and where the last ends.
     """
 
     def __init__(
@@ -60,16 +66,23 @@ class Packing:
         row, offset = _rows_and_offsets(lengths)
         first = torch.tensor(starts or [0] * len(lengths))
         self.continues = starts is not None
-        self.positions = (first[row] + offset)[None].to(device)  # (1, N)
-        self.rows = (row if rows is None else torch.tensor(rows)[row]).to(device)  # (N,)
+        self.lengths, self.device = lengths, device
+        rows_of_tokens = row if rows is None else torch.tensor(rows)[row]
+        bounds = torch.tensor([0, *accumulate(lengths)])
+        positions, self.rows, bounds = moved(device, first[row] + offset, rows_of_tokens, bounds)
+        self.positions = positions[None]
+        self.bounds = bounds.to(torch.int32)
         if starts is not None:
             order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
             together: list[list[int]] | list[None] = _alike(order, lengths, 2) if device.type == "cpu" else [None]
             self.reaches = [Reach(lengths, starts, members, device) for members in together]
-        else:
-            every = range(len(lengths))
-            groups = _alike(every, lengths, 1.25) if device.type == "cpu" else [list(every)]
-            self.rectangles = [Rectangle([lengths[member] for member in members], device) for members in groups]
+
+    @cached_property
+    def rectangles(self) -> list[Rectangle]:
+        """The sequences in their order, for kernels that want them side by side."""
+        every = range(len(self.lengths))
+        groups = _alike(every, self.lengths, 1.25) if self.device.type == "cpu" else [list(every)]
+        return [Rectangle([self.lengths[member] for member in members], self.device) for members in groups]
 
 
 class Reach:
@@ -93,6 +106,13 @@ class Reach:
         self.extent = max(map(sum, zip(starts, lengths, strict=True)))
         last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))  # (batch, L)
         self.mask = (torch.arange(self.extent) <= last[..., None])[:, None].to(device)
+
+
+def moved(device: torch.device, *tensors: Tensor) -> Sequence[Tensor]:
+    """Tensors (n,) of one dtype on the device, in a single copy: each would make a GPU's host wait."""
+    if device.type == "cpu":
+        return tensors
+    return torch.cat(tensors).to(device).split([len(tensor) for tensor in tensors])
 
 
 def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Cell:
     def of(base: Settings, changes: Changes, out: Path, world: World) -> "Cell":
         """The cell of a run whose settings are `base` with these changes. Its name holds a hash of all that
         decides its result: settings, model, tokenizer, data; not where they lie."""
-        settings = resolve(replace(base, **changes, out=""), world.device)[0]
+        settings = resolve(replace(base, **changes, out=""), world.device, world.size)[0]
         content = json.dumps([deciding(settings), fingerprints(settings)], sort_keys=True)
         what = [settings.format, re.sub(r"[^\w+-]+", "_", settings.labels.replace(",", "+"))]
         what += ["prompt"] if settings.instruction or settings.shots else []

@@ -50,7 +50,9 @@ class Settings:
     warmup: float = option(0.06, "share of the steps with a linearly rising learning rate")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient; 0 leaves it alone")
-    batch_tokens: int = option(1024, "tokens of an optimizer step, over all processes")
+    batch_tokens: int | None = option(
+        None, "tokens of an optimizer step, over all processes (default: 1,024; on GPUs 2,048 for each, up to 8,192)"
+    )
     batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
     seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
 
@@ -63,6 +65,9 @@ class Settings:
     micro_tokens: int | str = option("auto", "tokens of a forward pass, on one process; auto: as memory allows")
     activation_checkpointing: int | str = option(
         "auto", "recompute every Nth block in the backward pass (1: all, 0: none); auto: as memory allows", bare=1
+    )
+    compile: str = option(
+        "auto", "compile norms, rotary embedding, SwiGLU and cross entropy; auto: on GPUs", ("auto", "on", "off")
     )
     timeout: float = option(30.0, "minutes after which a process that hears nothing of another one gives up")
 
@@ -79,8 +84,8 @@ class Settings:
     out: str | None = option(None, "folder of the run (default: a new one under runs/)")
 
     # what may differ when a run is resumed, because it does not change what is learnt
-    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "eval_batch", "save_every", "keep",
-            "timeout")  # fmt: skip
+    FREE = ("out", "micro_tokens", "parallel", "activation_checkpointing", "compile", "eval_batch", "save_every",
+            "keep", "timeout")  # fmt: skip
 
     @property
     def adapts(self) -> bool:
@@ -146,3 +151,4 @@ class ResolvedSettings(Settings):
     data: str
     out: str
     lr: float
+    batch_tokens: int

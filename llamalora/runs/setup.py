@@ -14,6 +14,7 @@ from ..lora.adapter import load_adapter, save_adapter
 from ..lora.inject import make_trainable
 from ..model.checkpoint import load_model, model_files, read_config, save_model, skeleton
 from ..model.config import LlamaConfig
+from ..model.elementwise import compile_formulas, obstacle
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..task.definition import COPYING, Task, listed_labels
@@ -67,12 +68,15 @@ def read_base(settings: ResolvedSettings) -> tuple[LlamaConfig, Tokenizer]:
     return config, tokenizer
 
 
-def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llama:
+def build_model(settings: ResolvedSettings, world: World, parallel: str, whole: int = 0) -> Llama:
     """The base model with what is to be trained in it.
 
     With LoRA the frozen weights are stored in the precision of the products; in full and partial
     fine-tuning all weights are fp32, so that the two differ in what learns alone, and cast by autocast, or
     under `fsdp` when they are gathered.
+
+    Args:
+        whole: with LoRA under `fsdp`, blocks whose frozen weights every process keeps.
 
     Raises:
         CheckpointError, InputError: as `load_model` and `make_trainable`.
@@ -80,12 +84,29 @@ def build_model(settings: ResolvedSettings, world: World, parallel: str) -> Llam
     products = DTYPES[settings.precision]
     dtype = products if settings.adapts else torch.float32
     if parallel == "ddp":
-        return make_trainable(load_model(settings.model, dtype, world.device), **settings.learning)
-    model = skeleton(read_config(settings.model)).to(dtype)
-    files = model_files(settings.model, model)
-    shard(make_trainable(model, **settings.learning), world, products)
-    fill(model, files, world.device, settings.seed)
+        model = make_trainable(load_model(settings.model, dtype, world.device), **settings.learning)
+    else:
+        model = skeleton(read_config(settings.model)).to(dtype)
+        files = model_files(settings.model, model)
+        shard(make_trainable(model, **settings.learning), world, products, whole)
+        fill(model, files, world.device, settings.seed)
+    if choose_compiled(settings.compile, world.device)[0]:
+        compile_formulas(model)
     return model
+
+
+def choose_compiled(requested: str, device: torch.device) -> tuple[bool, str]:
+    """Whether formulas are compiled, and why: `auto` is on GPUs that can, since it costs a CPU more than it spares.
+
+    Raises:
+        UsageError: `on` where nothing can be compiled.
+    """
+    if requested == "off" or requested == "auto" and device.type == "cpu":
+        return False, "requested" if requested == "off" else "on the CPU"
+    reason = obstacle(device)
+    if reason and requested == "on":
+        raise UsageError(f"--compile on: {reason}")
+    return reason is None, reason or ("requested" if requested == "on" else "on a GPU")
 
 
 def save_trained(model: Llama, settings: ResolvedSettings, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.packing import Packing
+from ..model.packing import Packing, moved
 from ..task.definition import Task
 from ..task.prompt import render_answer, render_prompt
 from ..task.tokenizer import Tokenizer
@@ -130,12 +130,8 @@ class MicroBatch:
             ids.extend(example.ids[:-1])
         filling = -len(ids) % ROWS_AT_ONCE
         *lengths, last = map(len, examples)
-        return MicroBatch(
-            torch.tensor([ids + [0] * filling], device=device),
-            Packing([*lengths, last + filling], device),
-            torch.tensor(predictors, device=device),
-            torch.tensor(targets, device=device),
-        )
+        row, *supervised = moved(device, *map(torch.tensor, (ids + [0] * filling, predictors, targets)))
+        return MicroBatch(row[None], Packing([*lengths, last + filling], device), *supervised)
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:

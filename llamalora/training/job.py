@@ -79,7 +79,7 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     Raises:
         InputError: a setting that cannot be, or that, where a run is resumed, differs from the run's.
     """
-    resolved, why = resolve(settings, world.device)
+    resolved, why = resolve(settings, world.device, world.size)
     resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day
     if resume:
         check_resumable(Path(resolved.out), resolved)

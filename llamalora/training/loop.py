@@ -18,9 +18,9 @@ from ..evaluation.answer import Answer, answer_sentences, select_sentences
 from ..evaluation.card import model_card
 from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, format_legend, format_report, mention_strings, read_result, write_result
-from ..lora.inject import count_parameters
+from ..lora.inject import cast_factors, count_parameters
 from ..model.llama import Llama
-from ..model.precision import autocast
+from ..model.precision import DTYPES, autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
 from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import build_model, save_trained
@@ -42,7 +42,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     job = prepare(settings, world, resume)
     settings, folder, examples, steps = job.settings, job.folder, job.examples, job.steps
     with explained(job.placement.plan, world.device):
-        model = build_model(settings, world, job.placement.parallel)
+        model = build_model(settings, world, job.placement.parallel, job.placement.whole)
     if not resume:
         start_folder(folder, describe_run(settings, job.task, model), world)
     lock = lock_folder(folder, world)  # noqa: F841  (held until the end)
@@ -104,13 +104,16 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
             lr = learning_rate(settings.lr, progress.updates, len(steps), warmup, settings.schedule)
             loss, computed = 0.0, 0.0
             stand_in = min(step, key=job.lengths.__getitem__)  # without a share: under fsdp the others need its passes
-            for indices in deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]:
-                if not indices and not optimizer.sharded:
-                    continue
-                batch = MicroBatch.of([examples[index] for index in indices or [stand_in]], world.device)
-                counted = supervised if indices else math.inf
-                computed += batch.ids.numel()
-                loss += backward(model, batch, counted, optimizer.scaler, settings.precision, job.placement.recompute)
+            shares = deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]
+            if not optimizer.sharded:
+                shares = [indices for indices in shares if indices]
+            with cast_factors(model, DTYPES[settings.precision]):
+                for number, indices in enumerate(shares, start=1):
+                    batch = MicroBatch.of([examples[index] for index in indices or [stand_in]], world.device)
+                    counted, recompute = supervised if indices else math.inf, job.placement.recompute
+                    sums = optimizer.sums(world) if number == len(shares) else None
+                    computed += batch.ids.numel()
+                    loss += backward(model, batch, counted, optimizer.scaler, settings.precision, recompute, sums)
             update = optimizer.step(lr, world)
             loss, computed, stop = world.sum([loss, computed, interrupt.signal])
 

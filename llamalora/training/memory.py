@@ -8,6 +8,7 @@ import torch
 
 from ..errors import RunError
 from ..lora.inject import lora_layers, trainable_parameters
+from ..lora.layers import LoRALinear
 from ..model.llama import Llama
 from ..model.packing import Packing
 from ..model.precision import DTYPES
@@ -89,7 +90,7 @@ def plan_memory(
     held = _held(model, sharded, gpus, DTYPES[precision].itemsize)
 
     def at(tokens: int) -> Plan:
-        # a device that is no CPU: attention's rectangles are a GPU's
+        # a device that is no CPU: attention is a GPU's
         packing = Packing(micro_batch(tokens, lengths), torch.device("meta"))
         step = Step(model, precision, packing, recompute, sharded)
         peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}
@@ -134,12 +135,15 @@ def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     lora = learning if lora_layers(model) else 0
     share = gpus if sharded else 1
+    linear = [layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear) and not layer.dropout]
+    cast = 0 if sharded or width == 4 else width * sum(one.lora_A.numel() + one.lora_B.numel() for one in linear)
     return {
         "base": ((total - lora) * width if lora else total * 4) // share,
         "LoRA": lora * 4 // share,
         "gradients": learning * 4 // share,
         "optimizer": (learning * 8 + len(trainable) * 4) // share,
-        # DDP has no buckets here: World.sum_gradients works in place
+        "LoRA cast": cast,  # by `cast_factors`
+        # ddp has no buckets here: GradientSum works in place
         "buckets or gathered layers": _gathered(model, width) if sharded else 0,
     }
 

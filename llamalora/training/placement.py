@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from ..cli import UsageError
+from ..distributed.sharding import whole_blocks
 from ..distributed.world import World
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
+from ..model.precision import DTYPES
 from ..runs.settings import ResolvedSettings, Settings
 from .memory import GIB, Plan, plan_memory, typical
 
@@ -27,6 +29,7 @@ class Placement:
         recompute: activations of every k-th block are recomputed; 0: of none.
         plan: of a GPU's memory; None on a CPU.
         why: the reason for `parallel`.
+        whole: with fsdp, blocks of which each process keeps the frozen weights whole.
     """
 
     parallel: str
@@ -34,11 +37,14 @@ class Placement:
     recompute: int
     plan: Plan | None
     why: str
+    whole: int = 0
 
     def __str__(self) -> str:
         some = f", recomputing one block in {self.recompute}"
         recomputed = {0: "", 1: ", recomputing every block"}.get(self.recompute, some)
         words = f"{self.parallel} ({self.why}), micro-batches of up to {self.micro_tokens:,} tokens{recomputed}"
+        if self.whole:
+            words += f", {self.whole} blocks kept whole"
         if self.plan is None:
             return words
         return f"{words}; {self.plan.total / GIB:.1f} of {self.plan.capacity / GIB:.1f} GiB planned on each GPU"
@@ -84,6 +90,7 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
 
     Args:
         model: on the meta device.
+        settings: with the tokens of a step, or its sentences.
         lengths: of the training examples.
         capacity: bytes that each GPU reports.
     """
@@ -91,9 +98,11 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
     longest = max(lengths)
     every, micro_tokens = settings.activation_checkpointing, settings.micro_tokens
     recomputed = (every,) if isinstance(every, int) else SPARINGLY
-    step = settings.batch_tokens
     if settings.batch_sentences:
         step = settings.batch_sentences * sum(lengths) // len(lengths)
+    else:
+        assert settings.batch_tokens is not None, "`resolve` chooses it"
+        step = settings.batch_tokens
     tokens = micro_tokens if isinstance(micro_tokens, int) else longest + step // gpus
     least = micro_tokens if isinstance(micro_tokens, int) else longest
 
@@ -113,4 +122,7 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
         chosen = planned(parallel, chosen.largest_micro_tokens, recompute)
     if not chosen.fits:
         why += f"; NOT ENOUGH MEMORY by {-chosen.spare / GIB:.1f} GiB as planned, trying"
-    return Placement(parallel, chosen.micro_tokens, recompute, chosen, why)
+    whole = 0
+    if parallel == "fsdp" and settings.adapts:  # half of what is spare: the other half is for sentences side by side
+        whole = whole_blocks(model, gpus, DTYPES[settings.precision].itemsize, chosen.spare // 2)
+    return Placement(parallel, chosen.micro_tokens, recompute, chosen, why, whole)

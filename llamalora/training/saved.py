@@ -13,6 +13,7 @@ from torch import nn
 from ..lora.inject import lora_layers, trainable_parameters
 from ..lora.kinds import KINDS
 from ..lora.layers import LoRALinear
+from ..model.attention import attention_kernel
 from ..model.llama import Llama
 from ..model.packing import Packing
 from ..model.precision import DTYPES
@@ -54,6 +55,13 @@ class Step:
     def width(self) -> int:
         """Bytes of a value in the products."""
         return DTYPES[self.precision].itemsize
+
+    @property
+    def kernel(self) -> str:
+        """Of attention. In half precision the CPU's, which no plan is for, is counted as a GPU's on rectangles."""
+        device = self.packing.positions.device
+        kernel = attention_kernel(self.model.config.head_dim, DTYPES[self.precision], device)
+        return "rectangles" if kernel == "products" else kernel
 
     @cached_property
     def converts(self) -> bool:
@@ -156,20 +164,11 @@ class Step:
             kept |= self._norm(f"{name}.input_layernorm")
         if self._linear(kept, attention, ("q", "k", "v"), config.hidden_size) or reached:
             reached = True
-            # A padded rectangle is a copy, and the row it is made of is kept beside it; one without padding
-            # is a view of the row. Keys and values are repeated for the queries that share them.
-            shapes = [(math.prod(one.shape), one.slots is not None) for one in self.packing.rectangles]
-            slots, padded = sum(size for size, _ in shapes), sum(size for size, is_padded in shapes if is_padded)
-            kept[attention, "q"] = width * heads * (tokens + padded)
-            for tensor in ("k", "v"):
-                row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
-                if (f"{attention}.v_proj", "output") in kept and tensor == "v":
-                    row = 0
-                kept[attention, tensor] = width * (keys * row + heads * copy)
-            kept[attention, "output"] = width * heads * slots
-            kept[attention, "logarithms of sums"] = 4 * config.num_attention_heads * slots
+            kept |= self._attention(attention, heads, keys, (f"{attention}.v_proj", "output") in kept)
         if self._linear(kept, attention, ("o",), heads) or reached:
             reached = True
+            if self.kernel != "rectangles" and (f"{attention}.o_proj", "input") in kept:
+                del kept[attention, "output"]  # which is that
             kept |= self._norm(f"{name}.post_attention_layernorm")
         if self._linear(kept, mlp, ("gate", "up"), config.hidden_size) or reached:
             reached = True
@@ -178,10 +177,36 @@ class Step:
                     kept[mlp, tensor] = width * config.intermediate_size * tokens
         return kept, self._linear(kept, mlp, ("down",), config.intermediate_size) or reached
 
+    def _attention(self, name: str, heads: int, keys: int, value_is_kept: bool) -> Saved:
+        """What attention itself saves, for queries and keys of so many features."""
+        config, tokens, width = self.model.config, self.tokens, self.width
+        if self.kernel == "rectangles":
+            # A padded rectangle is a copy, and the row it is made of is kept beside it; one without padding
+            # is a view of the row. Keys and values are repeated for the queries that share them.
+            shapes = [(math.prod(one.shape), one.slots is not None) for one in self.packing.rectangles]
+            slots, padded = sum(size for size, _ in shapes), sum(size for size, is_padded in shapes if is_padded)
+            row, copy = (tokens, padded) if keys == heads else (tokens if padded else 0, slots)
+            of_keys, of_values = (keys * rows + heads * copy for rows in (row, 0 if value_is_kept else row))
+            of_queries, sums = heads * (tokens + padded), slots
+        else:
+            repeats = keys != heads and self.kernel == "memory-efficient"
+            of_keys = (heads if repeats else keys) * tokens
+            of_values = 0 if value_is_kept and not repeats else of_keys
+            of_queries = heads * tokens
+            slots = sums = tokens
+            if self.kernel == "memory-efficient":
+                sums = len(self.packing.lengths) * -(-max(self.packing.lengths) // 32) * 32
+        return {
+            (name, "q"): width * of_queries,
+            (name, "k"): width * of_keys,
+            (name, "v"): width * of_values,
+            (name, "output"): width * heads * slots,
+            (name, "logarithms of sums"): 4 * config.num_attention_heads * sums,
+        }
+
     def _norm(self, name: str) -> Saved:
         size = self.stream * self.model.config.hidden_size * self.tokens
-        kept = {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
-        return kept | ({(name, "normalised input"): size} if learns(self.model.get_submodule(name)) else {})
+        return {(name, "input"): size, (name, "1 / rms"): 4 * self.tokens}
 
     def _linear(self, kept: Saved, parent: str, kinds: tuple[str, ...], features: int) -> bool:
         """Adds what layers save that have one input between them; returns whether any of them learns."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed.gradients import GradientSum
 from ..distributed.sharding import within
 from ..distributed.world import World
 from ..errors import RunError
 from ..lora.inject import lora_layers, trainable_parameters
 from ..lora.layers import LoRALinear
+from ..model.elementwise import Run, plain
 from ..model.llama import Llama
 from ..model.precision import autocast
 from ..model.tensors import is_sharded, own_rows, placed, whole
@@ -44,6 +46,7 @@ def backward(
     scaler: torch.amp.GradScaler,
     precision: str,
     recompute: int = 0,
+    summing: GradientSum | None = None,
 ) -> float:
     """Forward and backward of one micro-batch; gradients add up in the parameters.
 
@@ -55,6 +58,7 @@ def backward(
     Args:
         supervised: infinite for a micro-batch that counts for nothing, and whose gradients are zero.
         recompute: as in `Backbone.forward`.
+        summing: given with a process's last micro-batch of a step: sums what is complete while others are computed.
 
     Returns:
         This micro-batch's share of the step's loss, in nats a token.
@@ -71,23 +75,28 @@ def backward(
             chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
             for states, targets in zip(leaf.split(chunk), batch.targets.split(chunk), strict=True):
                 logits = model.lm_head(states)  # (chunk, V)
-                added, gradient = _cross_entropy(logits, targets, factor)
+                added, gradient = _cross_entropy(logits, targets, factor, model.run)
                 logits.backward(gradient)
                 loss += added / supervised
                 del logits, gradient  # before the next chunk's are made, and before the backbone's backward pass
         return hidden, leaf.grad, loss
 
     hidden, gradient, loss = within(model, forward)
+    if summing:
+        summing.begin(model.model)
     hidden.backward(gradient)
     return loss.item()
 
 
 @torch.no_grad()
-def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor, run: Run = plain) -> tuple[Tensor, Tensor]:
     """The sum of the cross entropies of logits (M, V), and `factor` times its gradient (M, V): softmax less one-hot.
 
-    Computed in fp32, of so few rows at a time that a CPU's cache holds them, or that a GPU is busy with.
+    Computed in fp32: by a compiled formula, or in place, of so few rows at a time that a CPU's cache holds them, or
+    that a GPU is busy with.
     """
+    if run is not plain:
+        return run(cross_entropy)(logits, targets[:, None], factor)
     rows = max(1, SOFTMAX_AT_ONCE[logits.device.type == "cuda"] // logits.shape[-1])
     gradient, loss = torch.empty_like(logits), factor.new_zeros(())
     for part, target, result in zip(*(x.split(rows) for x in (logits, targets[:, None], gradient)), strict=True):
@@ -99,6 +108,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Ten
         wide.mul_(factor / total).scatter_add_(1, target, -factor.expand_as(target))
         result.copy_(wide)
     return loss, gradient
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_cross_entropy` computes, as a formula to be compiled, which holds no fp32 logits then; targets (M, 1)."""
+    wide = logits.float()
+    less = wide - wide.amax(-1, keepdim=True)
+    total = less.exp().sum(-1, keepdim=True)
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == targets
+    gradient = (less.exp() / total - one_hot.float()) * factor
+    return (total.log() - less.gather(1, targets)).sum(), gradient.to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,14 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip = clip or math.inf
         self.sharded = any(map(is_sharded, self.parameters.values()))
+        self._sums: GradientSum | None = None
         self.skips_in_a_row = 0
+
+    def sums(self, world: World) -> GradientSum:
+        """What sums the gradients over processes; alone, for a sharded model's backward pass sums them itself."""
+        if self._sums is None:
+            self._sums = GradientSum(self.parameters.values(), World() if self.sharded else world)
+        return self._sums
 
     def step(self, lr: float, world: World) -> Update:
         """Sums gradients over processes, unscales, clips, updates.
@@ -141,8 +167,7 @@ class Optimizer:
         Raises:
             DivergedError: `MOST_SKIPS` steps in a row had gradients that were not finite.
         """
-        if not self.sharded:  # else the backward pass has summed them
-            world.sum_gradients(self.parameters.values())
+        self.sums(world).end()
         scale = self.scaler.get_scale()
         for group in self.adam.param_groups:
             group["lr"] = lr * group["ratio"]
@@ -152,7 +177,7 @@ class Optimizer:
         if finite:
             self.scaler.step(self.adam)
         self.scaler.update()
-        self.adam.zero_grad(set_to_none=True)
+        self.sums(world).clear()
         self.skips_in_a_row = 0 if finite else self.skips_in_a_row + 1
         if self.skips_in_a_row == self.MOST_SKIPS:
             raise DivergedError(

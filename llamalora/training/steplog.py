@@ -16,11 +16,14 @@ from ..model.attention import attention_kernel
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..progress import Bar
+from ..runs.setup import choose_compiled
 from ..text_table import wrapped
 from .batch import Example
 from .job import Job
 from .step import Update
 from .timetable import expected
+
+FORMULAS = "norms, rotary embedding, SwiGLU, cross entropy"
 
 
 def announce(job: Job, model: Llama, world: World) -> None:
@@ -30,8 +33,12 @@ def announce(job: Job, model: Llama, world: World) -> None:
     share = 100 * counts["trainable"] / counts["base"]
     on = f"{world.size} x {world.device.type}"
     if world.device.type == "cuda":
-        heads = model.config.num_attention_heads, model.config.head_dim
-        on += f", {attention_kernel(*heads, DTYPES[settings.precision], world.device)}"
+        kernel = attention_kernel(model.config.head_dim, DTYPES[settings.precision], world.device)
+        on += f", {kernel} attention" if kernel != "rectangles" else ", attention of padded rectangles"
+    compiles, why_compiled = choose_compiled(settings.compile, world.device)
+    compiled = f"\ncompiled   {FORMULAS if compiles else 'nothing'} ({why_compiled})"
+    if compiles:
+        compiled += "; the first step takes the time for it"
     time = expected(job, model, world)
     trained = what_learns(settings.method, settings.targets, settings.rank, settings.dora)
     if not settings.adapts and "targets" not in settings.idle and model.tied:
@@ -48,8 +55,9 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"
         + (" (one-label format)" if task.per_label else "")
-        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}\n"
-        f"parallel   {job.placement}\n"
+        + f"\nprecision  {settings.precision} ({why['precision']}) on {on}"
+        + (compiled if compiles or world.device.type == "cuda" else "")
+        + f"\nparallel   {job.placement}\n"
         f"schedule   {epochs} epoch{'s' * (epochs > 1)}, {len(job.steps)} steps of up to {step}, "
         f"peak learning rate {settings.lr:g}\n"
         + (f"time       {time}\n" if time else "")

@@ -97,13 +97,14 @@ def table(model: Llama, settings: Settings, corpus: Corpus, card: str, links: Li
 
     Args:
         model: on the meta device, set up for training.
-        settings: of which precision and the size of a step matter.
+        settings: of which precision and the tokens of a step matter.
 
     Raises:
         UsageError: the card has not got the precision, or there are too many of it.
     """
     if links.size > MOST_GPUS:
         raise UsageError(f"--gpus {links.gpus}, --nodes {links.nodes}: at most {MOST_GPUS:,} GPUs are planned for")
+    assert settings.batch_tokens is not None, "a step has a size"
     gpu = CARDS[card]
     if settings.precision not in gpu.teraflops:
         raise UsageError(f"--precision {settings.precision}: a {card} has {' and '.join(gpu.teraflops)}")

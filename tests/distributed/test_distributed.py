@@ -13,6 +13,7 @@ from helpers import close, random_ids, randomise_lora, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from llamalora.distributed.gradients import GradientSum
 from llamalora.distributed.world import World, join_world
 from llamalora.lora.inject import inject_lora, trainable_parameters
 from llamalora.training.batch import Example, MicroBatch, deal, plan_epoch
@@ -31,8 +32,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from test_distributed import train
+from llamalora.distributed import gradients
 from llamalora.distributed.world import join_world
 
+gradients.STRETCH_BYTES = 2000  # of a model that has 14,000 bytes of gradients
 out = Path(sys.argv[1])
 with join_world(timeout_minutes=5) as world:
     found = {
@@ -43,43 +46,52 @@ with join_world(timeout_minutes=5) as world:
     }
     world.say("hello from", world.rank)
     world.barrier()
-    tensors, skipped = train(world)
+    tensors, skipped, found["late"] = train(world)
     # one process sees a gradient that is not finite: both must leave the step out
-    poisoned, found["skipped"] = train(world, poison=1)
+    poisoned, found["skipped"], _ = train(world, poison=1)
     # a step of one example: the second process has none, and still takes part
-    alone, _ = train(world, examples=1)
+    alone, _, _ = train(world, examples=1)
+    early, _, found["early"] = train(world, early=True)
+    early_alone, _, found["early_alone"] = train(world, examples=1, early=True)
 found["plain_skipped"] = skipped
-groups = {"train": tensors, "poisoned": poisoned, "alone": alone}
+groups = {"train": tensors, "poisoned": poisoned, "alone": alone, "early": early, "early_alone": early_alone}
 flat = {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
 save_file(flat, out / f"{world.rank}.safetensors")
 (out / f"{world.rank}.json").write_text(json.dumps(found))
 """
 
 
-def train(world: World, poison: int | None = None, examples: int = len(EXAMPLES)):
-    """A few steps on all processes of a world; the parameters afterwards, the last gradients, the skips."""
+def train(world: World, poison: int | None = None, examples: int = len(EXAMPLES), early: bool = False):
+    """A few steps on all processes of a world; the parameters afterwards, the last gradients; the skips; how
+    many stretches of gradients left before the end of a backward pass, of how many.
+
+    Args:
+        early: gradients are summed while the backward pass goes on, as in the training loop.
+    """
     model = tiny_model(tie_word_embeddings=True)
     inject_lora(model, "all", 4)
     randomise_lora(model)
     optimizer = Optimizer(model, "fp32", torch.device("cpu"), 0.01, 1.0)
     lengths = [len(example) for example in EXAMPLES[:examples]]
-    tensors, skips = {}, []
+    tensors, skips, left = {}, [], 0
     for number in range(STEPS):
         (step,) = plan_epoch(lengths, 10**6, seed=0, epoch=number)
         supervised = sum(EXAMPLES[index].supervised for index in step)
-        for indices in deal(step, lengths, world.size, 40)[world.rank]:
-            if indices:
-                batch = MicroBatch.of([EXAMPLES[index] for index in indices], torch.device("cpu"))
-                backward(model, batch, supervised, optimizer.scaler, "fp32")
+        shares = [indices for indices in deal(step, lengths, world.size, 40)[world.rank] if indices]
+        for indices in shares:
+            batch = MicroBatch.of([EXAMPLES[index] for index in indices], torch.device("cpu"))
+            sums = optimizer.sums(world) if early and indices is shares[-1] else None
+            backward(model, batch, supervised, optimizer.scaler, "fp32", number % 2, sums)
+        left += len(optimizer.sums(world).pending)
         if poison == world.rank and number == 1:
             optimizer.parameters["lm_head.lora_B"].grad[3, 1] = float("nan")
         if number == STEPS - 1:
-            world.sum_gradients(optimizer.parameters.values())
+            optimizer.sums(world).end()
             tensors = {f"gradient.{name}": p.grad.clone() for name, p in optimizer.parameters.items()}
             break
         skips.append(optimizer.step(1e-2, world).skipped)
     tensors |= {name: parameter.detach().clone() for name, parameter in optimizer.parameters.items()}
-    return tensors, skips
+    return tensors, skips, [left, STEPS * len(optimizer.sums(world).stretches)]
 
 
 def launch(folder: Path, script: str, processes: int = 2, timeout: float = 400) -> list[subprocess.CompletedProcess]:
@@ -147,13 +159,25 @@ def test_sums_items_and_the_main_process_are_the_same_everywhere(two):
 @pytest.mark.parametrize("case, options", [("train", {}), ("alone", {"examples": 1})])
 def test_gradients_and_updates_are_those_of_one_process(two, case, options):
     (first, second), _ = two
-    expected, _ = train(World(), **options)
+    expected, _, _ = train(World(), **options)
     one, other = of(first[1], case), of(second[1], case)
     assert one.keys() == other.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(one[name], other[name]), name  # bitwise alike, or the processes drift apart
         assert (one[name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-7, name
     assert any(name.startswith("gradient.") and tensor.any() for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("case, early", [("train", "early"), ("alone", "early_alone")])
+def test_gradients_that_leave_early_are_the_same_sums(case, early, two):
+    """Bit for bit. Of a process without an example none leave early, of the others all."""
+    for found, tensors in two[0]:
+        expected, actual = of(tensors, case), of(tensors, early)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+        assert found["late"] == [0, found["early"][1]] and found["early"][1] > 4 * STEPS
+    (left, stretches), (left_without, _) = (found[early] for found, _ in two[0])
+    assert left == stretches and left_without == (0 if case == "alone" else stretches)
 
 
 def test_all_processes_leave_out_the_step_that_one_cannot_make(two):
@@ -191,6 +215,8 @@ def test_alone_there_is_nothing_to_exchange(monkeypatch):
         model = tiny_model()
         F.cross_entropy(model(random_ids(1, 4))[0], random_ids(4)).backward()
         before = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
-        world.sum_gradients(model.parameters())
+        sums = GradientSum(model.parameters(), world)
+        sums.begin(model)
+        sums.end()
         for name, parameter in trainable_parameters(model).items():
             close(parameter.grad, before[name], 0)

@@ -47,6 +47,7 @@ PROMPTS = [random_ids(n, seed=90 + n).tolist() for n in (3, 9, 4, 14, 6)]
 CASES = {
     "lora, tied, recomputed": {"model": "tied", "recompute": 2},
     "lora, fp16": {"precision": "fp16"},
+    "lora, a block whole": {"whole": 1, "recompute": 1, "steps": 3},
     "full, tied": {"method": "full", "model": "tied", "lr": 1e-3},
     "full, tied, bf16": {"method": "full", "model": "tied", "precision": "bf16", "lr": 1e-4},
     "head alone": {"targets": "head", "steps": 3},
@@ -58,13 +59,13 @@ WITH_DDP = ("lora, tied, recomputed", "lora, fp16")  # the slowest here; test_di
 
 def settings_of(case: str, folder: Path) -> Settings:
     changes = {"model": "untied", "precision": "fp32", "rank": 3, "lr": 1e-2} | CASES[case]
-    changes = {name: value for name, value in changes.items() if name not in ("recompute", "steps")}
+    changes = {name: value for name, value in changes.items() if name not in ("recompute", "steps", "whole")}
     return Settings(**changes | {"model": str(folder / changes["model"])})
 
 
 def start(case: str, folder: Path, world: World, parallel: str):
     settings = settings_of(case, folder)
-    model = build_model(settings, world, parallel).train()
+    model = build_model(settings, world, parallel, CASES[case].get("whole", 0)).train()
     return settings, model, Optimizer(model, settings.precision, world.device, 0.01, 1.0)
 
 
@@ -106,7 +107,9 @@ def everything(model) -> dict[str, torch.Tensor]:
 def follow(case: str, folder: Path, world: World, parallel: str) -> dict:
     """A run from start to end that leaves a checkpoint and the trained folder behind."""
     settings, model, optimizer = start(case, folder, world, parallel)
-    found = {"steps": learn(case, model, optimizer, world, range(CASES[case].get("steps", STEPS)))}
+    whole = [not is_sharded(block.mlp.up_proj.weight) for block in model.model.layers]
+    found = {"whole": sum(whole) if parallel == "fsdp" else 0}
+    found |= {"steps": learn(case, model, optimizer, world, range(CASES[case].get("steps", STEPS)))}
     trained = everything(model)
     found["answers"] = answers(model, settings.precision, world)
     found["restored"] = all(map(torch.equal, trained.values(), everything(model).values()))
@@ -227,6 +230,12 @@ def test_losses_are_the_same(case, runs):
         assert torch.equal(other[:, 2], one[:, 2]), how  # the steps that a loss scale too large cost
         assert (other / one - 1)[one[:, 2] == 0, 1].abs().max() < norm, how
     assert len(one) == CASES[case].get("steps", STEPS) and one[-1, 0] < one[0, 0]
+
+
+def test_blocks_are_kept_whole_where_it_was_asked_for(runs):
+    assert {case: found["fsdp"]["whole"] for case, found in runs[1].items()} == {
+        case: how.get("whole", 0) for case, how in CASES.items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

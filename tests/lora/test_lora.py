@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ from helpers import (
     transformers_twin,
 )
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llamalora.lora.fused import FusedLinears
 from llamalora.lora.inject import (
     adapt,
+    cast_factors,
     count_parameters,
     inject_lora,
     lora_layers,
@@ -32,7 +36,7 @@ from llamalora.lora.inject import (
     trainable_parameters,
 )
 from llamalora.lora.kinds import KINDS, kind_of, parse_targets
-from llamalora.lora.layers import LoRAEmbedding, LoRALinear, _FusedLinears, adapted_linear
+from llamalora.lora.layers import LoRAEmbedding, LoRALinear, adapted_linear
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama, fan_out
 
@@ -305,7 +309,8 @@ LAYERS = [{"outs": (7,), "ranks": (3,)}, {"outs": (7, 2, 6), "ranks": (3, 1, 2)}
 def test_gradients_are_the_numerical_ones(x_grad, layers):
     scales = SCALES[: len(layers["outs"])]
     assert torch.autograd.gradcheck(
-        lambda x, *given: _FusedLinears.apply(x, torch.float64, scales, *given), tensors(x_grad=x_grad, **layers)
+        lambda x, *given: FusedLinears.apply(x, torch.float64, scales, [None] * len(scales), *given),
+        tensors(x_grad=x_grad, **layers),
     )
 
 
@@ -314,7 +319,7 @@ def both_forms(x, *matrices, dtype):
     each = list(zip(matrices[::3], matrices[1::3], matrices[2::3], SCALES, strict=False))
     for forward in (
         lambda: [adapted_linear(x, *one) for one in each],
-        lambda: _FusedLinears.apply(x, dtype, SCALES[: len(each)], *matrices),
+        lambda: FusedLinears.apply(x, dtype, SCALES[: len(each)], [None] * len(each), *matrices),
     ):
         with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             ys = forward()
@@ -351,6 +356,45 @@ def test_a_half_precision_base_outside_autocast():
     assert (out.float() - logits(reference, IDS)).norm() / logits(reference, IDS).norm() < 0.05
     out.float().logsumexp(-1).sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in trainable_parameters(model).values())
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("alpha", [4, 10])
+def test_factors_cast_once_for_several_passes_change_nothing(alpha, recompute):
+    """Bit for bit, in output and gradients of two micro-batches; and none is cast again."""
+    results, converted = [], []
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+                converted[-1] += tuple(result.shape) in factors
+            return result
+
+    for kept in (False, True):
+        model = adapted("all", rank=4, alpha=alpha, dtype=torch.bfloat16).train()
+        layers = [layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)]
+        factors = {tuple(part.shape) for layer in layers for part in layer.parts}
+        converted.append(0)
+        with cast_factors(model, torch.bfloat16) if kept else nullcontext(), Conversions():
+            for ids in (IDS, IDS[:, :7]):
+                hidden = model.model(ids, recompute=recompute)
+                model.lm_head(hidden).float().logsumexp(-1).sum().backward()
+        assert all(layer.cast is None for layer in layers)
+        results.append([hidden.detach(), *(parameter.grad for parameter in trainable_parameters(model).values())])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected) and actual.dtype == expected.dtype
+    embedding = 2 * 1  # its B, in each micro-batch, is left to autograd
+    assert converted[1] <= embedding < 2 * 2 * 2 * len(layers) <= converted[0]
+
+
+def test_only_what_is_not_in_the_products_dtype_is_cast():
+    model = adapted("all", rank=4, dtype=torch.bfloat16)
+    with cast_factors(model, torch.float32):
+        assert all(layer.cast is None for layer in lora_layers(model).values() if isinstance(layer, LoRALinear))
+    dropping = adapted("all", rank=4, dropout=0.1, dtype=torch.bfloat16)
+    with cast_factors(dropping, torch.bfloat16):
+        assert all(layer.cast is None for layer in lora_layers(dropping).values() if isinstance(layer, LoRALinear))
 
 
 # ---- layers with one input ----

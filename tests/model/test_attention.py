@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers import random_ids, tiny_model
+from kernels import varlen_kernels
 from torch.nn import functional as F
 
-from llamalora.model.attention import _CausalProducts, _layout, attend_packed
+from llamalora.model import attention
+from llamalora.model.attention import _CausalProducts, _layout, attend_packed, attention_kernel
 from llamalora.model.packing import Packing
 
 CPU = torch.device("cpu")
@@ -73,3 +75,104 @@ def test_a_layout_is_made_once_for_all_layers():
     _layout.cache_clear()
     model(ids, packing=Packing([12, 8], CPU))
     assert _layout.cache_info().misses == 1 and _layout.cache_info().hits == 3
+
+
+# ---- the kernels that only GPUs have: how they are called, with plain PyTorch in their place ----
+
+VARLEN = ("flash", "memory-efficient")
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Makes the CPU attend as a GPU with that kernel would; the names of the operators that were called."""
+
+    def choose(kernel: str) -> None:
+        monkeypatch.setattr(attention, "attention_kernel", lambda *_: kernel)
+
+    with varlen_kernels() as calls:
+        choose.calls = calls
+        yield choose
+
+
+@pytest.mark.parametrize("kernel", VARLEN)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", [*LENGTHS, (40, 3, 70)])
+def test_kernels_of_any_length_are_attention_one_by_one(lengths, heads, kernel, chosen):
+    qkv, packing = drawn(lengths, heads, torch.float64, size=8)
+    expected = one_by_one(*qkv, lengths)
+    chosen(kernel)
+    actual = attend_packed(*qkv, packing)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.linspace(-1, 1, actual.numel(), dtype=torch.float64).sin().view_as(actual)
+    for theirs, ours in zip(*(torch.autograd.grad(y, qkv, weights) for y in (expected, actual)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert chosen.calls == [f"{kernel.removeprefix('memory-')} {way}" for way in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("kernel", VARLEN)
+def test_a_model_computes_the_same_with_them(kernel, chosen):
+    """Prompts that enter a cache, and training with recomputation."""
+    model, ids, packing = tiny_model(), random_ids(1, 24), Packing([13, 2, 9], CPU)
+    results = []
+    for how in ("rectangles", kernel):
+        chosen(how)
+        model.zero_grad()
+        hidden = model.model(ids, packing, recompute=1)
+        hidden.square().sum().backward()
+        with torch.no_grad():
+            cache = model.make_cache(3, 13)
+            entered = model(ids, packing, cache)
+        grads = [parameter.grad for parameter in model.model.parameters()]
+        results.append([hidden.detach(), entered, cache.keys.clone(), *grads])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert len(chosen.calls) == 2 * (2 + 1 + 1)  # layers; forward, again, and the prompts'; backward
+
+
+def test_sums_of_the_softmax_are_asked_for_where_there_is_a_backward_pass(chosen, monkeypatch):
+    asked = []
+    operator = torch.ops.aten._efficient_attention_forward
+
+    def noted(*arguments, compute_log_sumexp):
+        asked.append(compute_log_sumexp)
+        return operator(*arguments, compute_log_sumexp=compute_log_sumexp)
+
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", noted)
+    chosen("memory-efficient")
+    (q, k, v), packing = drawn((5, 4), (2, 1), torch.float32, size=8)
+    attend_packed(q.detach(), k, v, packing)
+    attend_packed(q.detach(), k.detach(), v.detach(), packing)
+    with torch.no_grad():
+        attend_packed(q, k, v, packing)
+    assert asked == [True, False, False]
+
+
+def test_bounds_are_those_of_the_sequences():
+    packing = Packing([3, 1, 4], CPU)
+    assert packing.bounds.tolist() == [0, 3, 4, 8] and packing.bounds.dtype == torch.int32
+    assert [packing.positions[0, first].item() for first in packing.bounds[:-1]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "capability, flash_built, head_dim, dtype, expected",
+    [
+        ((9, 0), True, 128, torch.bfloat16, "flash"),
+        ((8, 0), True, 64, torch.float16, "flash"),
+        ((8, 0), True, 64, torch.float32, "memory-efficient"),
+        ((7, 0), True, 128, torch.float16, "memory-efficient"),
+        ((9, 0), False, 128, torch.bfloat16, "memory-efficient"),
+        ((9, 0), True, 12, torch.bfloat16, "rectangles"),
+        ((9, 0), True, 512, torch.bfloat16, "rectangles"),
+    ],
+)
+def test_which_kernel_a_gpu_uses(capability, flash_built, head_dim, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash_built)
+    attention_kernel.cache_clear()
+    assert attention_kernel(head_dim, dtype, torch.device("cuda", 0)) == expected
+    attention_kernel.cache_clear()
+
+
+def test_which_kernel_a_cpu_uses():
+    assert attention_kernel(128, torch.float32, CPU) == "rectangles"
+    assert attention_kernel(128, torch.bfloat16, CPU) == "products"

@@ -8,7 +8,7 @@ import torch
 
 from llamalora import files
 from llamalora.runs.resolve import resolve
-from llamalora.runs.settings import Settings
+from llamalora.runs.settings import ResolvedSettings, Settings
 from llamalora.runs.setup import check_tags
 from llamalora.task.definition import Task
 from llamalora.task.tokenizer import TokenizerError, load_tokenizer
@@ -73,3 +73,20 @@ def test_the_working_folder_comes_before_the_clone_and_that_before_what_is_built
     for package in ("clone/llamalora", "site/llamalora"):
         monkeypatch.setattr(files, "PACKAGE", tmp_path / package)
         assert found() == ("here/weights/llama-2-7b", "here/data/bc5cdr", *there)
+
+
+def test_a_step_is_as_large_as_the_machine_wants_it():
+    """Unless it was asked for, or recorded: a run that goes on elsewhere keeps its steps."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+
+    def tokens(device, processes, **given):
+        found, _ = resolve(Settings(model="weights/tiny", precision="fp32", **given), device, processes)
+        assert isinstance(found, ResolvedSettings)
+        again, _ = resolve(found, cpu, 1)
+        assert again.batch_tokens == found.batch_tokens
+        return found.batch_tokens
+
+    assert [tokens(cpu, processes) for processes in (1, 4)] == [1024, 1024]
+    assert [tokens(gpu, processes) for processes in (1, 2, 4, 32)] == [2048, 4096, 8192, 8192]
+    assert tokens(gpu, 4, batch_tokens=77) == 77
+    assert tokens(gpu, 4, batch_sentences=10) == tokens(cpu, 1, batch_sentences=10)

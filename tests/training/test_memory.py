@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 from helpers import tiny_config
+from kernels import varlen_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamalora.lora.inject import inject_lora, train_weights
@@ -52,8 +53,8 @@ def batch_of(lengths) -> MicroBatch:
 
 @pytest.fixture
 def gpu_attention(monkeypatch):
-    """The kernel that a GPU uses, on the CPU in half precision too, where the model prefers plain products."""
-    monkeypatch.setattr(attention, "_prefers_products", lambda q: False)
+    """Rectangles on the CPU in half precision too, where the model prefers plain products."""
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_: "rectangles")
 
 
 def measure_saved(trained: Llama, batch: MicroBatch, precision: str, recompute: bool) -> dict[str, int]:
@@ -131,6 +132,24 @@ def test_saved_tensors_are_those_of_the_list(shape, precision, targets, lengths,
     }
     assert not off
     assert close(sum(expected.values()), sum(measured.values()), 0.02)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "memory-efficient"])
+@pytest.mark.parametrize("shape, precision, targets", [
+    ("plain", "bf16", "all"), ("grouped", "bf16", "all"), ("grouped", "fp32", "q,v"), ("plain", "bf16", "embed"),
+    ("tied", "bf16", "full"), ("grouped", "fp32", "dora all"), ("grouped", "bf16", "partial up"),
+])  # fmt: skip
+def test_saved_tensors_are_those_of_the_list_without_rectangles(shape, precision, targets, kernel, monkeypatch):
+    """The kernels of a GPU, with plain PyTorch in their place, save nothing that is padded but sums."""
+    for module in (attention, saved):
+        monkeypatch.setattr(module, "attention_kernel", lambda *_: kernel)
+    trained, batch = trainee(precision, targets, **SHAPES[shape]), batch_of(UNEVEN)
+    with varlen_kernels():
+        measured = measure_saved(trained, batch, precision, False)
+    measured.pop("converted", 0)
+    listed = saved.Step(trained, precision, batch.packing).saved()
+    expected = sum(size for (_, tensor), size in listed.items() if tensor != "B converted")
+    assert close(expected, sum(measured.values()), 0.01), (expected, measured)
 
 
 def test_recomputation_keeps_the_input_of_each_block(gpu_attention):
@@ -255,8 +274,8 @@ def test_the_figures_of_llama_2_7b(seven_billion):
 
 def test_recomputation_trades_memory(seven_billion):
     kept, recomputed = (plan_memory(seven_billion, "fsdp", 4, V100, "fp16", 2048, again) for again in (False, True))
-    assert kept.items["activations"] > 20 * recomputed.items["activations"]
-    assert kept.largest_micro_tokens < 2048 < recomputed.largest_micro_tokens
+    assert kept.items["activations"] > 15 * recomputed.items["activations"]
+    assert 4 * kept.largest_micro_tokens < recomputed.largest_micro_tokens
 
 
 def test_partial_fine_tuning_holds_its_base_in_fp32():
