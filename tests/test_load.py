@@ -87,6 +87,7 @@ def test_one_sentence_of_100_000_characters_is_passed_over(model):
 STREAM = """
 import resource, sys
 from llamalora.commands import predict
+from llamalora.evaluation import annotate
 from llamalora.evaluation.answer import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.parse import parse
@@ -101,8 +102,10 @@ def answer(model, tokenizer, task, asked, *_, **__):
     return [Answer(sentence, "", nothing) for sentence in asked], None
 
 seen, peaks = [0], []
-nothing = parse(Task("tagging", ("Disease",), per_label=True), "", "")
-predict.load_run, predict.answer_sentences = lambda *_: System(None, None, None), answer
+task = Task("tagging", ("Disease",), per_label=True)
+nothing = parse(task, "", "")
+predict.read_task, predict.load_run = lambda _: task, lambda *_: System(None, None, task)
+annotate.answer_sentences = answer
 predict.main(["--run", ".", "-"])
 early = next(peak for count, peak in zip(seen[1:], peaks) if count > 5000)
 sys.stderr.write(f"{seen[-1]} {peaks[-1] - early}")

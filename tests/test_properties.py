@@ -390,7 +390,7 @@ COMMANDS = {
               "batch-sentences seed shots labels loraplus keep timeout precision resume limit-train "
               "max-steps patience"),
     "eval": (evaluation.main, "run model adapter labels shots order data split limit precision batch draft out"),
-    "predict": (predict.main, "run which to precision batch"),
+    "predict": (predict.main, "run which model adapter labels format to precision batch"),
     "audit": (audit.main, "model targets rank world-size"),
     "tables": (tables.main, "seeds limit-eval ranks rates lr-full demonstrations predictions model data"),
     "merge": (merge.main, "run adapter model out probe"),

@@ -14,6 +14,7 @@ from ..corpus.pubtator import write_pubtator
 from ..corpus.read import find_splits, read_documents
 from ..distributed.world import World, join_world
 from ..evaluation.answer import DRAFT_TOKENS, select_sentences
+from ..evaluation.card import update_card
 from ..evaluation.own import foreign, scored_with
 from ..evaluation.page import result_page
 from ..evaluation.result import format_legend, format_report, predicted_documents, write_result
@@ -109,6 +110,8 @@ def main(argv: list[str]) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             written = write_result(result, answers, folder)
+            if is_run(folder):
+                update_card(folder)
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:

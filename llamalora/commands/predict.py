@@ -1,40 +1,57 @@
 """Annotates new text with a trained model: one document a line, or a corpus format, as it comes."""
 
+import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 
 from ..cli import Interrupt, Parser, UsageError, check_least, refuse_idle
 from ..corpus.documents import CorpusError, Document, told
 from ..corpus.read import FORMATS, find_splits, stream_documents
 from ..corpus.spans import span_record
-from ..distributed.world import join_world
-from ..evaluation.answer import Answer, answer_sentences, select_sentences
-from ..evaluation.result import confidence_by_mention, predicted_documents
-from ..evaluation.systems import load_run
+from ..distributed.world import World, join_world
+from ..evaluation.annotate import answer_documents, lacking
+from ..evaluation.answer import Answer
+from ..evaluation.page import predictions_page
+from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
+from ..evaluation.systems import System, load_annotator, load_run
 from ..files import is_occupied, new_folder
+from ..lora.peft_format import ADAPTER_CONFIG
+from ..mistakes import is_run, wrong_folder
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_task
-from ..runs.setup import check_constraint, check_constraint_format
+from ..runs.setup import check_constraint_format
+from ..runs.shared import RECORD, recorded_task
+from ..task.definition import FORMATS as ANSWERS
+from ..task.definition import Task, listed_labels
 
-DOCUMENTS_AT_ONCE = 64  # held in memory and decoded together
+EXAMPLES = """
+--run RUN notes.txt
+--adapter FOLDER --to html notes.txt > notes.html
+"""
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("predict", "--run RUN notes.txt", description=__doc__)
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--which", default="best", choices=("best", "last"), help="which adapter of the run")
-    parser.add_argument(
-        "--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)"
+    parser = Parser("predict", EXAMPLES, description=__doc__)
+    what = parser.add_argument_group("the model: a run, or a model folder, an adapter, or both")
+    what.add_argument("--run", help="run folder")
+    what.add_argument("--which", default="best", choices=("best", "last"), help="of the run's models (default: best)")
+    what.add_argument("--model", metavar="FOLDER", help="whole model, or the adapter's base (default: what it names)")
+    what.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
+    what.add_argument("--labels", help=f"what it is asked, where no {RECORD} says so: as in `train`")
+    what.add_argument("--format", default="tagging", choices=ANSWERS, help="with --labels (default: tagging)")
+    what.add_argument("--instruction", action="store_true", help="with --labels")
+    on = parser.add_argument_group("on what and how")
+    on.add_argument("--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)")
+    on.add_argument(
+        "--to", default="jsonl", choices=(*FORMATS, "html"), help="format of the output, or a page (default: jsonl)"
     )
-    parser.add_argument("--to", default="jsonl", choices=FORMATS, help="format of the output (default: jsonl)")
-    parser.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
-    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
-    parser.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
+    on.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
+    on.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    on.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
+    on.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     parser.add_argument(
         "file", help="text with one document a line, or a corpus file or folder of brat's; - for standard input"
     )
@@ -45,50 +62,92 @@ def main(argv: list[str]) -> None:
         raise CorpusError(f"{file}: no such file")
     if file.is_dir() and (splits := corpus_splits(file)):
         raise CorpusError(f"{file}: a corpus folder; give one split of it: {', '.join(map(str, splits))}")
-    form = FORMATS[arguments.to]
+    form = FORMATS.get(arguments.to)  # None: the page
+    in_folder = form is not None and form.folder
     refuse_idle(
-        arguments, {"out": not form.folder and "without --to brat, since every other format goes to standard output"}
+        arguments, {"out": not in_folder and "without --to brat, since every other format goes to standard output"}
     )
-    if form.folder and (arguments.out is None or is_occupied(Path(arguments.out))):
-        raise UsageError(f"--to {form.name}: needs --out FOLDER, a folder that is new or empty")
+    if in_folder and (arguments.out is None or is_occupied(Path(arguments.out))):
+        raise UsageError(f"--to {arguments.to}: needs --out FOLDER, a folder that is new or empty")
+    task = find_task(arguments)
     if arguments.constrain:
-        check_constraint_format(read_task(Path(arguments.run)).format)
+        check_constraint_format(task.format)
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
-        system = load_run(Path(arguments.run), arguments.which, precision, world)
-        if arguments.constrain:
-            check_constraint(system.task, system.tokenizer)
+        system = load(arguments, task, precision, world)
         notes: Counter[str] = Counter()
         lost: Counter[str] = Counter()
         whole: list[Document] = []  # of a format that is not written in pieces
+        shown: list[Answer] = []  # on the page
         documents = stream_documents(arguments.file, notes, FORMATS.get(arguments.form))
-        while chunk := list(islice(documents, DOCUMENTS_AT_ONCE)):
-            _, asked = select_sentences(chunk, None)
-            answers, _ = answer_sentences(
-                system.model, system.tokenizer, system.task, asked, world, arguments.batch, quiet=True,
-                constrain=arguments.constrain, known=system.known,
-            )  # fmt: skip
+        for chunk, answers in answer_documents(system, documents, world, arguments.batch, arguments.constrain):
             with Interrupt() as interrupt:  # a reader of the stream never meets half a line
                 if world.is_main:
                     annotated = predicted_documents(chunk, answers)
                     cut = unread(answers)
-                    if form.whole or form.folder:
+                    if form is None:
+                        whole += annotated
+                        shown += answers
+                    elif form.whole or form.folder:
                         whole += annotated
                     else:
                         write(annotated, confidence_by_mention(answers), cut, form.name, lost)
             if interrupt.signal:
                 sys.exit(128 + interrupt.signal)
         if world.is_main:
-            if form.folder:
+            name = "standard input" if arguments.file == "-" else arguments.file
+            if form is None:
+                title = f"{name}, annotated by {arguments.run or arguments.adapter or arguments.model}"
+                print(predictions_page(title, whole, shown, mention_strings(system.known)), end="", flush=True)
+            elif form.folder:
                 with new_folder(Path(arguments.out), replace=True) as folder:
                     form.write(whole, folder, lost)
             elif form.whole:
                 form.write(whole, sys.stdout, lost)
-            name = "standard input" if arguments.file == "-" else arguments.file
             for note in told(notes):
                 print(f"{name}: {note}", file=sys.stderr)
             for note in told(+lost):
-                print(f"--to {form.name}: {note}", file=sys.stderr)
+                print(f"--to {arguments.to}: {note}", file=sys.stderr)
+
+
+def find_task(arguments: argparse.Namespace) -> Task:
+    """What the model is asked: by the run, by what stands beside model or adapter, or by --labels.
+
+    Raises:
+        UsageError: flags that do not go together, or none of the three.
+        CheckpointError: what is no run, or a record that cannot be read.
+    """
+    given = arguments.adapter if arguments.adapter is not None else arguments.model
+    if (arguments.run is None) == (given is None):
+        raise UsageError("give either --run, or --model, --adapter or both")
+    recorded = read_task(Path(arguments.run)) if given is None else recorded_task(given)
+    refuse_idle(arguments, {
+        "labels format instruction": recorded and f"with {given or '--run'}, which is asked what it learnt",
+        "which": given and "without --run",
+    })  # fmt: skip
+    if recorded is not None:
+        return recorded
+    labels = listed_labels(arguments.labels or "", ())
+    if not labels:
+        kind, proof = ("model", "config.json") if arguments.adapter is None else ("adapter", ADAPTER_CONFIG)
+        if not (Path(given) / proof).is_file() or is_run(Path(given)):
+            raise UsageError(wrong_folder(given, f"{kind} folder", f"{given}: has no {proof}"))
+        raise UsageError(
+            f"{given}: no {RECORD} in it says what it is asked; give --labels in the order in which it was trained on "
+            "them (such as Disease,Chemical), and --format and --instruction if it was trained so"
+        )
+    try:
+        return Task(arguments.format, labels, len(labels) == 1, arguments.instruction)
+    except ValueError as error:
+        raise UsageError(f"--labels: {error}") from None
+
+
+def load(arguments: argparse.Namespace, task: Task, precision: str, world: World) -> System:
+    """The model, and where it is a run's, the sentences that it learnt from."""
+    if arguments.run is not None:
+        return load_run(Path(arguments.run), arguments.which, precision, world)
+    folders = arguments.model, arguments.adapter
+    return System(*load_annotator(*folders, task, DTYPES[precision], world.device))
 
 
 def corpus_splits(folder: Path) -> list[Path]:
@@ -100,16 +159,11 @@ def corpus_splits(folder: Path) -> list[Path]:
 
 
 def unread(answers: Iterable[Answer]) -> dict[str, list[tuple[int, int]]]:
-    """By document the bounds of the sentences that found no room in the model's context, or whose answer was cut off:
-    mentions may be missing there, as standard error says."""
+    """By document the bounds of the sentences in which mentions may be missing, as standard error says."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for item in answers:
-        if item.overlong or item.parsed.truncated:
-            id, start = item.sentence.document, item.sentence.start
-            end = start + len(item.sentence.text)
-            found.setdefault(id, []).append((start, end))
-            why = "longer than the model's context, and not read" if item.overlong else "its answer was cut off"
-            print(f"document {id}: the sentence from {start} to {end} may lack mentions: {why}", file=sys.stderr)
+    for id, start, end, why in lacking(answers):
+        found.setdefault(id, []).append((start, end))
+        print(f"document {id}: the sentence from {start} to {end} may lack mentions: {why}", file=sys.stderr)
     return found
 
 

@@ -19,7 +19,7 @@ from ..task.parse import join_labels, parse
 from ..task.prompt import render_prompt
 from ..task.tokenizer import TextStream, Tokenizer
 from .constrain import Constraint
-from .draft import SourceDrafter
+from .draft import Habits, SourceDrafter
 from .generate import generate
 from .room import decoding_items, expected, explained
 
@@ -74,6 +74,7 @@ def answer_sentences(
     constrain: bool = False,
     known: Sequence[Sentence] = (),
     stop: Callable[[], object] = lambda: False,
+    habits: Habits | None = None,
 ) -> tuple[list[Answer], Speed]:
     """Asks a (merged) model about every sentence; processes share the work and all get all answers, in
     the order of the sentences.
@@ -85,6 +86,7 @@ def answer_sentences(
         known: sentences whose mentions are known, from which drafts learn what is mostly tagged, and the constraint
             what is tagged inside words.
         stop: as in `generate`; the answers are then worth nothing.
+        habits: what drafts learn from `known` (`draft.prime`), for who asks more than once.
     """
     started = time.perf_counter()
     mine = asked[world.rank :: world.size]
@@ -96,7 +98,7 @@ def answer_sentences(
     drafter = None
     if task.copies and draft_tokens:
         rows = min(batch_size, len(fits))
-        drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, known)
+        drafter = SourceDrafter(tokenizer, task, texts, risk(rows, world), draft_tokens, habits or known)
     # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
     ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
     grammar = Constraint(tokenizer, task, texts, limits, known) if constrain else None

@@ -46,7 +46,8 @@ class SourceDrafter:
         texts: the source of each prompt.
         risk: a draft ends before the probability that all of it holds falls below this, as far as can be told.
         length: tokens proposed at most.
-        known: sentences whose mentions are known, such as those that the model was trained on.
+        known: sentences whose mentions are known, such as those that the model was trained on; or what was learnt from
+            them (`prime`), which is left as it is.
     """
 
     def __init__(
@@ -56,16 +57,14 @@ class SourceDrafter:
         texts: Sequence[str],
         risk: float,
         length: int = 40,
-        known: Iterable[Sentence] = (),
+        known: "Iterable[Sentence] | Habits" = (),
     ):
         assert task.copies
         self.tokenizer, self.risk, self.length = tokenizer, risk, length
         self.tags = {label: task.tags(label) for label in task.labels}
         self.meaning = {tag: (label, tag == pair[0]) for label, pair in self.tags.items() for tag in pair}
         self.any_tag = re.compile("|".join(map(re.escape, self.meaning)))
-        self.habits = _Habits(task.labels)
-        for sentence in known:
-            self.habits.learn(sentence)
+        self.habits = known.copy() if isinstance(known, Habits) else prime(task, known)
         self.copies = [_Copy(" " + text, TextStream(tokenizer)) for text in texts]  # an answer begins with a space
 
     def __call__(self, index: int, output: list[int]) -> Sequence[int]:
@@ -173,15 +172,32 @@ class SourceDrafter:
         return written, word.start() + len(string), chance
 
 
-class _Habits:
+def prime(task: Task, known: Iterable[Sentence]) -> "Habits":
+    """The habits that sentences show whose mentions are known, such as those that the model was trained on."""
+    habits = Habits(task.labels)
+    for sentence in known:
+        habits.learn(sentence)
+    return habits
+
+
+class Habits:
     """What was tagged so far and what was not."""
 
     def __init__(self, labels: Sequence[str]):
         # before anything is seen, one word in ten begins a mention
-        self.prior = {label: 0.1 / len(labels) for label in labels} | {None: 0.9}
+        self.prior: dict[str | None, float] = {**{label: 0.1 / len(labels) for label in labels}, None: 0.9}
         self.strings: dict[str, Counter] = {}  # how often a string was tagged as which label, or not (None)
         self.starting: dict[str, set[str]] = defaultdict(set)  # those of them that start with a word
         self.words: dict[str, Counter] = defaultdict(Counter)  # the same for first words, and for their endings
+
+    def copy(self) -> "Habits":
+        """The same, to learn on apart from this."""
+        twin = Habits(())
+        twin.prior = self.prior
+        twin.strings = {string: counts.copy() for string, counts in self.strings.items()}
+        twin.starting.update((word, set(strings)) for word, strings in self.starting.items())
+        twin.words.update((word, counts.copy()) for word, counts in self.words.items())
+        return twin
 
     def learn(self, sentence: Sentence) -> None:
         at = 0

@@ -1,9 +1,13 @@
-"""Mentions in their sentences as one HTML page that needs no other file, with filters by kind, label and training."""
+"""Mentions in their sentences as one HTML page that needs no other file: predictions beside gold, or by themselves.
+
+It has filters by kind or confidence, by label, and by what was seen in training.
+"""
 
 import html
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..corpus.documents import Document, Sentence, label_order
@@ -11,7 +15,7 @@ from ..html_template import fill
 from ..task.errors import WORDS, Match, match, string_of, tables
 from ..text_table import used
 from .answer import Answer
-from .result import confidence_by_mention, gold_keys, predicted_keys
+from .result import confidence_by_mention, gold_keys, placed_keys, predicted_keys
 
 PAGE = Path(__file__).with_name("page.html")
 RATES = {"precision": "precision", "recall": "recall", "F1": "f1"}
@@ -49,6 +53,13 @@ ERRORS = {
     "spurious": Kind("spurious", "spurious", "spurious"),
 }
 
+# predictions without gold, by their confidence, from which each kind begins
+SURENESS = {
+    "sure": (0.9, Kind("0.9 and above", "", "correct")),
+    "likely": (0.5, Kind("0.5 to 0.9", "likely", "boundary")),
+    "unsure": (0.0, Kind("below 0.5", "unsure", "spurious")),
+}
+
 
 def result_page(
     title: str,
@@ -70,6 +81,35 @@ def result_page(
     counts = tables(result["errors"])
     words = used(WORDS, str(counts))
     return html_page(title, facts, documents, asked, shown, ERRORS, ["correct"], "Only errors", counts, words)
+
+
+def predictions_page(
+    title: str, documents: Sequence[Document], answers: Sequence[Answer], known: Collection[tuple[str, str]] = ()
+) -> str:
+    """The page of predictions about documents that have no gold.
+
+    Args:
+        known: as in `describe`.
+    """
+    texts = {document.id: document.text for document in documents}
+    confidence = confidence_by_mention(answers)
+    keys = sorted(placed_keys(answers))
+    kinds = [next(name for name, (least, _) in SURENESS.items() if confidence[key] >= least) for key in keys]
+    described = describe((Match(None, key) for key in keys), texts, confidence, known)
+    shown = [replace(one, kind=kind) for one, kind in zip(described, kinds, strict=True)]
+    facts = [f"{len(answers)} sentences of {len(documents)} documents"]
+    unread = sum(item.overlong or item.parsed.truncated for item in answers)
+    if unread:
+        facts.append(f"sentences that found no room in the model's context, and may lack mentions: {unread}")
+    counts = Counter((key[-1], kind) for key, kind in zip(keys, kinds, strict=True))
+    table = [["", *(kind.name for _, kind in SURENESS.values())]]
+    table += [[label, *(str(counts[label, name]) for name in SURENESS)] for label in label_order(k for k, _ in counts)]
+    named = {name: kind for name, (_, kind) in SURENESS.items()}
+    asked = [item.sentence for item in answers]
+    return html_page(
+        title, facts, documents, asked, shown, named, ["sure"], "Only below 0.9",
+        [("mentions by confidence", table)], gold=False,
+    )  # fmt: skip
 
 
 def describe(
@@ -105,6 +145,7 @@ def html_page(
     only: str,
     counts: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
     words: Mapping[str, str] | None = None,
+    gold: bool = True,
 ) -> str:
     """The page, with its data, style and script inside: it opens from a file, and loads nothing.
 
@@ -114,11 +155,13 @@ def html_page(
         usual: the kinds that a button named `only` takes away.
         counts: tables, each a title and rows of cells, the head first.
         words: of the tables, with their meanings.
+        gold: whether there is any; without, the kinds are of confidence.
     """
     texts = {document.id: document.text for document in documents}
     data = {
         "kinds": {name: vars(kind) for name, kind in kinds.items()},
         "usual": list(usual),
+        "gold": gold,
         "labels": label_order(key[-1] for item in shown for key in item.pair.keys),
         "units": [
             {
@@ -129,7 +172,14 @@ def html_page(
             for document, start, end, inside in _units(list(texts), asked, shown)
         ],
     }
-    places = {"title": title, "facts": " · ".join([*facts, "a line is gold, a box is predicted"]), "only": only}
+    places = {
+        "title": title,
+        "facts": " · ".join([*facts, "a line is gold, a box is predicted"] if gold else facts),
+        "only": only,
+        "summary": "Scores and counts" if gold else "Counts",
+        "kind": "Kind" if gold else "Confidence",
+        "label": "Label, gold or predicted" if gold else "Label",
+    }
     escaped = {name: html.escape(text) for name, text in places.items()}
     terms = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>\n"
                     for word, meaning in (words or {}).items())  # fmt: skip

@@ -1,10 +1,13 @@
 """Trained systems (runs, several runs for different labels joined, a model with or without a PEFT adapter) and their
 scores on a split."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ..corpus.documents import CorpusError, Document, Sentence, all_sentences, label_order
 from ..corpus.read import find_splits, read_documents, read_splits
@@ -15,10 +18,11 @@ from ..lora.inject import merge_for_good
 from ..lora.peft_format import read_adapter
 from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
-from ..model.precision import DTYPES
+from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, load_trained, make_task
+from ..runs.shared import RECORD, find_base, read_record, recorded_task, weights_fingerprint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
@@ -40,7 +44,7 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     task = read_task(folder)
     settings = read_settings(folder)
-    with _loading(settings.model, precision, world):
+    with _loading(settings.model, DTYPES[precision], world.device):
         model, tokenizer = load_trained(folder, which, precision, world.device)
         model = merge_for_good(model)
     known = _training_sentences(settings.data)[: settings.limit_train]
@@ -51,29 +55,84 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
     """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
     instruction, shots)."""
     assert settings.model is not None and settings.data is not None, "a system has a model and a corpus"
-    config, tokenizer = read_config(settings.model), load_tokenizer(settings.model)
-    check_fit(tokenizer, config.vocab_size, settings.model)
-    if adapter is not None:
-        read_adapter(adapter, skeleton(config))  # what is wrong with it is said before a model is loaded
+    tokenizer = _check_folders(settings.model, adapter)
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
     check_tags(task, tokenizer, settings.model)
-    with _loading(settings.model, precision, world):
-        model = load_model(settings.model, DTYPES[precision], world.device)
-        if adapter is not None:
-            merge_for_good(load_adapter(model, adapter))
+    model = _load_merged(settings.model, adapter, DTYPES[precision], world.device)
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
 
 
-def _loading(model: str, precision: str, world: World) -> AbstractContextManager[None]:
+def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:
+    """The tokenizer. What is wrong with a folder is said before a model is loaded."""
+    config, tokenizer = read_config(model), load_tokenizer(model)
+    check_fit(tokenizer, config.vocab_size, model)
+    if adapter is not None:
+        read_adapter(adapter, skeleton(config))
+    return tokenizer
+
+
+def _load_merged(
+    model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: str | torch.device
+) -> Llama:
+    with _loading(model, dtype, torch.device(device)):
+        loaded = load_model(model, dtype, device)
+        return loaded if adapter is None else merge_for_good(load_adapter(loaded, adapter))
+
+
+def _loading(model: str | Path, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Explains where the memory does not suffice for a model, whose adapter is merged layer by layer in fp32."""
 
     def planned() -> dict[str, int]:
         sizes = [parameter.numel() for parameter in skeleton(read_config(model)).parameters()]
-        return {"weights": sum(sizes) * DTYPES[precision].itemsize, "merging the largest of them": 8 * max(sizes)}
+        return {"weights": sum(sizes) * dtype.itemsize, "merging the largest of them": 8 * max(sizes)}
 
-    return explained("loading and merging the model", planned, world.device)
+    return explained("loading and merging the model", planned, device)
+
+
+def load_annotator(
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    task: Task | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Llama, Tokenizer, Task]:
+    """What `annotate` needs of a model that somebody shared: model (its updates merged), tokenizer and task.
+
+    Args:
+        model: a folder with a whole model, or the base of the adapter; by default the base that the adapter names, if
+            that lies in `weights/`.
+        adapter: a PEFT adapter folder.
+        task: only where none stands beside adapter or model (`llamalora.json`).
+        dtype: of the weights; by default what the device computes in, as with `--precision auto`.
+
+    Raises:
+        InputError: neither model nor adapter, a base that is not there, a task that is lacking or given in vain, and
+            what cannot be loaded.
+    """
+    if model is None and adapter is None:
+        raise InputError("give a model, an adapter, or both")
+    given = Path(adapter if adapter is not None else model or "")
+    recorded = recorded_task(given)
+    if recorded is not None and task is not None and task != recorded:
+        raise InputError(f"{given}: {RECORD} says what it is asked, which is another task than the one given")
+    base = find_base(given) if model is None else Path(model)
+    tokenizer = _check_folders(base, adapter)
+    trained_on = (read_record(given) or {}).get("base", {}).get("fingerprint")
+    if adapter is not None and trained_on not in (None, weights_fingerprint(base)):
+        warnings.warn(
+            f"{base}: not the files of weights that {given} was trained on; unless they hold the same numbers, it will "
+            "answer otherwise",
+            stacklevel=2,
+        )
+    asked = recorded or task
+    if asked is None:
+        raise InputError(f"{given}: has no {RECORD} that says what it is asked; give the task that it was trained on")
+    check_tags(asked, tokenizer, str(base))
+    device = torch.device(device)
+    dtype = dtype or DTYPES[choose_precision("auto", device)[0]]
+    return _load_merged(base, adapter, dtype, device), tokenizer, asked
 
 
 def _training_sentences(data: str) -> list[Sentence]:

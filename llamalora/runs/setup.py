@@ -20,8 +20,9 @@ from ..model.precision import DTYPES
 from ..task.definition import COPYING, Task, listed_labels
 from ..task.prompt import draw_demonstrations, render_answer
 from ..task.tokenizer import Tokenizer, TokenizerError, check_fit, load_tokenizer
-from .folder import TOKENIZER_FILES, read_settings, trained_folder
+from .folder import read_settings, trained_folder
 from .settings import ResolvedSettings, Settings
+from .shared import base_name, copy_tokenizer
 
 
 def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
@@ -109,15 +110,12 @@ def choose_compiled(requested: str, device: torch.device) -> tuple[bool, str]:
 
 
 def save_trained(model: Llama, settings: ResolvedSettings, folder: Path) -> None:
-    """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model."""
+    """What was trained, as a folder that other tools read: a PEFT adapter, or a whole model; and its tokenizer."""
     if settings.adapts:
-        save_adapter(model, folder, base_model=settings.model)
+        save_adapter(model, folder, base_model=base_name(settings.model))
     else:
         save_model(model, folder)
-        for name in TOKENIZER_FILES:
-            source = Path(settings.model) / name
-            if source.is_file():
-                (folder / name).write_bytes(source.read_bytes())
+    copy_tokenizer(settings.model, folder)
 
 
 def load_trained(run: Path, which: str, precision: str, device: torch.device) -> tuple[Llama, Tokenizer]:

@@ -20,6 +20,7 @@ from ..model.checkpoint import read_json
 from ..model.tensors import CheckpointError, save_tensors
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # of a saved model: people complete it, and later scores come into it, so it has no sum
 
 
 def write_atomically(folder: Path, fill: Callable[[Path], None], writes: bool = True) -> None:
@@ -49,7 +50,7 @@ def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         sync(path)
-    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files if path != folder / CARD}
     # no line end: of this one file, which has no sum, a byte that is lost must show
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
     sync(folder / MANIFEST)
@@ -69,7 +70,7 @@ def find_damage(folder: Path) -> list[str]:
             found.append(f"{folder / name}: missing")
         elif _sha256(present[name]) != expected:
             found.append(f"{present[name]}: damaged, its SHA-256 differs from {MANIFEST}")
-    unlisted = present.keys() - {*sums, MANIFEST}
+    unlisted = present.keys() - {*sums, MANIFEST, CARD}
     if unlisted or not sums:
         found.append(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
     return found

@@ -82,6 +82,14 @@ class SentencePieceTokenizer(Tokenizer):
             for token, piece in enumerate(pieces)
         ]
 
+    @property
+    def transformers_config(self) -> dict:
+        """A `tokenizer_config.json` with which transformers cuts texts alike; without one it leaves out bos."""
+        unknown = self._pieces.id_to_piece(self._pieces.unk_id())
+        bos, eos = (self._pieces.id_to_piece(token) for token in (self.bos_id, self._pieces.eos_id()))
+        names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
+        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
+
     def _marks(self, token: int) -> bool:
         return self._pieces.is_control(token) or self._pieces.is_unknown(token)
 

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,15 +16,17 @@ from ..cli import Interrupt, called
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
 from ..evaluation.answer import Answer, answer_sentences, select_sentences
+from ..evaluation.card import model_card
 from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, format_legend, format_report, mention_strings, read_result, write_result
-from ..lora.inject import cast_factors
+from ..lora.inject import cast_factors, count_parameters
 from ..model.llama import Llama
 from ..model.precision import DTYPES, autocast
 from ..runs.folder import describe_run, lock_folder, start_folder
 from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import build_model, save_trained
-from ..runs.state import clean_partial, load_checkpoint, save_checkpoint, write_atomically
+from ..runs.shared import describe_model, write_record
+from ..runs.state import CARD, clean_partial, load_checkpoint, save_checkpoint, write_atomically
 from .batch import MicroBatch, deal, show
 from .job import Job, prepare
 from .memory import explained
@@ -45,6 +47,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     if not resume:
         start_folder(folder, describe_run(settings, job.task, model), world)
     lock = lock_folder(folder, world)  # noqa: F841  (held until the end)
+    record = describe_model(settings, job.task, len(examples), count_parameters(model)["trainable"])
     announce(job, model, world)
     world.say(f"first example, ⟦supervised part⟧ marked:\n{show(examples[0], job.tokenizer)}\n")
 
@@ -59,7 +62,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         """Ends all processes after a signal to one of them, the latest step saved."""
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
-        save(model, settings, folder, "last", world)
+        save(model, settings, folder, "last", world, record)
         words = f"stopped by a signal after step {progress.cursor}; go on with: {called('train')} --resume {folder}"
         world.say(words, result=True)
         sys.exit(128 + number)
@@ -80,7 +83,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 progress.stale += 1
                 if result["micro"]["f1"] > progress.best:
                     progress.best, progress.stale = result["micro"]["f1"], 0
-                    save(model, settings, folder, "best", world)
+                    save(model, settings, folder, "best", world, record, [result])
                     if world.is_main:
                         write_result(result | own_scoring(folder, "dev"), answers, folder)
                 progress.evaluated = progress.cursor
@@ -88,7 +91,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
             if progress.cursor == len(steps):
                 break
             if job.ends_early(progress.stale):
-                save(model, settings, folder, "last", world)
+                save(model, settings, folder, "last", world, record)
                 world.say(
                     f"ended early after step {progress.cursor}: no better dev F1 than {100 * progress.best:.2f} "
                     f"in {progress.stale} evaluations"
@@ -129,10 +132,10 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
                 leave()
             if regular or job.ends_epoch(progress.cursor):
                 save_progress(folder, optimizer, progress, settings.keep, world)
-                save(model, settings, folder, "last", world)
+                save(model, settings, folder, "last", world, record)
 
     if "dev" not in job.splits:
-        save(model, settings, folder, "best", world)
+        save(model, settings, folder, "best", world, record)
         world.say(f"no development split; what was trained is in {folder / 'best'}", result=True)
         return None
     result = world.from_main(read_result(folder, "dev") if world.is_main else {})
@@ -199,8 +202,28 @@ def load_progress(folder: Path, optimizer: Optimizer, world: World) -> Progress:
     return progress
 
 
-def save(model: Llama, settings: ResolvedSettings, folder: Path, name: str, world: World) -> None:
-    """Keeps the trained parameters as `best/` or `last/`."""
+def save(
+    model: Llama,
+    settings: ResolvedSettings,
+    folder: Path,
+    name: str,
+    world: World,
+    record: dict | None,
+    results: Sequence[dict] = (),
+) -> None:
+    """Keeps the trained parameters as `best/` or `last/`.
+
+    Args:
+        record: what others need to know to use them (see `describe_model`), which is kept with them, as is their card.
+        results: scores of just these parameters.
+    """
+
+    def fill(target: Path) -> None:
+        save_trained(model, settings, target)
+        if record is not None:
+            write_record(record, target)
+            (target / CARD).write_text(model_card(record, results), encoding="utf-8")
+
     if world.is_main or is_spread(model):
-        write_atomically(folder / name, lambda target: save_trained(model, settings, target), writes=world.is_main)
+        write_atomically(folder / name, fill, writes=world.is_main)
     world.barrier()

@@ -115,7 +115,7 @@ def follow(case: str, folder: Path, world: World, parallel: str) -> dict:
     found["restored"] = all(map(torch.equal, trained.values(), everything(model).values()))
     place = folder / case / f"{parallel} x {world.size}"
     save_progress(place, optimizer, Progress(cursor=STEPS), 1, world)
-    save(model, settings, place, "last", world)
+    save(model, settings, place, "last", world, None)
     if world.is_main:
         save_file(trained, place / "trained.safetensors")
     return found

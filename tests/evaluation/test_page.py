@@ -3,11 +3,14 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
 from llamalora.corpus.documents import Document, Span, all_sentences, sentence_bounds
-from llamalora.evaluation.page import ERRORS, describe, html_page
+from llamalora.evaluation.answer import Answer
+from llamalora.evaluation.page import ERRORS, describe, html_page, predictions_page
+from llamalora.task.definition import Parsed
 from llamalora.task.errors import KINDS, analyse, match, tables
 from llamalora.task.score import span_keys
 
@@ -125,6 +128,73 @@ def test_nothing_in_the_data_breaks_the_page_and_it_loads_nothing():
 def test_without_training_and_confidence():
     mentions = [mention for unit in data_of(page_of(known=(), confidence={}))["units"] for mention in unit["mentions"]]
     assert len(mentions) == 9 and not any("seen" in mention or mention["notes"] for mention in mentions)
+
+
+# ---- without gold ----
+
+
+def answers_about(documents) -> list[Answer]:
+    """Predictions with confidences from 0.2 up."""
+    answers, sure = [], 0.2
+    for sentence in all_sentences(documents):
+        confidence = {}
+        for span in sentence.spans:
+            confidence[span] = sure
+            sure = min(1.0, sure + 0.3)
+        parsed = Parsed(tuple(confidence), (), (), (), True, False, False, 0, ())
+        answers.append(Answer(sentence, "", parsed, confidence=confidence))
+    return answers
+
+
+def test_predictions_without_gold_are_shown_by_their_confidence():
+    documents = [document("7", TEXT, ("renal failure", "Disease"), ("lead", "Chemical"), ("rash", "Disease")), GOLD[1]]
+    answers = answers_about(documents)
+    answers[-1] = replace(answers[-1], overlong=True)
+    page = predictions_page("notes.txt <1>", documents, answers, KNOWN)
+    data, reader = data_of(page), Reader(page)
+    seen = [(m["kind"], m["predicted"]["label"], *m["notes"]) for unit in data["units"] for m in unit["mentions"]]
+    assert seen == [
+        ("unsure", "Disease", "confidence 0.20"),
+        ("likely", "Chemical", "confidence 0.50"),
+        ("likely", "Disease", "confidence 0.80"),
+    ]
+    assert not any("gold" in mention for unit in data["units"] for mention in unit["mentions"])
+    assert reader.by_id["kinds"] == "Confidence" and reader.by_id["labels"] == "Label"
+    assert "may lack mentions: 1" in reader.by_id["p"] and "gold" not in reader.by_id["p"]
+    assert reader.by_id["h1"] == "notes.txt <1>"
+    assert "Disease011" in reader.by_id["table"]  # by confidence from above
+
+
+PREDICTED_LOG = """<script>
+const log = {}, all = (selector) => [...document.querySelectorAll(selector)];
+const state = () => ({status: $("status").textContent, pressed: $("only").getAttribute("aria-pressed"),
+  tags: all(".tag").map((tag) => [tag.textContent.replaceAll("\\u00a0", " "), tag.getAttribute("aria-label")])});
+log.all = state();
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "e"})); log.unsure = state();
+document.body.replaceChildren();
+element(document.body, "pre", {id: "log"}, JSON.stringify(log));
+</script></body>"""
+
+
+def test_predictions_without_gold_in_a_browser(opened):
+    strings = ("renal failure", "Disease"), ("lead", "Chemical"), ("fever", "Disease"), ("rash", "Disease")
+    documents = [document("7", TEXT, *strings)]
+    log = after(opened(predictions_page("x", documents, answers_about(documents)).replace("</body>", PREDICTED_LOG)))
+    assert log["all"]["status"] == "4 mentions in 2 sentences" and log["all"]["pressed"] == "false"
+    assert log["all"]["tags"] == [
+        ["Disease · unsure", "Disease “renal failure”, confidence 0.20"],
+        ["Chemical · likely", "Chemical “lead”, confidence 0.50"],
+        ["Disease · likely", "Disease “fever”, confidence 0.80"],
+        ["Disease", "Disease “rash”, confidence 1.00"],
+    ]
+    assert log["unsure"]["status"] == "3 mentions in 2 sentences, of 4 in 2" and log["unsure"]["pressed"] == "true"
+
+
+def test_the_button_does_nothing_where_nothing_is_usual(opened):
+    documents = [document("7", TEXT, ("renal failure", "Disease"))]
+    log = after(opened(predictions_page("x", documents, answers_about(documents)).replace("</body>", PREDICTED_LOG)))
+    assert log["all"]["pressed"] == log["unsure"]["pressed"] == "false"
+    assert log["all"]["tags"] == log["unsure"]["tags"]
 
 
 # ---- in a browser ----
