@@ -102,7 +102,7 @@ def answer_sentences(
     # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
     ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
     grammar = Constraint(tokenizer, task, texts, limits, known) if constrain else None
-    hidden = quiet or world.terse or world.quiet or not world.is_main
+    hidden = quiet or world.terse or not world.is_main
     longest = max((expected(len(prompts[i]), limit) for i, limit in zip(fits, limits, strict=True)), default=0)
     held = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
     plan = partial(decoding_items, model.config, model.model.norm.weight.itemsize, held, longest)
