@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --peak-tflops 989 --bandwidth 4800        # H100 or H200: dense bf16, GB/s
 
 Reports tokens/s and model FLOPs utilisation of LoRA training (all nine kinds, r=128, packed rows), and batch-1 decoding
-of the base and of the merged model against the memory bandwidth. `--tiny` tries the script without a GPU.
+of the base and of the merged model against the memory bandwidth. Sequences are as long as BC5CDR's are, each repeat has
+others, and none has the shape of one before, as in training. `--tiny` tries the script without a GPU.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from itertools import chain
 
 import torch
-from work import flops_per_token, need_peer, padded
+from work import drawn_lengths, flops_per_token, need_peer, padded
 
 from llamalora.distributed.world import World
 from llamalora.evaluation.generate import generate
@@ -23,12 +25,11 @@ from llamalora.lora.inject import inject_lora, merge, restore
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.llama import Llama
-from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.model.precision import DTYPES, choose_precision, prepare_gpu
 from llamalora.training.arithmetic import Batch, Work
 from llamalora.training.batch import Example, MicroBatch
 from llamalora.training.cards import CARDS, recognise
 from llamalora.training.duration import Machine
-from llamalora.training.memory import LENGTHS, micro_batch
 from llamalora.training.step import Optimizer, backward
 
 
@@ -41,10 +42,13 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave transformers + peft out")
     parser.add_argument("--tiny", action="store_true", help="two small layers: tries the script, measures nothing")
     arguments = parser.parse_args()
-    need_peer(parser)
+    if not arguments.no_peer:
+        need_peer(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.tiny:
         parser.error("needs a GPU; --tiny tries the script without one")
+    if device.type == "cuda":
+        prepare_gpu(device)
     config = LLAMA_2["llama-2-7b"]
     if arguments.tiny:
         config = replace(config, num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2,
@@ -54,17 +58,20 @@ def main() -> None:
     result = {"device": name, "precision": precision, "torch": torch.__version__}
     print(f"{name}, {precision} ({why})")
     model = random_model(config, DTYPES[precision], device)
-    examples = fake_examples(arguments.micro_tokens, config)
+    # one to warm up, and one a repeat
+    batches = [fake_examples(arguments.micro_tokens, config, number) for number in range(arguments.repeats + 1)]
+    lengths = [[len(example) for example in batch] for batch in batches]
+    result["slots per token, padded"] = statistics.mean(len(one) * max(one) / sum(one) for one in lengths)
     result["decoding, base"] = decode(model, arguments)
     inject_lora(model, "all", rank=128)
-    result["training"] = train(model, examples, precision, device, arguments)
+    result["training"] = train(model, batches, precision, device, arguments)
     merge(model)
     result["decoding, merged"] = decode(model, arguments)
     result["merged by base"] = (
         result["decoding, merged"]["tokens_per_second"] / result["decoding, base"]["tokens_per_second"]
     )
     restore(model)
-    if expected := planned(model, examples, precision, device):
+    if expected := planned(model, batches[1:], precision, device):
         result["planned"] = expected
         for what, speed in (("training", "training"), ("decoding, merged", "decoding")):
             print(f"{what}: {result[what]['tokens_per_second']:,.0f} tokens/s, planned {expected[speed]:,.0f}")
@@ -74,7 +81,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        result["peer"] = peer(config, examples, precision, device, arguments)
+        result["peer"] = peer(config, batches, precision, device, arguments)
     print(json.dumps(result, indent=2))
 
 
@@ -85,53 +92,59 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
     return model.requires_grad_(False)
 
 
-def fake_examples(tokens: int, config: LlamaConfig) -> list[Example]:
-    """Sequences as long as BC5CDR's, with random ids; the answer is 60 % of each."""
-    lengths = micro_batch(tokens, LENGTHS)
+def fake_examples(tokens: int, config: LlamaConfig, seed: int) -> list[Example]:
+    """A micro-batch of sequences as long as BC5CDR's, with random ids; the answer is 60 % of each."""
+    lengths = drawn_lengths(tokens, seed)
     ids = torch.randint(3, config.vocab_size, (max(lengths) + 1,)).tolist()
     return [Example(tuple(ids[: length + 1]), prompt=max(1, round(0.4 * length))) for length in lengths]
 
 
 def seconds_of(work, repeats: int) -> list[float]:
-    """Of each repeat, after one to warm up."""
+    """Of each repeat, after one to warm up; `work` is given their number, from 0 on."""
     taken = []
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started = time.perf_counter()
-        work()
+        work(number)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return taken[1:]
 
 
-def train(model: Llama, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:
+def train(model: Llama, batches: list[list[Example]], precision: str, device: torch.device, arguments) -> dict:
     optimizer = Optimizer(model, precision, device, weight_decay=0.0, clip=1.0)
-    batch = MicroBatch.of(examples, device)
-    supervised, tokens = sum(example.supervised for example in examples), sum(map(len, examples))
 
-    def step() -> None:
-        backward(model, batch, supervised, optimizer.scaler, precision)
+    def step(number: int) -> None:
+        examples = batches[number]
+        supervised = sum(example.supervised for example in examples)
+        backward(model, MicroBatch.of(examples, device), supervised, optimizer.scaler, precision)
         optimizer.step(1e-4, World(device=device))
 
-    seconds = seconds_of(step, arguments.repeats)
-    flops = flops_per_token(model, examples)
-    speed = tokens / statistics.median(seconds)
+    speeds = speeds_of(step, batches)
+    flops = flops_per_token(model, list(chain.from_iterable(batches[1:])))
+    speed = statistics.median(speeds)
     return {
         "tokens_per_second": speed,
-        "repeats": [tokens / one for one in seconds],
+        "repeats": speeds,
         "mfu": speed * flops / (arguments.peak_tflops * 1e12),
         "gflop_per_token": flops / 1e9,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
 
 
+def speeds_of(step, batches: list[list[Example]]) -> list[float]:
+    """Tokens a second of each repeat."""
+    seconds = seconds_of(step, len(batches) - 1)
+    return [sum(map(len, examples)) / taken for examples, taken in zip(batches[1:], seconds, strict=True)]
+
+
 def decode(model: Llama, arguments, new: int = 64) -> dict:
     """Batch-1 greedy decoding; each token reads every weight but the embedding once."""
     prompt = list(range(3, 67))
-    seconds = seconds_of(lambda: generate(model, [prompt], -1, new, 1), arguments.repeats)
-    short = seconds_of(lambda: generate(model, [prompt], -1, 1, 1), arguments.repeats)
+    seconds = seconds_of(lambda _: generate(model, [prompt], -1, new, 1), arguments.repeats)
+    short = seconds_of(lambda _: generate(model, [prompt], -1, 1, 1), arguments.repeats)
     each = (statistics.median(seconds) - statistics.median(short)) / (new - 1)
     read = sum(
         p.numel() * p.element_size()
@@ -141,21 +154,28 @@ def decode(model: Llama, arguments, new: int = 64) -> dict:
     return {"tokens_per_second": 1 / each, "of_bandwidth": read / each / (arguments.bandwidth * 1e9)}
 
 
-def planned(model: Llama, examples: list[Example], precision: str, device: torch.device) -> dict | None:
-    """tokens/s of training on these examples and of decoding, as `audit --time` plans them; None for an unknown GPU."""
+def planned(model: Llama, batches: list[list[Example]], precision: str, device: torch.device) -> dict | None:
+    """tokens/s of training on these batches and of decoding, as `audit --time` plans them; None for an unknown GPU."""
     if device.type == "cpu":
         return None
     properties = torch.cuda.get_device_properties(device)
     card = recognise(properties.name, properties.total_memory)
     if card is None:
         return None
-    machine, work, lengths = Machine(CARDS[card]), Work(model, precision), [len(example) for example in examples]
-    supervised = sum(example.supervised for example in examples) / sum(lengths)
-    step = machine.training(work, [[[Batch.of(lengths, supervised)]]])
-    return {"training": sum(lengths) / step.seconds, "mfu": step.mfu, "decoding": 1 / machine.decoding(work, 1, 1, 96)}
+    machine, work = Machine(CARDS[card]), Work(model, precision)
+    steps = []
+    for examples in batches:
+        lengths = [len(example) for example in examples]
+        steps.append([[Batch.of(lengths, sum(example.supervised for example in examples) / sum(lengths))]])
+    training, tokens = machine.training(work, steps), sum(map(len, chain.from_iterable(batches)))
+    return {
+        "training": tokens / training.seconds,
+        "mfu": training.mfu,
+        "decoding": 1 / machine.decoding(work, 1, 1, 96),
+    }
 
 
-def peer(config: LlamaConfig, examples: list[Example], precision: str, device: torch.device, arguments) -> dict:
+def peer(config: LlamaConfig, batches: list[list[Example]], precision: str, device: torch.device, arguments) -> dict:
     """transformers + peft on the same sequences, padded to the longest, in batches of 16."""
     import peft
     import transformers
@@ -167,7 +187,8 @@ def peer(config: LlamaConfig, examples: list[Example], precision: str, device: t
     wrapped = peft.get_peft_model(base, peft.LoraConfig(r=128, lora_alpha=128, target_modules=seven))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
-    def step() -> None:
+    def step(number: int) -> None:
+        examples = batches[number]
         for start in range(0, len(examples), 16):
             batch = padded(examples[start : start + 16], device)
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
@@ -175,8 +196,7 @@ def peer(config: LlamaConfig, examples: list[Example], precision: str, device: t
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    tokens = sum(map(len, examples))
-    result = {"tokens_per_second": tokens / statistics.median(seconds_of(step, arguments.repeats))}
+    result = {"tokens_per_second": statistics.median(speeds_of(step, batches))}
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     merged = wrapped.merge_and_unload().eval()
@@ -184,7 +204,7 @@ def peer(config: LlamaConfig, examples: list[Example], precision: str, device: t
     taken = {}
     for new in (1, 64):
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-        taken[new] = statistics.median(seconds_of(lambda o=options: merged.generate(prompt, **o), arguments.repeats))
+        taken[new] = statistics.median(seconds_of(lambda _, o=options: merged.generate(prompt, **o), arguments.repeats))
     return result | {"decoding_tokens_per_second": 63 / (taken[64] - taken[1])}
 
 

@@ -253,7 +253,7 @@ def overflow(day: Day) -> list[Figure]:
     batch, losses, skipped = MicroBatch.of([example], day.device), [], 0
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     for _ in range(20 if day.dry else 40):
-        losses.append(backward(model, batch, example.supervised, optimizer.scaler, "fp16"))
+        losses.append(backward(model, batch, example.supervised, optimizer.scaler, "fp16").item())
         update = optimizer.step(1e-2, World(device=day.device))
         skipped += update.skipped
         if update.skipped and skipped == len(losses):

@@ -31,7 +31,7 @@ from llamalora.distributed.world import World, join_world
 from llamalora.lora.inject import count_parameters, make_trainable
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
-from llamalora.model.precision import DTYPES
+from llamalora.model.precision import DTYPES, prepare_gpu
 from llamalora.model.tensors import is_sharded
 from llamalora.runs.settings import Settings
 from llamalora.training.batch import Example, MicroBatch, deal
@@ -77,6 +77,7 @@ def world_of(share: str | None):
         return
     device, size = torch.device("cuda", 0), int(os.environ.get("WORLD_SIZE", "1"))
     torch.cuda.set_device(device)
+    prepare_gpu(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, parse_capacity(share) / total), device)
     if size == 1:

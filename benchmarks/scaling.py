@@ -18,7 +18,7 @@ import torch
 from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import inject_lora, merge
 from llamalora.model.checkpoint import load_model
-from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.model.precision import DTYPES, choose_precision, prepare_gpu
 from llamalora.training.batch import Example, MicroBatch
 from llamalora.training.step import backward
 
@@ -35,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        prepare_gpu(device)
     precision, _ = choose_precision("auto", device)
     model = inject_lora(load_model(arguments.model, DTYPES[precision], device), "q,k,v,o,up,down,gate", rank=8)
     scaler = torch.amp.GradScaler(device.type, enabled=False)

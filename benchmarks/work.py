@@ -1,8 +1,11 @@
 """What the benchmarks share: the arithmetic that a training token takes, and batches as the peer pads them."""
 
 import argparse
+import math
+import random
 from collections.abc import Sequence
 from importlib.util import find_spec
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -10,12 +13,26 @@ from torch import Tensor
 from llamalora.model.llama import Llama
 from llamalora.training.arithmetic import Batch, model_flops
 from llamalora.training.batch import Example
+from llamalora.training.memory import LENGTHS
 
 
 def need_peer(parser: argparse.ArgumentParser) -> None:
     """Ends with what to install, if the peer is not."""
     if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
         parser.error(f"compares with {' and '.join(missing)}, not installed here: pip install -e '.[test]'")
+
+
+def drawn_lengths(tokens: int, seed: int) -> list[int]:
+    """Lengths of as many examples as have so many tokens, distributed as those of BC5CDR's training examples are
+    (`LENGTHS`): log-normal, with their median and highest decile, up to the longest."""
+    drawn = random.Random(seed)
+    longest, high, median = LENGTHS[0], LENGTHS[1], LENGTHS[5]
+    spread = math.log(high / median) / NormalDist().inv_cdf(0.9)
+    lengths: list[int] = []
+    while (room := tokens - sum(lengths)) > 0:
+        length = max(8, round(drawn.lognormvariate(math.log(median), spread)))
+        lengths.append(min(longest, room, length))
+    return lengths
 
 
 def flops_per_token(model: Llama, examples: Sequence[Example]) -> float:

@@ -64,6 +64,11 @@ class Bar:
             if waited >= SELDOM or ends_part and waited >= OFTEN:
                 self._print()
 
+    def say(self, line: str) -> None:
+        """Prints a line of standard error."""
+        with self.aside():
+            print(line, file=sys.stderr, flush=True)
+
     def aside(self) -> AbstractContextManager:
         """Within it something else can be printed, which the bar does not overwrite."""
         return tqdm.external_write_mode()

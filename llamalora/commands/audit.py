@@ -18,6 +18,7 @@ from ..lora.kinds import KINDS, METHODS, parse_targets, what_learns
 from ..mistakes import wrong_folder
 from ..model.checkpoint import read_config, skeleton
 from ..model.config import LLAMA_2, LlamaConfig
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
@@ -28,7 +29,7 @@ from ..text_table import aligned, legend, used, wrapped
 from ..training import duration, hardware, timetable
 from ..training.cards import CARDS
 from ..training.duration import Links
-from ..training.memory import GIB, LENGTHS, REPORTED, USABLE
+from ..training.memory import LENGTHS, REPORTED, USABLE
 from ..training.placement import fit
 from ..training.timetable import Corpus
 
@@ -139,7 +140,7 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
         if parallel != auto.parallel:
             placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
         assert (plan := placement.plan) is not None
-        sums = {name: getattr(plan, name) for name in ("total", "usable", "spare", "fits")}
+        sums = {name: getattr(plan, name) for name in ("total", "evaluation_total", "peak", "usable", "spare", "fits")}
         result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
     return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
 
@@ -213,7 +214,11 @@ def show_memory(result: dict) -> str:
     rows.append(["GiB on each GPU", *[""] * len(plans)])
     for name in plans["ddp"]["items"]:
         rows.append([name, *(f"{plan['items'][name] / GIB:.2f}" for plan in plans.values())])
-    rows.append(["total", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["total of a step", *(f"{plan['total'] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["in an evaluation", *("" for _ in plans)])
+    for name in plans["ddp"]["evaluation"]:
+        rows.append([f"  {name}", *(f"{plan['evaluation'][name] / GIB:.2f}" for plan in plans.values())])
+    rows.append(["total of an evaluation", *(f"{plan['evaluation_total'] / GIB:.2f}" for plan in plans.values())])
     usable = [f"{plan['usable'] / GIB:.2f}" for plan in plans.values()]
     rows.append([USABLE_ROW, *usable])
     verdicts = []
@@ -221,12 +226,14 @@ def show_memory(result: dict) -> str:
         largest, spare = plan["largest_micro_tokens"], abs(plan["spare"]) / GIB
         verdict = f"fits, {spare:.2f} GiB to spare" if plan["fits"] else f"does not fit, by {spare:.2f} GiB"
         room = f"micro-batches of up to {largest:,} tokens fit" if largest else "no micro-batch fits"
-        verdicts.append([parallel, f"{verdict}; {room}"])
+        beside = f"{plan['rows']:,} of the longest sentences side by side in an evaluation"
+        verdicts.append(wrapped(f"{parallel:<4}  {verdict}; {room}, and {beside}", indent=6))
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
     taken = wrapped("train --parallel auto takes {parallel}: {why}".format(**result["auto"]))
     words = legend(used(WORDS, str(rows)))
-    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{aligned(verdicts, 'll')}\n{taken}\n\n{words}"
+    found = "\n".join([*verdicts, taken])
+    return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{found}\n\n{words}"
 
 
 def show_time(result: dict) -> str:

@@ -8,7 +8,7 @@ Embedding, last norm and head are one group, gathered once for all that `within`
 matrix (tied), and each process may call the head as often as it has chunks of logits or tokens to choose.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,8 +16,10 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..lora.inject import lora_layers, merge, restore
+from ..lora.layers import LoRALayer
+from ..model.free_memory import GIB, SHARE, free_memory
 from ..model.llama import Llama
-from ..model.tensors import placed, read_tensor
+from ..model.tensors import own_rows, placed, read_tensor
 from .world import World
 
 T = TypeVar("T")
@@ -127,16 +129,41 @@ def in_step(model: Llama, world: World, decode: Callable[[], T]) -> T:
 
 
 @contextmanager
-def merged(model: Llama) -> Iterator[None]:
-    """The model with its updates merged; afterwards it is bitwise as before.
+def merged(model: Llama, world: World) -> Iterator[None]:
+    """The model with its updates merged, or apart, which is slower, where no memory has room for the frozen weights
+    beside the merged ones; afterwards it is bitwise as before.
 
     Where the ends of a sharded model are one matrix, they stay as they are: it cannot take the updates of both.
     """
     ends = (model.model.embed_tokens, model.lm_head)
     left_out = ends if is_spread(model) and model.tied else ()
     layers = [layer for layer in lora_layers(model).values() if layer not in left_out]
+    where = _where_to_wait(model, layers, world)
+    if where is None:
+        yield
+        return
     try:
-        merge(model, layers)
+        merge(model, layers, offload=where.type == "cpu")
         yield
     finally:
         restore(model)
+
+
+def _where_to_wait(model: Llama, layers: Sequence[LoRALayer], world: World) -> torch.device | None:
+    """Where there is room on every process for the frozen weights of layers while merged ones take their place: on the
+    host, else on the GPU, else nowhere."""
+    if not layers:
+        return None
+    kept = [own_rows(layer.weight).nbytes for layer in layers]
+    largest = 8 * max(layer.weight.numel() for layer in layers)  # W0 and the update in fp32, while a layer is merged
+    host, free = torch.device("cpu"), 0
+    for device in dict.fromkeys((host, host if is_spread(model) else world.device)):
+        free = free_memory(device)
+        if not any(world.sum([sum(kept) + largest > SHARE * free])):
+            return device
+    world.say(
+        f"the updates stay apart while the model is evaluated, which makes it slower: to merge them, "
+        f"{sum(kept) / GIB:.1f} GiB of frozen weights would be kept beside the merged ones, and {free / GIB:.1f} GiB "
+        "are free"
+    )
+    return None

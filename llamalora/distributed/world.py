@@ -1,8 +1,9 @@
 """One process or many: the group, sums over it, and who may write. Started by torchrun or alone."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,14 +11,28 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from ..errors import RunError
+from ..errors import InputError, RunError
+from ..model.precision import prepare_gpu
 
 T = TypeVar("T")
 
 
 class LostError(RunError):
-    """Another process has died, or has been silent for too long."""
+    """Another process has died, or has been silent for too long.
+
+    Between GPUs it is mostly not reached: a thread of NCCL's own watches each process, and ends it (SIGABRT) with a
+    message of its own when another is lost.
+    """
+
+
+class ExchangeError(RunError):
+    """NCCL cannot exchange anything, though no process need have died."""
+
+
+class DeviceError(InputError):
+    """There is no GPU for this process."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,12 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
         """Each number summed over all processes (in fp64, so the same on each)."""
         if self.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return [float(value) for value in values]
+        tensor = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        tensor = tensor.to(self.device, non_blocking=True)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
@@ -80,29 +96,65 @@ def join_world(timeout_minutes: float = 30) -> Iterator[World]:
     NCCL between GPUs, gloo between CPUs.
 
     Raises:
+        DeviceError, PrecisionError: no GPU for this process, or one that this PyTorch has no kernels for.
         LostError: another process has died, or was silent for the timeout.
+        ExchangeError: NCCL does not work.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = _own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        prepare_gpu(device)
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
         yield World(dist.get_rank(), size, device)
         dist.barrier()
     except RuntimeError as error:
-        # gloo's errors have no class of their own; most of them name the source file that they come from
-        if isinstance(error, dist.DistError) or "gloo" in str(error) or "pair closure" in str(error):
-            reason = str(error).splitlines()[0]
-            raise LostError(
-                f"process {dist.get_rank()} of {size} has lost another one, which died or was silent for "
-                f"{timeout_minutes:g} minutes ({reason})"
-            ) from None
-        raise
+        explained = _explained(error, f"process {os.environ.get('RANK')} of {size}", timeout_minutes)
+        if explained is None:
+            raise
+        raise explained from None
     # not after a failure: NCCL would wait for processes that are stuck, before anything is said
     dist.destroy_process_group()
+
+
+def _own_device() -> torch.device:
+    """The GPU of this process, if there are any.
+
+    SLURM may show each process a single GPU, its own; torchrun shows all processes of a machine the same.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= visible:
+        if visible > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            raise DeviceError(
+                f"LOCAL_RANK is {place}, so there are at least {place + 1} processes on this machine, and GPUs visible "
+                f"to them: {visible}. Start as many processes as there are GPUs (torchrun --nproc_per_node {visible}), "
+                "or show more (CUDA_VISIBLE_DEVICES)"
+            )
+        place = 0
+    return torch.device("cuda", place)
+
+
+def _explained(error: RuntimeError, who: str, timeout_minutes: float) -> RunError | None:
+    """What is said of an error of the exchange between processes; None for another one."""
+    text = str(error)
+    # gloo's errors have no class of their own; most of them name the source file that they come from
+    if not (isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text):
+        return None
+    # one that NCCL finds at this end: two processes on one GPU, a failed kernel, no shared memory
+    if found := re.search(r"^nccl(?!RemoteError)\w+:.*?(?=\nException raised|\Z)", text, re.MULTILINE | re.DOTALL):
+        return ExchangeError(
+            f"{who} cannot exchange anything with the others: {' '.join(found[0].split())} (NCCL_DEBUG=WARN in the "
+            "environment shows more)"
+        )
+    return LostError(
+        f"{who} has lost another one, which died or was silent for {timeout_minutes:g} minutes ({text.splitlines()[0]})"
+    )

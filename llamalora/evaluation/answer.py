@@ -4,7 +4,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from itertools import accumulate
+
+import torch
 
 from ..corpus.documents import Document, Sentence, Span, all_sentences
 from ..distributed.sharding import in_step
@@ -18,6 +21,7 @@ from ..task.tokenizer import TextStream, Tokenizer
 from .constrain import Constraint
 from .draft import Habits, SourceDrafter
 from .generate import generate
+from .room import decoding_items, expected, explained
 
 DRAFT_TOKENS = 40
 
@@ -76,7 +80,7 @@ def answer_sentences(
     the order of the sentences.
 
     Args:
-        batch_size: sentences decoded side by side.
+        batch_size: sentences decoded side by side at most; where the memory is small fewer, as standard error says.
         draft_tokens: drafted at most from the source for a forward pass, in tagging; 0 is plain greedy decoding.
         constrain: only answers that are the sentence with legal tags (tagging only).
         known: sentences whose mentions are known, from which drafts learn what is mostly tagged, and the constraint
@@ -98,9 +102,17 @@ def answer_sentences(
     # what the configuration names without regard to the tokenizer (transformers' default is 2) may be text
     ends = {tokenizer.eos_id, *(end for end in model.config.end_ids if not tokenizer.spell([end]))}
     grammar = Constraint(tokenizer, task, texts, limits, known) if constrain else None
-    with Bar("decoding", len(mine), "sentence", hidden=quiet or world.terse or not world.is_main) as bar:
+    hidden = quiet or world.terse or world.quiet or not world.is_main
+    longest = max((expected(len(prompts[i]), limit) for i, limit in zip(fits, limits, strict=True)), default=0)
+    held = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
+    plan = partial(decoding_items, model.config, model.model.norm.weight.itemsize, held, longest)
+    with (
+        Bar("decoding", len(mine), "sentence", hidden=hidden) as bar,
+        explained("decoding one sentence at a time", plan, world.device),
+    ):
         decoding = in_step(model, world, lambda: generate(
-            model, [prompts[i] for i in fits], ends, limits, batch_size, drafter, grammar, bar.update, stop
+            model, [prompts[i] for i in fits], ends, limits, batch_size, drafter, grammar, bar.update, stop,
+            bar.say,
         ))  # fmt: skip
     answers = [Answer(sentence, "", parse(task, sentence.text, ""), overlong=True) for sentence in mine]
     decoded = zip(fits, decoding.outputs, decoding.truncated, decoding.log_probs, strict=True)

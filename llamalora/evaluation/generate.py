@@ -12,14 +12,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..distributed.sharding import is_spread
 from ..model.llama import Llama
-from ..model.packing import KVCache, Packing
+from ..model.packing import Packing
+from .room import NoRoom, Room, expected
 
 # proposes how an output goes on: (prompt index, output so far) -> ids, perhaps none
 Drafter = Callable[[int, list[int]], Sequence[int]]
 
 
 State = TypeVar("State", bound=Hashable)
+
+SOFTMAX_AT_ONCE = 2**22  # values
 
 
 class Grammar(Protocol[State]):
@@ -65,6 +69,16 @@ class _Row:
     stuck: bool = False  # the grammar allows nothing more
 
     @property
+    def slots(self) -> int:
+        """Of the cache, that its tokens so far take."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def need(self) -> int:
+        """The slots that it will probably need."""
+        return max(self.slots + 1, expected(len(self.prompt), self.limit))
+
+    @property
     def finished(self) -> bool:
         return self.ended or self.stuck or len(self.output) == self.limit
 
@@ -80,25 +94,30 @@ def generate(
     grammar: Grammar[Any] | None = None,
     progress: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], object] = lambda: False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Decoding:
     """The most probable (allowed) next token, over and over, until an end token or the limit.
 
     A prompt that is finished leaves its cache row to the next one. A draft is checked in one forward pass
-    and kept as far as it is what greedy decoding yields: it changes the speed, not the output.
+    and kept as far as it is what greedy decoding yields: it changes the speed, not the output. Where the memory does
+    not suffice for the rows side by side, they begin again from what they have, half as many at a time.
 
     Args:
         prompts: token ids of each, at least one.
         eos_id: the end token, or several. With one of those that the model's configuration names, all of them end
             an output.
         max_new_tokens: the limit, one for all or one for each prompt.
-        batch_size: prompts decoded side by side; the outputs do not depend on it.
+        batch_size: prompts decoded side by side at most, as many as the memory allows (`room.Room`); the outputs do
+            not depend on it.
         drafter: proposes continuations; without one, a pass yields a token.
         grammar: only outputs that it allows; without one, every token may follow.
         progress: called with the number of prompts finished since the last call.
         stop: asked before each forward pass; once it says so, outputs stay as they are.
+        tell: called with a line for a person where the memory makes it fewer prompts.
 
     Raises:
         ValueError: an empty prompt, or a limit below 1.
+        torch.OutOfMemoryError: a GPU has no room for a single prompt.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not all(prompts) or min(limits, default=1) < 1:
@@ -111,29 +130,43 @@ def generate(
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     waiting = deque(sorted(requests, key=lambda row: -len(row.prompt)))
-    rows: list[_Row | None] = [None] * min(batch_size, len(requests))
-    slots = max((len(row.prompt) + row.limit for row in requests), default=0)
     device = model.model.norm.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    cache = model.make_cache(len(rows), slots, autocast)
+    rows: list[_Row | None] = []  # one for each of the cache's
+    cache, most = model.make_cache(0, 0, autocast), min(batch_size, len(requests))
+    room = Room(model.config, cache, most, [row.need for row in requests], tell)
     passes = row_passes = 0
     while (waiting or any(rows)) and not stop():
-        free = [place for place, row in enumerate(rows) if row is None]
-        # prompts enter several at a time, in a pass of their own, because they are longer than a step
-        enter = waiting and 4 * len(free) >= len(rows)
-        places = free[: len(waiting)] if enter else list(range(len(rows)))
-        if enter:
+        inside = [row for row in rows if row is not None]
+        candidates = ((row.slots, row.need) for row in waiting)
+        entering = room.entering([row.need for row in inside], candidates) if waiting else 0
+        places = list(range(len(rows)))
+        if entering:
+            rows += [None] * (len(inside) + entering - len(rows))
+            places = [place for place, row in enumerate(rows) if row is None][:entering]
             for place in places:
                 rows[place] = waiting.popleft()
         active = [rows[place] for place in places]
-        _advance(model, cache, places, active, ends, drafter, grammar, fresh=bool(enter))
-        passes += 1
-        row_passes += sum(row is not None for row in active)
-        for place, row in zip(places, active, strict=True):
-            if row is not None and row.finished:
-                rows[place] = None
-                row.states.clear()
-                progress(1)
+        try:
+            _advance(model, room, rows, places, ends, drafter, grammar, fresh=bool(entering))
+        except (NoRoom, torch.OutOfMemoryError) as error:
+            inside = [row for row in rows if row is not None]
+            # a pass of a sharded model cannot be repeated: the other processes are in the midst of it
+            if len(inside) == 1 or is_spread(model) and not isinstance(error, NoRoom):
+                raise
+        else:
+            passes += 1
+            row_passes += sum(row is not None for row in active)
+            for place, row in zip(places, active, strict=True):
+                if row is not None and row.finished:
+                    rows[place] = None
+                    row.states.clear()
+                    progress(1)
+            continue
+        # here, since until now the error has held what the pass had computed
+        rows.clear()
+        waiting.extendleft(sorted(inside, key=lambda row: row.need))
+        room.halve([row.need for row in inside])
     return Decoding(
         [row.output for row in requests],
         [not row.ended for row in requests],
@@ -145,16 +178,21 @@ def generate(
 
 def _advance(
     model: Llama,
-    cache: KVCache,
+    room: Room,
+    rows: list[_Row | None],
     places: list[int],
-    active: list[_Row | None],
     ends: Collection[int],
     drafter: Drafter | None,
     grammar: Grammar[Any] | None,
     fresh: bool,
 ) -> None:
-    """One pass over all rows: each takes over the model's choices for as long as its draft foresaw them, and one
-    more."""
+    """One pass over the rows at some places: each takes over the model's choices for as long as its draft foresaw them,
+    and one more. What enters (`fresh`) brings its prompt, and what it had written when it was sent away.
+
+    Raises:
+        NoRoom, torch.OutOfMemoryError: nothing is changed then.
+    """
+    active = [rows[place] for place in places]
     feeds: list[list[int]] = []  # what each row gives to the pass: its prompt or its last token, then its draft
     starts: list[int] = []
     drafts: list[list[int]] = []
@@ -172,16 +210,19 @@ def _advance(
             draft = draft[: len(path) - 1]
             paths += path
         drafts.append(draft)
-        feeds.append([*row.prompt, *draft] if fresh else [*(row.output or row.prompt)[-1:], *draft])
-        starts.append(0 if fresh else len(row.prompt) + len(row.output) - 1)
+        feeds.append([*row.prompt, *row.output, *draft] if fresh else [*(row.output or row.prompt)[-1:], *draft])
+        starts.append(0 if fresh else row.slots - 1)
         total += len(feeds[-1])
         predictors += range(total - len(draft) - 1, total)
 
     # one pass: all rows behind each other, and behind every token of a draft the choice that checks the next
-    device = cache.keys.device
+    present = [row.slots for row in rows if row is not None]
+    slots = max(*present, *(start + len(feed) for start, feed in zip(starts, feeds, strict=True)))
+    room.make(len(rows), slots, total, len(predictors), alone=len(present) == 1)
+    device = room.device
     ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
-    hidden = model.model(ids, packing, cache)[0, torch.tensor(predictors, device=device)]
+    hidden = model.model(ids, packing, room.cache)[0, torch.tensor(predictors, device=device)]
     logits = model.lm_head(hidden)
     scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16
@@ -247,6 +288,8 @@ def _scores(logits: Tensor, paths: list[Mapping[int, Any]]) -> tuple[Tensor, Ten
 
 
 def _log_probs(scores: Tensor, best: Tensor, kept: list[int]) -> list[float]:
-    """The log-probabilities of the chosen tokens at some of the places; half precision rounds the result only."""
+    """The log-probabilities of the chosen tokens at some of the places; half precision rounds the result only. Of a few
+    at a time, which takes little memory."""
     places = torch.tensor(kept, dtype=torch.long, device=scores.device)
-    return scores[places].log_softmax(-1).gather(1, best[places, None])[:, 0].tolist()
+    parts = places.split(max(1, SOFTMAX_AT_ONCE // scores.shape[1]))
+    return torch.cat([scores[some].log_softmax(-1).gather(1, best[some, None])[:, 0] for some in parts]).tolist()

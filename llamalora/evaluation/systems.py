@@ -3,6 +3,7 @@ scores on a split."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
-from ..lora.inject import merge
+from ..lora.inject import merge_for_good
 from ..lora.peft_format import read_adapter
 from ..model.checkpoint import load_model, read_config, skeleton
 from ..model.llama import Llama
@@ -26,6 +27,7 @@ from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
 from .result import assess, mention_strings
+from .room import explained
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class System:
 
 def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
-    model, tokenizer = load_trained(folder, which, precision, world.device)
     task = read_task(folder)
     settings = read_settings(folder)
+    with _loading(settings.model, DTYPES[precision], world.device):
+        model, tokenizer = load_trained(folder, which, precision, world.device)
+        model = merge_for_good(model)
     known = _training_sentences(settings.data)[: settings.limit_train]
-    return System(merge(model), tokenizer, task, known)
+    return System(model, tokenizer, task, known)
 
 
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
@@ -69,11 +73,10 @@ def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:
     return tokenizer
 
 
-def _load_merged(
-    model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: str | torch.device
-) -> Llama:
-    loaded = load_model(model, dtype, device)
-    return loaded if adapter is None else merge(load_adapter(loaded, adapter))
+def _load_merged(model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: torch.device) -> Llama:
+    with _loading(model, dtype, device):
+        loaded = load_model(model, dtype, device)
+        return loaded if adapter is None else merge_for_good(load_adapter(loaded, adapter))
 
 
 def load_annotator(
@@ -118,6 +121,16 @@ def load_annotator(
     device = torch.device(device)
     dtype = dtype or DTYPES[choose_precision("auto", device)[0]]
     return _load_merged(base, adapter, dtype, device), tokenizer, asked
+
+
+def _loading(model: str | Path, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Explains where the memory does not suffice for a model, whose adapter is merged layer by layer in fp32."""
+
+    def planned() -> dict[str, int]:
+        sizes = [parameter.numel() for parameter in skeleton(read_config(model)).parameters()]
+        return {"weights": sum(sizes) * dtype.itemsize, "merging the largest of them": 8 * max(sizes)}
+
+    return explained("loading and merging the model", planned, device)
 
 
 def _training_sentences(data: str) -> list[Sentence]:

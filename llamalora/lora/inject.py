@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..model.checkpoint import without_values
 from ..model.tensors import is_sharded
 from .fused import scaled
 from .kinds import METHODS, kind_of, parse_targets
@@ -137,7 +138,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)}
 
 
-def merge(model: Model, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = None) -> Model:
+def merge(model: Model, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = None, offload: bool = True) -> Model:
     """Applies every update to its frozen weight, in place, in fp32, rounded once to the weight's dtype.
 
     Afterwards the model costs what the base model costs. Tied embeddings come apart: embedding and head
@@ -145,12 +146,13 @@ def merge(model: Model, layers: "Iterable[LoRALinear | LoRAEmbedding] | None" = 
 
     Args:
         layers: merge only these.
+        offload: W0 of a layer on a GPU waits on the host; else where it is.
     """
     elsewhere = [module for module in model.modules() if not isinstance(module, LoRALayer)]
     in_use = {id(parameter) for module in elsewhere for parameter in module.parameters(recurse=False)}
     for layer in lora_layers(model).values() if layers is None else layers:
         # a GPU may have no room for W0 beside the merged weight; what a tied layer goes on using stays
-        layer.merge(offload=layer.weight.is_cuda and id(layer.weight) not in in_use)
+        layer.merge(offload=offload and layer.weight.is_cuda and id(layer.weight) not in in_use)
     return model
 
 
@@ -158,6 +160,22 @@ def restore(model: Model) -> Model:
     """Undoes `merge` bitwise: the original weights were kept, and are put back."""
     for layer in lora_layers(model).values():
         layer.restore()
+    return model
+
+
+def merge_for_good(model: Model) -> Model:
+    """`merge` without a way back: the adapted layers become plain ones, in place, and W0, A and B are freed one layer
+    after the other, so that the memory holds little more than the model."""
+    layers = lora_layers(model)
+    while layers:
+        name, layer = layers.popitem()
+        layer.merge()
+        with without_values():
+            out, into = layer.weight.shape
+            plain = nn.Linear(into, out, bias=False) if isinstance(layer, nn.Linear) else nn.Embedding(out, into)
+        plain.weight = layer.weight
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain.train(layer.training))
     return model
 
 

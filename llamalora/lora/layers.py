@@ -103,12 +103,12 @@ class LoRALayer:
 
     def delta(self) -> Tensor:
         """scale * B A in fp32, in the shape of the weight."""
-        return self.turn(whole(self.lora_B).float() @ whole(self.lora_A).float()) * self.scale
+        return self.turn(whole(self.lora_B).float() @ whole(self.lora_A).float()).mul_(self.scale)
 
     @torch.no_grad()
     def applied(self, weight: Tensor) -> Tensor:
         """W0 with the update, in fp32."""
-        updated = weight.float() + self.delta()
+        updated = weight.to(torch.float32, copy=True).add_(self.delta())
         if self.lora_magnitude is not None:
             normalise_(self.turn(updated), whole(self.lora_magnitude))
         return updated

@@ -1,7 +1,8 @@
 """Hugging Face model folders in and out: `config.json` and safetensors, one file or shards."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -105,9 +106,16 @@ class _NoInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """What is made here has names and shapes, on the meta device, and no values."""
+    with torch.device("meta"), _NoInit():
+        yield
+
+
 def skeleton(config: LlamaConfig) -> Llama:
     """The model on the meta device: names and shapes, no weights."""
-    with torch.device("meta"), _NoInit():
+    with without_values():
         return Llama(config)
 
 

@@ -135,21 +135,44 @@ def _alike(order: Iterable[int], lengths: list[int], most: float) -> list[list[i
 
 
 class KVCache:
-    """Keys and values of every layer; slot s of a row holds the token at position s of that row.
+    """Keys and values of every layer, each (rows, K, S, E), as attention multiplies them, so that nothing is copied;
+    slot s of a row holds the token at position s of that row.
 
     Slots behind a row's last token may hold what a rejected draft left there: no query reaches them before
     they are written again.
     """
 
     def __init__(self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device):
-        shape = (layers, rows, heads, slots, head_dim)  # as attention multiplies them, so that nothing is copied
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (rows, heads, slots, head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
+        )
+
+    @property
+    def rows(self) -> int:
+        return len(self.keys[0])
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def resize(self, rows: int, slots: int) -> None:
+        """Makes room, or frees it: what the common rows and slots hold stays. A tensor at a time, so that in the
+        meantime the memory holds just one of them twice."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
+                tensors[layer][: len(old), :, : old.shape[2]] = old[:rows, :, :slots]
 
     def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
         """Stores k, v (1, N, K, E) at the packing's rows and positions."""
-        place = (layer, packing.rows, slice(None), packing.positions[0])
-        self.keys[place], self.values[place] = k[0].to(self.keys.dtype), v[0].to(self.values.dtype)
+        place = (packing.rows, slice(None), packing.positions[0])
+        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
+            kept[place] = new[0].to(kept.dtype)
 
     def read(self, layer: int, reach: Reach) -> tuple[Tensor, Tensor]:
         """The keys and values (batch, K, S, E) that some sequences may see."""

@@ -128,10 +128,16 @@ class MicroBatch:
             predictors.extend(range(first, first + example.supervised))
             targets.extend(example.ids[example.prompt :])
             ids.extend(example.ids[:-1])
-        filling = -len(ids) % ROWS_AT_ONCE
-        *lengths, last = map(len, examples)
-        row, *supervised = moved(device, *map(torch.tensor, (ids + [0] * filling, predictors, targets)))
-        return MicroBatch(row[None], Packing([*lengths, last + filling], device), *supervised)
+        lengths = filled_up([len(example) for example in examples])
+        ids += [0] * (sum(lengths) - len(ids))
+        row, *supervised = moved(device, *map(torch.tensor, (ids, predictors, targets)))
+        return MicroBatch(row[None], Packing(lengths, device), *supervised)
+
+
+def filled_up(lengths: Sequence[int]) -> list[int]:
+    """The lengths of a row's examples, the last one's with what fills the row up."""
+    *others, last = lengths
+    return [*others, last + -sum(lengths) % ROWS_AT_ONCE]
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:

@@ -3,8 +3,9 @@
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LLAMA_2
+from ..model.free_memory import GIB
 from .cards import CARDS
-from .memory import GIB, REPORTED, USABLE, plan_memory
+from .memory import REPORTED, USABLE, plan_memory
 
 # column -> the card that stands for all of its memory
 COLUMNS = {
@@ -42,7 +43,7 @@ def _needed(model, precision: str) -> dict[int, int]:
     needed = {}
     for gpus in (1, *GPUS):
         # of no capacity: the items do not depend on it, and the largest micro-batch is not sought
-        needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).total
+        needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).peak
     return needed
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from ..cli import Interrupt, called
 from ..distributed.sharding import is_spread, merged
@@ -102,7 +103,8 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
             torch.manual_seed(dropout_seed(settings.seed, progress.cursor, world.rank))
             supervised = sum(examples[index].supervised for index in step)
             lr = learning_rate(settings.lr, progress.updates, len(steps), warmup, settings.schedule)
-            loss, computed = 0.0, 0.0
+            loss: float | Tensor = 0.0
+            computed = 0.0
             stand_in = min(step, key=job.lengths.__getitem__)  # without a share: under fsdp the others need its passes
             shares = deal(step, job.lengths, world.size, job.placement.micro_tokens)[world.rank]
             if not optimizer.sharded:
@@ -155,7 +157,7 @@ def evaluate_now(job: Job, model: Llama, world: World, stop: Callable[[], int]) 
     settings = job.settings
     documents, asked = select_sentences(job.splits["dev"], settings.eval_limit)
     model.eval()
-    with merged(model), autocast(settings.precision, world.device):
+    with merged(model, world), autocast(settings.precision, world.device):
         answers, speed = answer_sentences(
             model, job.tokenizer, job.task, asked, world, settings.eval_batch, known=job.sentences, stop=stop
         )

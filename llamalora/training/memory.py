@@ -1,23 +1,26 @@
-"""How much GPU memory a training step takes, item by item, known before it is run."""
+"""How much GPU memory training and its evaluations take, item by item, known before it is run."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..errors import RunError
+from ..evaluation.room import FRAGMENTS, OutOfMemory, measured, pass_bytes, slot_bytes
 from ..lora.inject import lora_layers, trainable_parameters
 from ..lora.layers import LoRALinear
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..model.packing import Packing
 from ..model.precision import DTYPES
+from .batch import filled_up
 from .saved import Step, parameter_count
 
-GIB = 2**30
 CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
 REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
 USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
+
+MERGING = "frozen weights that wait while updates are merged"  # which they are only if there is room
 
 # tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): the longest, and the deciles
 LENGTHS = (698, 175, 144, 123, 108, 97, 86, 75, 64, 50)
@@ -30,8 +33,10 @@ class Plan:
     Attributes:
         parallel: `ddp`, a whole model on every GPU, or `fsdp`, all parameters sharded over them.
         micro_tokens: tokens of a forward pass.
-        items: bytes by item; they add up to the peak.
+        items: bytes by item; they add up to the peak of a training step.
         capacity: bytes that the GPU reports.
+        evaluation: bytes by item; they add up to the peak of an evaluation that decodes one sentence at a time.
+        rows: sentences, each as long as the longest example, that have room side by side in an evaluation.
         largest_micro_tokens: the largest micro-batch that fits; 0 if not even the longest example does.
     """
 
@@ -39,11 +44,23 @@ class Plan:
     micro_tokens: int
     items: dict[str, int]
     capacity: int
+    evaluation: dict[str, int] = field(default_factory=dict)
+    rows: int = 0
     largest_micro_tokens: int = 0
 
     @property
     def total(self) -> int:
+        """Of a training step."""
         return sum(self.items.values())
+
+    @property
+    def evaluation_total(self) -> int:
+        return sum(self.evaluation.values())
+
+    @property
+    def peak(self) -> int:
+        """Of the run."""
+        return max(self.total, self.evaluation_total)
 
     @property
     def usable(self) -> int:
@@ -51,8 +68,8 @@ class Plan:
 
     @property
     def spare(self) -> int:
-        """Usable bytes left over; negative where the step does not fit."""
-        return self.usable - self.total
+        """Usable bytes left over; negative where a step, or an evaluation one sentence at a time, does not fit."""
+        return self.usable - self.peak
 
     @property
     def fits(self) -> bool:
@@ -75,7 +92,7 @@ def plan_memory(
     recompute: int = 0,
     lengths: Sequence[int] = LENGTHS,
 ) -> Plan:
-    """The memory of a training step on each of `gpus` GPUs.
+    """The memory of a training step, and of an evaluation, on each of `gpus` GPUs.
 
     Args:
         model: with its LoRA layers, or with some or all of its own weights trainable; the meta device will do.
@@ -88,13 +105,15 @@ def plan_memory(
     """
     sharded = parallel == "fsdp"
     held = _held(model, sharded, gpus, DTYPES[precision].itemsize)
+    deciding, row = _evaluation(model, sharded, held, DTYPES[precision].itemsize, max(lengths))
+    rows = max(0, (int(USABLE * capacity) - sum(deciding.values())) // row + 1)
 
     def at(tokens: int) -> Plan:
         # a device that is no CPU: attention is a GPU's
-        packing = Packing(micro_batch(tokens, lengths), torch.device("meta"))
+        packing = Packing(filled_up(micro_batch(tokens, lengths)), torch.device("meta"))
         step = Step(model, precision, packing, recompute, sharded)
         peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}
-        return Plan(parallel, tokens, held | peaks | {"overhead": CONTEXT_BYTES}, capacity)
+        return Plan(parallel, tokens, held | peaks | {"overhead": CONTEXT_BYTES}, capacity, deciding, rows)
 
     chosen = at(max(micro_tokens, max(lengths)))
     fitting = max(lengths)
@@ -148,6 +167,49 @@ def _held(model: Llama, sharded: bool, gpus: int, width: int) -> dict[str, int]:
     }
 
 
+def _evaluation(
+    model: Llama, sharded: bool, held: dict[str, int], width: int, longest: int
+) -> tuple[dict[str, int], int]:
+    """Bytes by item of an evaluation that decodes a sentence at a time, and the bytes that each further one takes.
+
+    The gradients are gone, the optimizer's moments stay; the frozen weights of merged layers wait on the host. A layer
+    is merged in fp32, W0 and the update; of weights in fp32 that learn autocast keeps copies in half precision.
+    """
+    config, adapted = model.config, lora_layers(model).values()
+    converts = not (adapted or sharded or width == 4)
+    blocks = [parameter_count(block) for block in model.model.layers]
+    largest = max((layer.weight.numel() for layer in adapted), default=0)
+    gathered = width * (parameter_count(model) - sum(blocks) + 3 * max(blocks)) * sharded
+    cache = slot_bytes(config, width) * longest
+    one_pass = pass_bytes(config, 4 if converts else width, longest, 1)
+    merging = (8 + width * sharded) * largest
+    return {
+        **{name: held[name] for name in ("base", "LoRA", "optimizer")},
+        "gathered layers": gathered,
+        "copies in half precision": width * parameter_count(model, learning=True) * converts,
+        "cache of a sentence": cache,
+        "its pass, or merging": max(one_pass, merging - cache - gathered),
+        "overhead": CONTEXT_BYTES,
+    }, cache + one_pass
+
+
+def plan_host(model: Llama, parallel: str, processes: int, precision: str, computes: bool) -> dict[str, int]:
+    """Bytes of the host's memory by item that each of a machine's processes needs, python and torch aside.
+
+    Args:
+        model: as in `plan_memory`.
+        processes: over which `fsdp` shards.
+        computes: the model is on the host, and not on a GPU.
+    """
+    sharded, width = parallel == "fsdp", DTYPES[precision].itemsize
+    held = _held(model, sharded, processes, width) if computes else {}
+    waiting = sum(layer.weight.numel() for layer in lora_layers(model).values()) * width
+    return held | {
+        "a tensor that is read or written": 4 * max(parameter.numel() for parameter in model.parameters()),
+        MERGING: waiting // (processes if sharded else 1),
+    }
+
+
 def _gathered(model: Llama, width: int) -> int:
     """Bytes that FSDP2 (`distributed.sharding.shard`) holds beside a rank's own shard, at the most of three moments.
 
@@ -170,10 +232,6 @@ def _gathered(model: Llama, width: int) -> int:
 # ---- when it was not enough ----
 
 
-class OutOfMemory(RunError):
-    """A GPU's memory did not suffice; the message sets the plan beside what was measured."""
-
-
 @contextmanager
 def explained(plan: Plan | None, device: torch.device) -> Iterator[None]:
     """Turns torch's error into one that says what was planned, what was measured and what to change.
@@ -186,14 +244,11 @@ def explained(plan: Plan | None, device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         if plan is None:
             raise
-        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         share = "" if plan.parallel == "fsdp" else "--parallel fsdp with several processes, "
         raise OutOfMemory(
             f"the GPU's memory does not suffice. {error}\n\n"
             f"planned, in GiB ({plan.parallel}, micro-batches of {plan.micro_tokens:,} tokens):\n{plan}\n\n"
-            f"measured: {held / GIB:.2f} GiB held by tensors at the peak, {reserved / GIB:.2f} by the allocator "
-            "(CUDA itself and other programs take the rest)\n\n"
+            f"{measured(device)}\n\n"
             f"what helps: --activation-checkpointing 1, a smaller --micro-tokens, {share}more processes, a lower "
-            "--rank; in an evaluation a smaller --eval-batch; where much is reserved and not held, the environment "
-            "variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+            f"--rank; {FRAGMENTS}"
         ) from error

@@ -1,7 +1,7 @@
 """How a run fits the memory it finds: ddp or fsdp, the micro-batch, what is recomputed. The memory plan decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,10 +11,11 @@ from ..distributed.world import World
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.settings import ResolvedSettings, Settings
-from .memory import GIB, Plan, plan_memory, typical
+from .memory import CONTEXT_BYTES, Plan, plan_host, plan_memory, typical
 
 CPU_MICRO_TOKENS = 2048
 SPARINGLY = (0, 4, 2, 1)  # which blocks are recomputed: none, every fourth, every second, all
@@ -30,6 +31,7 @@ class Placement:
         plan: of a GPU's memory; None on a CPU.
         why: the reason for `parallel`.
         whole: with fsdp, blocks of which each process keeps the frozen weights whole.
+        host: bytes by item that each process needs of the host (`plan_host`).
     """
 
     parallel: str
@@ -38,6 +40,7 @@ class Placement:
     plan: Plan | None
     why: str
     whole: int = 0
+    host: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         some = f", recomputing one block in {self.recompute}"
@@ -45,9 +48,17 @@ class Placement:
         words = f"{self.parallel} ({self.why}), micro-batches of up to {self.micro_tokens:,} tokens{recomputed}"
         if self.whole:
             words += f", {self.whole} blocks kept whole"
+        if self.host:
+            *always, merging = self.host.values()
+            words += f"; {sum(always) / GIB:.2f} GiB of the host planned for each process, "
+            words += f"{merging / GIB:.2f} more to merge updates for an evaluation, if they are free"
         if self.plan is None:
             return words
-        return f"{words}; {self.plan.total / GIB:.1f} of {self.plan.capacity / GIB:.1f} GiB planned on each GPU"
+        plan = self.plan
+        return (
+            f"{words}; {plan.total / GIB:.1f} of {plan.capacity / GIB:.1f} GiB planned on each GPU, in an evaluation "
+            f"{plan.evaluation_total / GIB:.1f} with one sentence at a time, and room for {plan.rows:,} of the longest"
+        )
 
 
 def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int], world: World) -> Placement:
@@ -61,25 +72,33 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
     """
     if settings.parallel == "fsdp" and world.size == 1:
         raise UsageError("--parallel fsdp: there is one process, nobody to share the model with; use torchrun")
+    model = make_trainable(skeleton(config), **settings.learning)
     if world.device.type == "cuda":
-        capacity = min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
-        model = make_trainable(skeleton(config), **settings.learning)
-        return _checked(fit(model, settings, lengths, world.size, capacity), settings)
+        capacity = min(world.gather(capacity_of(world.device)))
+        return _checked(fit(model, settings, lengths, world.size, capacity), settings, model, world)
     parallel, why = settings.parallel, "requested"
     if parallel == "auto":
         parallel, why = "ddp", "one process" if world.size == 1 else "on the CPU"
     micro_tokens = settings.micro_tokens if isinstance(settings.micro_tokens, int) else CPU_MICRO_TOKENS
     recompute = settings.activation_checkpointing if isinstance(settings.activation_checkpointing, int) else 0
-    return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings)
+    return _checked(Placement(parallel, micro_tokens, recompute, None, why), settings, model, world)
 
 
-def _checked(placement: Placement, settings: Settings) -> Placement:
+def capacity_of(device: torch.device) -> int:
+    """Bytes that a GPU has for this process, CUDA's own part included, and what other programs hold left out."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
+
+
+def _checked(placement: Placement, settings: Settings, model: Llama, world: World) -> Placement:
     if placement.parallel == "fsdp" and settings.dora and settings.precision != "fp32":
         raise UsageError(
             f"--dora: under fsdp ({placement.why}) its magnitudes, which need fp32, would be gathered in "
             f"{settings.precision}; use --parallel ddp, --precision fp32, or leave it out"
         )
-    return placement
+    computes = world.device.type == "cpu"
+    host = plan_host(model, placement.parallel, world.size, settings.precision, computes)
+    return replace(placement, host=host)
 
 
 def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, capacity: int) -> Placement:
@@ -113,7 +132,7 @@ def fit(model: Llama, settings: Settings, lengths: Sequence[int], gpus: int, cap
     if parallel == "auto":
         leanest = planned("ddp", least, recomputed[-1])
         parallel = "ddp" if leanest.fits or gpus == 1 else "fsdp"
-        why = f"ddp needs at least {leanest.total / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
+        why = f"ddp needs at least {leanest.peak / GIB:.1f} of {leanest.usable / GIB:.1f} usable GiB"
     for recompute in recomputed:
         chosen = planned(parallel, tokens, recompute)
         if chosen.fits:

@@ -99,17 +99,24 @@ class Step:
 
     @property
     def backward(self) -> int:
-        """What the backward pass, which has its peak in the last block's MLP, holds beyond that.
+        """What the backward pass, which has its peak in the last block, holds beyond that: at its MLP, or at its
+        attention where rectangles are padded.
 
-        Four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
-        `down` is freed; hidden states and their gradient; the gradient of one matrix. If that block is
-        recomputed, also all that it saves.
+        At the MLP four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
+        `down` is freed. At attention the gradients of its output, queries, keys and values as rectangles, when all
+        that the block saves behind it is freed. With either hidden states and their gradient; the gradient of one
+        matrix; and if that block is recomputed, all that it saves.
         """
         config, number = self.model.config, self.model.config.num_hidden_layers - 1
         last = f"model.layers.{number}"
         block, _ = self._block(last, reached=True)
-        held = 4 * self.width * config.intermediate_size * self.tokens
-        held -= block.get((f"{last}.mlp.down_proj", "input"), 0)
+        behind = ("mlp", "post_attention_layernorm", "self_attn.o_proj")
+        freed = sum(size for (name, _), size in block.items() if name.startswith(tuple(f"{last}.{x}" for x in behind)))
+        heads = config.num_attention_heads * config.head_dim
+        mlp = 4 * self.width * config.intermediate_size * self.tokens
+        mlp -= block.get((f"{last}.mlp.down_proj", "input"), 0)
+        attention = 4 * self.width * heads * sum(math.prod(one.shape) for one in self.packing.rectangles) - freed
+        held = max(mlp, attention)
         held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
         if self._recomputes(number):
             held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]

@@ -47,7 +47,7 @@ def backward(
     precision: str,
     recompute: int = 0,
     summing: GradientSum | None = None,
-) -> float:
+) -> Tensor:
     """Forward and backward of one micro-batch; gradients add up in the parameters.
 
     The loss is the sum of cross entropies over the micro-batch's supervised tokens, divided by
@@ -61,7 +61,8 @@ def backward(
         summing: given with a process's last micro-batch of a step: sums what is complete while others are computed.
 
     Returns:
-        This micro-batch's share of the step's loss, in nats a token.
+        This micro-batch's share of the step's loss, in nats a token, in fp64 on the device: a GPU's host would wait
+        for all that it has launched if it read that now.
     """
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def backward(
     if summing:
         summing.begin(model.model)
     hidden.backward(gradient)
-    return loss.item()
+    return loss.double()
 
 
 @torch.no_grad()
@@ -168,11 +169,12 @@ class Optimizer:
             DivergedError: `MOST_SKIPS` steps in a row had gradients that were not finite.
         """
         self.sums(world).end()
-        scale = self.scaler.get_scale()
         for group in self.adam.param_groups:
             group["lr"] = lr * group["ratio"]
         self.scaler.unscale_(self.adam)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)).item()
+        measured = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
+        # read together, since a GPU's host waits for each reading
+        norm, scale = torch.stack([measured, self.scaler.scale(torch.ones_like(measured))]).tolist()
         finite = math.isfinite(norm)
         if finite:
             self.scaler.step(self.adam)

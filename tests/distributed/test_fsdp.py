@@ -93,7 +93,7 @@ def answers(model, precision: str, world: World) -> list[list[int]]:
     """Of the merged model; the last process has no prompt, the others unequal numbers of passes."""
     mine = [index for index in range(len(PROMPTS)) if index % max(1, world.size - 1) == world.rank]
     limits = [4 + 5 * index for index in mine]
-    with merged(model.eval()), autocast(precision, world.device):
+    with merged(model.eval(), world), autocast(precision, world.device):
         decoding = in_step(model, world, lambda: generate(model, [PROMPTS[index] for index in mine], 1, limits, 2))
     model.train()
     shares = world.gather(dict(zip(mine, decoding.outputs, strict=True)))

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from helpers import (
     tiny_model,
     transformers_twin,
 )
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +33,7 @@ from llamalora.lora.inject import (
     inject_lora,
     lora_layers,
     merge,
+    merge_for_good,
     restore,
     train_weights,
     trainable_parameters,
@@ -268,6 +271,23 @@ def test_merging_one_of_two_tied_layers_leaves_the_other(kind):
     assert torch.equal(other.weight, original.weight)
     restore(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_merging_for_good_holds_the_model_once(tied, dora):
+    """The same weights, plain layers, and nothing left of W0, A and B."""
+    kept = merge(adapted(shape={"tie_word_embeddings": tied}, dora=dora))
+    model = adapted(shape={"tie_word_embeddings": tied}, dora=dora)
+    adapters = [weakref.ref(tensor) for layer in lora_layers(model).values() for tensor in (layer.weight, *layer.parts)]
+    assert merge_for_good(model) is model
+    assert not lora_layers(model) and all(tensor() is None for tensor in adapters)
+    expected = {name: tensor for name, tensor in kept.state_dict().items() if "lora_" not in name}
+    assert expected.keys() == model.state_dict().keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model, IDS), logits(kept, IDS))
+    assert {type(layer) for layer in (model.lm_head, model.model.embed_tokens)} == {nn.Linear, nn.Embedding}
+    assert not any(parameter.requires_grad for parameter in model.model.layers.parameters() if parameter.dim() == 2)
 
 
 def test_merging_adds_no_parameter():

@@ -337,8 +337,9 @@ def test_cached_is_uncached(shape, paces, products, monkeypatch):
     rows = random_ids(3, total)
     expected = logits(model, rows)
     cache = model.make_cache(3, total)
-    cache.keys.fill_(3.0)
-    cache.values.fill_(-3.0)
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        keys.fill_(3.0)
+        values.fill_(-3.0)
     with torch.no_grad():
         got = model(torch.cat([row[:n] for row, n in zip(rows, first, strict=True)])[None], Packing(first, cpu), cache)
         for row, part in enumerate(got[0].split(first)):

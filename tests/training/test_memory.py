@@ -11,15 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamalora.lora.inject import inject_lora, train_weights
 from llamalora.lora.layers import LoRALinear
-from llamalora.model import attention
+from llamalora.model import attention, packing
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama
+from llamalora.model.packing import Packing
 from llamalora.model.precision import DTYPES, autocast
 from llamalora.training import saved
 from llamalora.training import step as training_step
 from llamalora.training.batch import Example, MicroBatch
-from llamalora.training.memory import LENGTHS, micro_batch, plan_memory
+from llamalora.training.memory import LENGTHS, Plan, micro_batch, plan_memory
 from llamalora.training.step import backward
 
 CPU = torch.device("cpu")
@@ -31,6 +32,7 @@ SHAPES = {
     "tied": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
 }
 EVEN, UNEVEN = (48,) * 6, (70, 61, 40, 33, 30, 6)
+LONG = (90, *(8,) * 20)  # among short ones: padded to six times what it is, if it becomes one rectangle as on a GPU
 
 
 def trainee(precision: str, targets: str, rank: int = 4, dropout: float = 0.0, **shape) -> Llama:
@@ -232,6 +234,20 @@ def test_the_peak_of_a_step_is_the_sum_of_the_items(precision, targets, lengths,
     assert close(sum(expected.values()), measured, 0.06), f"expected {expected}, measured {measured}"
 
 
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("precision, targets", [
+    ("fp32", "all"), ("bf16", "all"), ("fp32", "dora all"), ("fp32", "full"), ("fp32", "partial q,down")
+])  # fmt: skip
+def test_where_rectangles_are_padded_attention_is_the_peak(precision, targets, recompute, gpu_attention, monkeypatch):
+    monkeypatch.setattr(packing, "_alike", lambda order, lengths, most: [list(order)])
+    trained = trainee(precision, targets)
+    batch = MicroBatch.of([Example(tuple(range(3, 4 + length)), 1) for length in LONG], CPU)
+    step = saved.Step(trained, precision, batch.packing, recompute)
+    measured = measure_peak(trained, batch, precision, recompute)
+    assert close(step.activations + step.logits + step.backward, measured, 0.06)
+    assert recompute == 0 or step.backward > 0
+
+
 def test_the_head_holds_a_chunk_of_logits_at_a_time(gpu_attention, monkeypatch):
     for module in (training_step, saved):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 40 * 8000)
@@ -290,6 +306,40 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(seven_billion, r
     largest = plan_memory(seven_billion, "fsdp", 4, V100, "fp16", 512, recompute).largest_micro_tokens
     assert plan_memory(seven_billion, "fsdp", 4, V100, "fp16", largest, recompute).fits
     assert not plan_memory(seven_billion, "fsdp", 4, V100, "fp16", int(1.05 * largest), recompute).fits
+
+
+def test_an_evaluation_of_llama_2_7b(seven_billion):
+    """By hand: a slot is 512 KiB in half precision; the optimizer stays and the gradients go; a layer is merged in
+    fp32, W0 and the update, of which the largest is the embedding (500 MiB each)."""
+    ddp, fsdp = (plan_memory(seven_billion, kind, 4, V100, "fp16", 2048, 1) for kind in ("ddp", "fsdp"))
+    assert ddp.evaluation["cache of a sentence"] == 698 * 512 * 2**10
+    static = 6_738_415_616 * 2 + 329_056_256 * 12
+    assert sum(ddp.evaluation.get(name, 0) for name in STATIC) == pytest.approx(static, rel=1e-6)
+    both = ddp.evaluation["cache of a sentence"] + ddp.evaluation["its pass, or merging"]
+    assert both == 8 * 32000 * 4096
+    assert sum(fsdp.evaluation.get(name, 0) for name in STATIC) == pytest.approx(static / 4, rel=1e-6)
+    assert fsdp.peak == fsdp.total > fsdp.evaluation_total and fsdp.rows > 8 and ddp.rows == 0
+
+
+def test_a_plan_whose_evaluation_does_not_fit_does_not_fit(seven_billion):
+    """With sentences as long as the context the cache of one is 2 GiB, more than the step of a few tokens takes."""
+    lengths = (4096, 50)
+    capacity = int(22.5 * GIB)
+    found = plan_memory(seven_billion, "ddp", 1, capacity, "fp16", 1, 1, lengths)
+    assert found.evaluation["cache of a sentence"] == 2 * GIB
+    assert found.fits == (found.peak <= found.usable) and found.spare == found.usable - found.peak
+    short = Plan("ddp", 1, {"step": 5 * GIB}, 10 * GIB, {"evaluation": 11 * GIB})
+    assert short.peak == 11 * GIB and not short.fits
+
+
+def test_the_row_is_planned_as_it_is_filled_up(seven_billion):
+    """To a multiple of 16, behind the last example, which makes equal lengths unequal and the rectangle a copy."""
+    lengths = (50,) * 9  # 450 tokens, and 14 more
+    planned = plan_memory(seven_billion, "ddp", 1, V100, "fp16", 450, 0, lengths).items["activations"]
+    batch = MicroBatch.of([Example(tuple(range(3, 4 + length)), 1) for length in lengths], CPU)
+    assert batch.ids.numel() == 464
+    full = Packing([*lengths[1:], 64], torch.device("meta"))
+    assert planned == saved.Step(seven_billion, "fp16", full).activations
 
 
 def test_full_fine_tuning_takes_16_bytes_a_parameter(seven_billion):

@@ -17,7 +17,17 @@ from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.runs.settings import Settings
 from llamalora.training import hardware, job, loop
-from llamalora.training.memory import GIB, LENGTHS, USABLE, OutOfMemory, Plan, explained, plan_memory, typical
+from llamalora.training.memory import (
+    GIB,
+    LENGTHS,
+    USABLE,
+    OutOfMemory,
+    Plan,
+    explained,
+    plan_host,
+    plan_memory,
+    typical,
+)
 from llamalora.training.placement import Placement, fit, place
 
 SEVEN = LlamaConfig.named("llama-2-7b")
@@ -71,17 +81,30 @@ def test_full_fine_tuning_on_eight_a100():
     assert found.parallel == "fsdp" and found.plan.fits
 
 
-def test_on_the_cpu_nothing_is_planned():
-    found = place(Settings(), SEVEN, [100], World())
+def test_on_the_cpu_only_the_host_is_planned():
+    found = place(Settings(precision="fp32"), SEVEN, [100], World())
     assert (found.parallel, found.micro_tokens, found.recompute, found.plan) == ("ddp", 2048, 0, None)
     assert "one process" in str(found)
-    given = place(Settings(micro_tokens=300, activation_checkpointing=1), SEVEN, [100], World())
+    given = place(Settings(precision="fp32", micro_tokens=300, activation_checkpointing=1), SEVEN, [100], World())
     assert (given.micro_tokens, given.recompute) == (300, 1) and "recomputing every block" in str(given)
-    assert place(Settings(), SEVEN, [100], World(0, 4)).why == "on the CPU"
+    assert place(Settings(precision="fp32"), SEVEN, [100], World(0, 4)).why == "on the CPU"
     with pytest.raises(UsageError, match="one process"):
         place(Settings(parallel="fsdp"), SEVEN, [100], World())
     with pytest.raises(UsageError, match="magnitudes"):
         place(Settings(parallel="fsdp", dora=True, precision="bf16"), SEVEN, [100], World(0, 4))
+
+
+def test_the_host_is_planned_too():
+    """By hand, in bf16: a run on the CPU holds all but activations, and twice the frozen weights while they are merged;
+    a GPU's process one tensor (in fp32), and under fsdp its share of the frozen weights."""
+    on_host = place(Settings(precision="bf16", rank=128), SEVEN, [100], World())
+    base, learning, tensor = 2 * 6_738_415_616, 329_056_256, 4 * 32000 * 4096
+    *always, merging = on_host.host.values()
+    assert sum(always) == pytest.approx(base + 16 * learning + tensor, rel=1e-6)
+    assert merging == pytest.approx(base, rel=1e-3)  # all matrices, and not the norms
+    assert f"{merging / GIB:.2f} more to merge updates" in str(on_host)
+    model = make_trainable(skeleton(SEVEN), **Settings(rank=128).learning)
+    assert list(plan_host(model, "fsdp", 4, "fp16", computes=False).values()) == [tensor, merging // 4]
 
 
 def test_the_table_of_cards(monkeypatch):

@@ -58,7 +58,7 @@ def batches(groups):
 def gradients(model, groups=EVERY, precision="fp32", scaler=None, **options):
     """The loss of a step over these micro-batches, and the gradients that it leaves, unscaled."""
     scaler = scaler or no_scaler()
-    loss = sum(backward(model, batch, SUPERVISED, scaler, precision, **options) for batch in batches(groups))
+    loss = sum(backward(model, batch, SUPERVISED, scaler, precision, **options).item() for batch in batches(groups))
     scale = scaler.get_scale()
     found = {name: parameter.grad / scale for name, parameter in trainable_parameters(model).items()}
     model.zero_grad()
@@ -208,7 +208,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(total, warmup):
 
 
 def step(model, optimizer, lr=1e-2, precision="fp32", groups=EVERY):
-    loss = sum(backward(model, batch, SUPERVISED, optimizer.scaler, precision) for batch in batches(groups))
+    loss = sum(backward(model, batch, SUPERVISED, optimizer.scaler, precision).item() for batch in batches(groups))
     return loss, optimizer.step(lr, ALONE)
 
 
@@ -436,7 +436,8 @@ def test_five_steps_of_adamw_are_those_of_transformers_and_peft(method, targets,
     for number, indices in enumerate([(0, 1, 2), (3, 4), (5, 0), (1, 2, 3, 4, 5), (2, 4)]):
         lr = learning_rate(5e-3, number, 5, 2, "cosine")
         supervised = sum(EXAMPLES[index].supervised for index in indices)
-        loss = sum(backward(model, batch, supervised, ours.scaler, "fp32") for batch in batches([[i] for i in indices]))
+        batches_of_one = batches([[i] for i in indices])
+        loss = sum(backward(model, batch, supervised, ours.scaler, "fp32").item() for batch in batches_of_one)
         update = ours.step(lr, ALONE)
 
         reference = theirs(**padded(indices)).loss

@@ -1,0 +1,122 @@
+"""Imported before torch, this gives it an emulated CUDA device: the library LLAMALORA_EMULATED, built of device.cpp.
+
+`pytest -p emulated` does so; the tests in inside/ run in such a process. The card is
+a V100 of 16 GB unless `CARD` is changed.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+assert "torch" not in sys.modules, "emulated must be imported before torch"
+_library = ctypes.CDLL(os.environ["LLAMALORA_EMULATED"], mode=ctypes.RTLD_GLOBAL)
+
+import torch  # noqa: E402
+
+for _name in ("held", "peak", "operations", "waits"):
+    getattr(_library, f"emu_{_name}").restype = ctypes.c_long
+_library.emu_names.restype = ctypes.c_char_p
+_library.emu_set_limit.argtypes = [ctypes.c_long]
+
+
+@dataclass
+class Card:
+    """
+    Attributes:
+        memory: bytes that it reports.
+        tenants: bytes that other programs hold.
+    """
+
+    name: str = "Emulated V100"
+    memory: int = int(15.77 * 2**30)
+    capability: tuple[int, int] = (7, 0)
+    tenants: int = 0
+
+
+CARD = Card()
+
+
+def held() -> int:
+    """Bytes of the tensors that there are."""
+    return _library.emu_held()
+
+
+def peak() -> int:
+    """The most that they have been."""
+    return _library.emu_peak()
+
+
+def counts() -> dict[str, int]:
+    """How often each operation ran since `clear`; `operations` and `waits`, for which the host stopped, of all."""
+    lines = _library.emu_names().decode().splitlines()
+    by_name = {name: int(times) for name, times in (line.split("\t") for line in lines)}
+    return {"operations": _library.emu_operations(), "waits": _library.emu_waits()} | by_name
+
+
+def clear() -> None:
+    _library.emu_clear()
+
+
+def limit(size: int | None) -> None:
+    """From now on no more than so many bytes can be held; None: any number."""
+    _library.emu_set_limit(sys.maxsize if size is None else size)
+
+
+# ---- what torch.cuda says ----
+
+
+def _set_device(device) -> None:
+    index = device if isinstance(device, int) else torch.device(device).index
+    if index is not None:
+        _library.emu_set_device(index)
+
+
+def _exchange_device(index: int) -> int:
+    before = _library.emu_device()
+    if index >= 0:
+        _library.emu_set_device(index)
+    return before
+
+
+def _properties(device=None) -> SimpleNamespace:
+    major, minor = CARD.capability
+    return SimpleNamespace(name=CARD.name, total_memory=CARD.memory, major=major, minor=minor, uuid="emulated")
+
+
+_FACTS = {
+    "_initialized": True,
+    "_lazy_init": lambda: None,
+    "_is_in_bad_fork": lambda: False,
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": lambda: 8,
+    "current_device": lambda: _library.emu_device(),
+    "set_device": _set_device,
+    "_exchange_device": _exchange_device,
+    "_maybe_exchange_device": _exchange_device,
+    "get_device_name": lambda device=None: CARD.name,
+    "get_device_capability": lambda device=None: CARD.capability,
+    "get_device_properties": _properties,
+    "get_arch_list": lambda: ["sm_70", "sm_80", "sm_90"],
+    "is_bf16_supported": lambda including_emulation=True: including_emulation or CARD.capability >= (8, 0),
+    "mem_get_info": lambda device=None: (CARD.memory - CARD.tenants - held(), CARD.memory),
+    "memory_allocated": lambda device=None: held(),
+    "memory_reserved": lambda device=None: held(),
+    "max_memory_allocated": lambda device=None: peak(),
+    "max_memory_reserved": lambda device=None: peak(),
+    "reset_peak_memory_stats": lambda device=None: _library.emu_reset_peak(),
+    "synchronize": lambda device=None: None,
+    "empty_cache": lambda: None,
+    "manual_seed": lambda seed: None,  # the device draws from the CPU's generator
+    "manual_seed_all": lambda seed: None,
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+    "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+}
+for _name, _fact in _FACTS.items():
+    setattr(torch.cuda, _name, _fact)
+import torch.cuda.amp.common  # noqa: E402
+
+torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.backends.cuda.is_flash_attention_available = lambda: True

@@ -1,0 +1,103 @@
+"""How many operations a micro-batch, a step and a decoded token take, and how often the host waits for the device.
+
+A GPU is through with an operation on few numbers sooner than Python has launched the next, and whenever the host waits,
+it runs dry. Who adds one meets a budget here; who saves one lowers it.
+"""
+
+import emulated
+import pytest
+import torch
+from helpers import tiny_model
+
+from llamalora.distributed.world import World
+from llamalora.evaluation.generate import generate
+from llamalora.lora.inject import inject_lora, merge
+from llamalora.model.llama import Llama
+from llamalora.training.batch import Example, MicroBatch
+from llamalora.training.step import Optimizer, backward
+
+DEVICE = torch.device("cuda", 0)
+EXAMPLES = [Example(tuple(range(3, 4 + length)), length // 2) for length in (30, 21, 12, 9)]
+
+
+def adapted(layers: int, dtype: torch.dtype = torch.float16) -> Llama:
+    model = tiny_model(num_hidden_layers=layers).to(dtype)
+    inject_lora(model, "all", 4, alpha=4)
+    return model.to(DEVICE).train()
+
+
+def counted(work) -> dict[str, int]:
+    """The second time, since the first makes what is kept."""
+    work()
+    emulated.clear()
+    work()
+    return emulated.counts()
+
+
+def by_layers(count) -> tuple[dict[str, int], dict[str, int]]:
+    """What `count(layers)` finds outside the layers, and in each."""
+    two, four = count(2), count(4)
+    each = {name: (times - two.get(name, 0)) // 2 for name, times in four.items()}
+    return {name: two.get(name, 0) - 2 * times for name, times in each.items()}, each
+
+
+def within(found: dict[str, int], **budget: int) -> None:
+    over = {name: (found[name], most) for name, most in budget.items() if found[name] > most}
+    dearest = sorted(found.items(), key=lambda item: -item[1])
+    assert not over, f"(found, budget): {over}\n{dearest}"
+
+
+@pytest.mark.parametrize("recompute, of_a_layer", [(0, 221), (1, 301)], ids=["kept", "recomputed"])
+def test_a_micro_batch(recompute, of_a_layer):
+    def count(layers: int) -> dict[str, int]:
+        model = adapted(layers)
+        optimizer = Optimizer(model, "fp16", DEVICE, 0.0, 1.0)
+
+        def work() -> None:
+            backward(model, MicroBatch.of(EXAMPLES, DEVICE), 40, optimizer.scaler, "fp16", recompute)
+
+        return counted(work)
+
+    outside, each = by_layers(count)
+    within(each, operations=of_a_layer, waits=0)
+    within(outside, operations=105, waits=6)  # the numbers of the micro-batch go to the device
+
+
+@pytest.mark.parametrize("precision, operations", [("fp16", 24), ("bf16", 13)])
+def test_an_update(precision, operations):
+    """The host waits for the norm, read with the scale; besides there is the loss, read once a step (`loop.train`)."""
+
+    def count(layers: int) -> dict[str, int]:
+        model = adapted(layers)
+        optimizer = Optimizer(model, precision, DEVICE, 0.0, 1.0)
+
+        def work() -> None:
+            for parameter in optimizer.parameters.values():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.scaler.scale(torch.ones(1, device=DEVICE))
+            emulated.clear()
+            optimizer.step(1e-4, World(device=DEVICE))
+
+        return counted(work)
+
+    outside, each = by_layers(count)
+    within(each, operations=0, waits=0)
+    within(outside, operations=operations, waits=1)
+
+
+def test_a_decoded_token():
+    """Of one sentence by itself, of a merged model."""
+
+    def count(layers: int) -> dict[str, int]:
+        model = adapted(layers).eval()
+        merge(model)
+
+        def decode(tokens: int) -> dict[str, int]:
+            return counted(lambda: generate(model, [list(range(3, 20))], -1, tokens, 1))
+
+        few, many = decode(4), decode(5)
+        return {name: times - few[name] for name, times in many.items()}
+
+    outside, each = by_layers(count)
+    within(each, operations=47, waits=0)
+    within(outside, operations=32, waits=8)  # 6 copies to the device, 2 readings

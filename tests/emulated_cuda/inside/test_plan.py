@@ -1,0 +1,137 @@
+"""The memory plan beside the peak of a whole step: what is held from step to step, the passes, the update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import emulated
+import pytest
+import torch
+
+from llamalora.distributed.world import World
+from llamalora.lora.inject import make_trainable
+from llamalora.model.checkpoint import skeleton
+from llamalora.model.config import LlamaConfig
+from llamalora.model.llama import Llama
+from llamalora.model.precision import DTYPES
+from llamalora.training.batch import Example, MicroBatch
+from llamalora.training.memory import Plan, plan_memory
+from llamalora.training.step import Optimizer, backward
+
+DEVICE = torch.device("cuda", 0)
+
+SHAPES = {
+    # Llama-2-7B's proportions; with several tokens for each hidden feature, so that activations weigh more than there
+    "deep": LlamaConfig(1000, 128, 344, 4, 2, 2, 64, 1024),
+    # four queries share a key
+    "grouped": LlamaConfig(1000, 128, 448, 3, 4, 1, 32, 1024),
+    # a tied head is most of the model
+    "wide": LlamaConfig(6000, 128, 344, 2, 2, 2, 64, 1024, tie_word_embeddings=True),
+}
+LENGTHS = {"even": [64] * 8, "uneven": [150, 90, 70, 60, 50, 40, 30, 22], "very uneven": [300] + [16] * 13}
+METHODS = {
+    "lora": {"method": "lora", "targets": "all", "rank": 16},
+    "lora on q and v": {"method": "lora", "targets": "q,v", "rank": 16},
+    "dropout": {"method": "lora", "targets": "all", "rank": 16, "dropout": 0.1},
+    "dora": {"method": "lora", "targets": "all", "rank": 16, "dora": True},
+    "partial": {"method": "partial", "targets": "q,v", "rank": 0},
+    "full": {"method": "full", "targets": "all", "rank": 0},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str = "lora"
+    precision: str = "fp16"
+    recompute: int = 0
+    lengths: str = "uneven"
+    shape: str = "deep"
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.precision}-{self.recompute}-{self.lengths}-{self.shape}".replace(" ", "_")
+
+
+SHORT = (
+    Case(), Case(recompute=1), Case(lengths="even"), Case(recompute=1, lengths="very uneven"), Case("dora", "bf16"),
+    Case("full", "bf16", 1), Case(shape="grouped"), Case(shape="wide", recompute=2), Case("dropout", "fp32"),
+)  # fmt: skip
+ALL = (
+    *product(METHODS, ("fp16", "fp32"), (0, 1), LENGTHS, ("deep",)),
+    *product(("lora", "full"), ("fp16",), (0, 1), ("even", "very uneven"), ("grouped", "wide")),
+)
+LONG = tuple(case for case in (Case(*one) for one in ALL) if case not in SHORT)
+# where the plan is off, and the quotient of peak and plan
+OFF: dict[str, float] = {
+    # above the peak: memory is planned that is not taken
+    "dropout-fp16-1-even-deep": 0.89,
+    "full-fp16-0-even-deep": 0.89,
+    "full-fp16-0-even-grouped": 0.89,
+    "full-fp16-0-uneven-deep": 0.90,
+    "full-fp16-1-even-deep": 0.86,
+    "full-fp16-1-even-grouped": 0.89,
+    "full-fp32-1-even-deep": 0.90,
+    # below it: attention's backward pass over the rectangle, with what its kernel takes for a while
+    "dora-fp16-1-very_uneven-deep": 1.23,
+    "dora-fp32-1-very_uneven-deep": 1.19,
+    "dropout-fp16-1-very_uneven-deep": 1.17,
+    "dropout-fp32-1-very_uneven-deep": 1.15,
+    "full-fp16-1-very_uneven-grouped": 1.14,
+    "full-fp32-1-very_uneven-deep": 1.10,
+    "lora-fp16-1-very_uneven-deep": 1.25,
+    "lora-fp16-1-very_uneven-grouped": 1.40,
+    "lora-fp32-1-very_uneven-deep": 1.22,
+    "lora_on_q_and_v-fp16-1-very_uneven-deep": 1.39,
+    "lora_on_q_and_v-fp32-1-very_uneven-deep": 1.30,
+    "partial-fp16-1-very_uneven-deep": 1.27,
+    "partial-fp32-1-very_uneven-deep": 1.27,
+}
+
+
+def cases():
+    for case in (*SHORT, *LONG):
+        marks = [pytest.mark.faults] if case in LONG else []
+        if str(case) in OFF:
+            reason = f"the peak is {OFF[str(case)]} of the plan"
+            marks.append(pytest.mark.xfail(reason=reason, strict=True))
+        yield pytest.param(case, marks=marks, id=str(case))
+
+
+def planned(case: Case) -> Plan:
+    model = trainee(case)
+    lengths = LENGTHS[case.lengths]
+    return plan_memory(model, "ddp", 1, 0, case.precision, sum(lengths), case.recompute, lengths)
+
+
+def trainee(case: Case) -> Llama:
+    """On the meta device; weights in the dtype that `build_model` gives them."""
+    dtype = DTYPES[case.precision] if METHODS[case.method]["method"] == "lora" else torch.float32
+    return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **METHODS[case.method])
+
+
+def measured(case: Case, lengths: Sequence[int]) -> int:
+    """The most that the second step holds; the first one makes the optimizer's state."""
+    before = emulated.held()
+    model = trainee(case).to_empty(device=DEVICE).train()
+    if SHAPES[case.shape].tie_word_embeddings:
+        model.tie()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    optimizer = Optimizer(model, case.precision, DEVICE, 0.0, 1.0)
+    examples = [Example(tuple(range(3, 4 + length)), 1) for length in lengths]  # all is supervised, as the plan assumes
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        batch = MicroBatch.of(examples, DEVICE)
+        supervised = sum(example.supervised for example in examples)
+        backward(model, batch, supervised, optimizer.scaler, case.precision, case.recompute)
+        optimizer.step(1e-4, World(device=DEVICE))
+    return emulated.peak() - before
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_the_plan_is_within_a_tenth_of_the_peak(case):
+    plan = planned(case)
+    tensors = plan.total - plan.items["overhead"]
+    found = measured(case, LENGTHS[case.lengths])
+    print(f"RATIO {found / tensors:.3f} {case}")
+    assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.items}"

@@ -1,0 +1,45 @@
+"""What needs a CUDA device, on an emulated one: each file in inside/ is run by a pytest that has it (`emulated.py`)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from build import CannotBuild, build
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def library(request) -> Path:
+    """The emulated device, built once by the first worker that needs it."""
+    try:
+        return build(request.config.cache.mkdir("emulated_cuda"))
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+
+
+def pytest_inside(library: Path, *arguments: str) -> None:
+    path = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "LLAMALORA_EMULATED": str(library), "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    for name in [name for name in environment if name.startswith(("PYTEST_", "CUDA_"))]:
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((HERE / "inside").glob("test_*.py")), ids=lambda file: file.stem)
+def test_on_the_device(library, file):
+    pytest_inside(library, str(file))
+
+
+@pytest.mark.faults
+def test_all_combinations_of_the_plan(library):
+    pytest_inside(library, "-m", "faults", str(HERE / "inside"))
