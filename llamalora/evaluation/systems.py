@@ -73,22 +73,10 @@ def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:
     return tokenizer
 
 
-def _load_merged(
-    model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: str | torch.device
-) -> Llama:
-    with _loading(model, dtype, torch.device(device)):
+def _load_merged(model: str | Path, adapter: str | Path | None, dtype: torch.dtype, device: torch.device) -> Llama:
+    with _loading(model, dtype, device):
         loaded = load_model(model, dtype, device)
         return loaded if adapter is None else merge_for_good(load_adapter(loaded, adapter))
-
-
-def _loading(model: str | Path, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Explains where the memory does not suffice for a model, whose adapter is merged layer by layer in fp32."""
-
-    def planned() -> dict[str, int]:
-        sizes = [parameter.numel() for parameter in skeleton(read_config(model)).parameters()]
-        return {"weights": sum(sizes) * dtype.itemsize, "merging the largest of them": 8 * max(sizes)}
-
-    return explained("loading and merging the model", planned, device)
 
 
 def load_annotator(
@@ -133,6 +121,16 @@ def load_annotator(
     device = torch.device(device)
     dtype = dtype or DTYPES[choose_precision("auto", device)[0]]
     return _load_merged(base, adapter, dtype, device), tokenizer, asked
+
+
+def _loading(model: str | Path, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Explains where the memory does not suffice for a model, whose adapter is merged layer by layer in fp32."""
+
+    def planned() -> dict[str, int]:
+        sizes = [parameter.numel() for parameter in skeleton(read_config(model)).parameters()]
+        return {"weights": sum(sizes) * dtype.itemsize, "merging the largest of them": 8 * max(sizes)}
+
+    return explained("loading and merging the model", planned, device)
 
 
 def _training_sentences(data: str) -> list[Sentence]:

@@ -110,7 +110,7 @@ def test_predict_takes_a_run_an_adapter_and_a_model(run, adapter, bare, texts, t
         ([], "give either --run, or --model, --adapter or both"),
         (["--run", "RUN", "--adapter", "RUN/best"], "give either --run"),
         (["--adapter", "BARE"], f"BARE: no {RECORD} in it says what it is asked; give --labels"),
-        (["--adapter", "RUN"], "RUN: no adapter folder but a run of train.py"),
+        (["--adapter", "RUN"], "RUN: no adapter folder but a training run"),
         (["--adapter", "nowhere"], "nowhere: no such adapter folder"),
         (["--model", "weights/tiny"], f"weights/tiny: no {RECORD} in it"),
         (["--adapter", "RUN/best", "--labels", "Disease"], "--labels: no effect with RUN/best"),
