@@ -4,10 +4,11 @@
     python benchmarks/trace_7b.py        # LoRA of rank 128 on all, fp16, four processes; and one
 
 Loading, two steps, an evaluation and saving go through the package's own code, on fake tensors of an emulated CUDA
-device (`tests/emulated_cuda`), under fsdp in a fake process group. What tensors hold of one GPU is added up as they
-come and go; its peaks stand beside the memory plan and what a V100 of 16 GB leaves to tensors. Nothing is measured:
-what kernels take for a while, what the allocator wastes, and CUDA's own part are not seen. Needs a CPU build of
-torch, a C++ compiler and some minutes."""
+device (`tests/emulated_cuda`), under fsdp in a fake process group. What tensors hold of one GPU is added up as it comes
+and goes; its peaks stand beside the memory plan and what a V100 of 16 GB leaves to tensors. Nothing is measured: what
+kernels take for a while, what the allocator wastes, and CUDA's own part are not seen. Needs a CPU build of torch, a C++
+compiler and some minutes.
+"""
 
 import argparse
 import os

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed.sharding import is_spread
 from ..model.llama import Llama
-from ..model.packing import Packing
+from ..model.packing import Packing, moved
 from .room import NoRoom, Room, expected
 
 # proposes how an output goes on: (prompt index, output so far) -> ids, perhaps none
@@ -220,9 +220,9 @@ def _advance(
     slots = max(*present, *(start + len(feed) for start, feed in zip(starts, feeds, strict=True)))
     room.make(len(rows), slots, total, len(predictors), alone=len(present) == 1)
     device = room.device
-    ids = torch.tensor([[token for feed in feeds for token in feed]], device=device)
+    ids, choosing = moved(device, torch.tensor([token for feed in feeds for token in feed]), torch.tensor(predictors))
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
-    hidden = model.model(ids, packing, room.cache)[0, torch.tensor(predictors, device=device)]
+    hidden = model.model(ids[None], packing, room.cache)[0, choosing]
     logits = model.lm_head(hidden)
     scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16

@@ -23,7 +23,7 @@ class Rectangle:
         self.slots = None  # (tokens,) into the flattened rectangle; None: it is full
         if self.tokens < count * longest:
             row, offset = _rows_and_offsets(lengths)
-            self.slots = (row * longest + offset).to(device)
+            self.slots = (row * longest + offset).to(device, non_blocking=True)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(tokens, heads, E) -> (batch, L, heads, E), zeros where there is no token."""
@@ -105,14 +105,14 @@ class Reach:
         self.rectangle = Rectangle(lengths, device)
         self.extent = max(map(sum, zip(starts, lengths, strict=True)))
         last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))  # (batch, L)
-        self.mask = (torch.arange(self.extent) <= last[..., None])[:, None].to(device)
+        self.mask = (torch.arange(self.extent) <= last[..., None])[:, None].to(device, non_blocking=True)
 
 
 def moved(device: torch.device, *tensors: Tensor) -> Sequence[Tensor]:
-    """Tensors (n,) of one dtype on the device, in a single copy: each would make a GPU's host wait."""
+    """Tensors (n,) of one dtype on the device, in a single copy, for which a GPU's host does not wait."""
     if device.type == "cpu":
         return tensors
-    return torch.cat(tensors).to(device).split([len(tensor) for tensor in tensors])
+    return torch.cat(tensors).to(device, non_blocking=True).split([len(tensor) for tensor in tensors])
 
 
 def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
