@@ -98,7 +98,7 @@ def add_normalize_backward(
     grad_total: Tensor, grad: Tensor, total: Tensor, inverse: Tensor, weight: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor | None]:
     of_total, of_weight = normalize_backward(grad, total, inverse, weight, learns)
-    return grad_total + of_total, of_weight
+    return of_total.add_(grad_total), of_weight
 
 
 class _Normalize(torch.autograd.Function):
