@@ -183,7 +183,9 @@ def place(tmp_path_factory) -> Path:
     save_model(tiny_model(), place / "model")
     save_adapter(model, place / "adapter")
     save_adapter(model, place / "run/best", str(place / "model"))
-    settings = ResolvedSettings(model=str(place / "model"), data=str(place / "corpus"), out="", lr=1e-3)
+    settings = ResolvedSettings(
+        model=str(place / "model"), data=str(place / "corpus"), out="", lr=1e-3, batch_tokens=1024
+    )
     (place / "run/config.json").write_text(json.dumps({"settings": asdict(settings)}))
     (place / "run/checkpoints").mkdir()
     (place / "corpus").mkdir()

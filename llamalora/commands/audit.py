@@ -41,7 +41,7 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("audit", EXAMPLES, description=__doc__)
+    parser = Parser("audit", EXAMPLES, usage="%(prog)s [FLAG ...]", description=__doc__)
     parser.add_argument("--model", default="llama-2-7b", metavar="MODEL", help=f"{', '.join(LLAMA_2)}, or a folder")
     parser.add_argument("--targets", default="all", help=f"all, or a comma list of {','.join(KINDS)}")
     parser.add_argument("--rank", type=int, default=8, help="of the updates (default: 8)")

@@ -16,8 +16,10 @@ from ..text_table import aligned
 
 def main(argv: list[str]) -> None:
     parser = Parser("convert", "data/sample brat-folder --to brat", description=__doc__)
-    parser.add_argument("--from", dest="form", choices=FORMATS, help="format of IN (default: what it looks like)")
-    parser.add_argument("--to", choices=FORMATS, help="format of OUT (default: what its ending says)")
+    parser.add_argument("--from", dest="form", choices=FORMATS, metavar="FORMAT",
+                        help=f"format of IN: {', '.join(FORMATS)} (default: what it looks like)")  # fmt: skip
+    parser.add_argument("--to", choices=FORMATS, metavar="FORMAT",
+                        help="format of OUT (default: what its ending says)")  # fmt: skip
     parser.add_argument("source", metavar="IN", help="corpus file, folder of brat's, or folder of train, dev and test")
     parser.add_argument("target", metavar="OUT", help="new file, or for brat and for several splits a new folder")
     arguments = parser.parse_args(argv)

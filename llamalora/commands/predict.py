@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
     what.add_argument("--format", default="tagging", choices=ANSWERS, help="with --labels (default: tagging)")
     what.add_argument("--instruction", action="store_true", help="with --labels")
     on = parser.add_argument_group("on what and how")
-    on.add_argument("--from", dest="form", choices=FORMATS, help="format of the input (default: what it looks like)")
-    on.add_argument(
-        "--to", default="jsonl", choices=(*FORMATS, "html"), help="format of the output, or a page (default: jsonl)"
-    )
+    on.add_argument("--from", dest="form", choices=FORMATS, metavar="FORMAT",
+                    help="format of the input (default: what it looks like)")  # fmt: skip
+    on.add_argument("--to", default="jsonl", choices=(*FORMATS, "html"), metavar="FORMAT",
+                    help=f"format of the output: {', '.join(FORMATS)}, or html, a page (default: jsonl)")  # fmt: skip
     on.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
     on.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
     on.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")

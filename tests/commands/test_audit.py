@@ -256,7 +256,7 @@ def test_the_memory_plan_is_printed_and_given_as_json(capsys):
 def test_without_a_choice_the_plan_is_what_parallel_auto_would_take(capsys):
     """Here: sharded, and some blocks recomputed."""
     result = audit(capsys, "--memory", "--rank", 128, "--gpus", 2)
-    settings = Settings(rank=128, precision="fp16")
+    settings = Settings(rank=128, precision="fp16", batch_tokens=4096)  # 2,048 for each GPU
     model = make_trainable(skeleton(SEVEN), **settings.learning)
     taken = fit(model, settings, LENGTHS, 2, result["capacity"])
     assert result["auto"] == {"parallel": taken.parallel, "why": taken.why}

@@ -283,7 +283,7 @@ def test_untying_is_said(tmp_path, tiny_sentencepiece, capsys):
 
 
 def run_folder(base: Path, adapter: Path, place: Path, **changes) -> Path:
-    settings = Settings(**{"model": str(base), "data": "x", "out": str(place), "method": "lora", "lr": 1e-3} | changes)
+    settings = Settings(**{"model": str(base), "data": "x", "out": str(place), "lr": 1e-3, "batch_tokens": 1} | changes)
     place.mkdir()
     (place / "config.json").write_text(json.dumps({"settings": vars(settings)}))
     write_atomically(place / "best", lambda folder: shutil.copytree(adapter, folder, dirs_exist_ok=True))

@@ -13,6 +13,7 @@ from llamalora.commands import predict
 from llamalora.corpus.documents import Document, Span, sentence_bounds
 from llamalora.corpus.read import FORMATS, read_documents
 from llamalora.errors import InputError
+from llamalora.evaluation import annotate
 from llamalora.evaluation.answer import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.definition import Task
@@ -37,8 +38,9 @@ def run(monkeypatch, capsys):
             answers.append(Answer(sentence, output, parsed, confidence=dict.fromkeys(parsed.spans, 0.5)))
         return answers, None
 
-    monkeypatch.setattr(predict, "load_run", lambda *_: System(None, None, None))
-    monkeypatch.setattr(predict, "answer_sentences", answer)
+    monkeypatch.setattr(predict, "find_task", lambda _: task)
+    monkeypatch.setattr(predict, "load_run", lambda *_: System(None, None, task))
+    monkeypatch.setattr(annotate, "answer_sentences", answer)
 
     def call(*arguments) -> tuple[str, str]:
         main(["predict", "--run", ".", *map(str, arguments)])

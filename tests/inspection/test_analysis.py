@@ -436,7 +436,9 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
 
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3))}))
+    (run / "config.json").write_text(
+        json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3, batch_tokens=1))})
+    )
     assert "best: the run has saved no such model yet" in refusal(capsys, run)
     write_atomically(run / "best", lambda folder: save_adapter(adapted("q"), folder))
     assert inspect.sources(str(run)) == (run / "best", "m")
@@ -445,7 +447,7 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
     assert "its base model m is no longer there" in message and f"--model, or inspect {run / 'best'}" in message
     save_model(tiny_model(), tmp_path / "base")
     # with the base that it names, as with one that is given
-    settings = asdict(Settings(model=str(tmp_path / "base"), data="d", out="o", lr=1e-3))
+    settings = asdict(Settings(model=str(tmp_path / "base"), data="d", out="o", lr=1e-3, batch_tokens=1))
     main(["inspect", str(run), "--model", str(tmp_path / "base")])
     given = capsys.readouterr().out
     (run / "config.json").write_text(json.dumps({"settings": settings}))
@@ -454,7 +456,7 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
     main(["inspect", str(run)])
     assert capsys.readouterr().out == given and given.startswith("kind") and "amplif." in given
     (run / "config.json").write_text(
-        json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3, method="full"))})
+        json.dumps({"settings": asdict(Settings(model="m", data="d", out="o", lr=1e-3, batch_tokens=1, method="full"))})
     )
     assert "--method full" in refusal(capsys, run)
 

@@ -50,7 +50,7 @@ def learn(model, precision: str, lengths, recompute: int = 0) -> list:
     examples = [Example(tuple(random_ids(length, seed=length).tolist()), length // 2) for length in lengths]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss = backward(model, MicroBatch.of(examples, CPU), 100.0, scaler, precision, recompute)
-    return [torch.tensor(loss), *(parameter.grad for parameter in trainable_parameters(model).values())]
+    return [loss, *(parameter.grad for parameter in trainable_parameters(model).values())]
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
