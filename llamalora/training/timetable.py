@@ -12,13 +12,15 @@ from ..cli import UsageError
 from ..corpus.documents import CorpusError, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
+from ..model.attention import attention_kernel
 from ..model.llama import Llama
+from ..model.precision import DTYPES
 from ..runs.resolve import resolve
 from ..runs.settings import Settings
-from ..runs.setup import make_task, read_base
+from ..runs.setup import choose_compiled, make_task, read_base
 from ..text_table import aligned
 from . import duration
-from .arithmetic import FORMS, Work, micro_batches
+from .arithmetic import FORMS, Form, Work, micro_batches
 from .batch import encode_all, plan_epoch
 from .cards import CARDS, recognise
 from .duration import Links, Machine
@@ -237,7 +239,9 @@ def expected(job: Job, model: Llama, world: World) -> str | None:
     machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp")
     epoch = [indices for number, indices in job.steps if number == 0]
     supervised = sum(example.supervised for example in job.examples) / sum(job.lengths)
-    work = Work(model, job.settings.precision, job.placement.recompute)
+    kernel = attention_kernel(model.config.head_dim, DTYPES[job.settings.precision], world.device)
+    form = Form(kernel == "rectangles", choose_compiled(job.settings.compile, world.device)[0])
+    work = Work(model, job.settings.precision, job.placement.recompute, form)
     dealt = micro_batches(job.lengths, supervised, epoch[:SAMPLE], world.size, job.placement.micro_tokens)
     planned = machine.training(work, dealt)
     seconds = planned.seconds / planned.steps * len(epoch)
