@@ -115,12 +115,27 @@ class Step:
         heads = config.num_attention_heads * config.head_dim
         mlp = 4 * self.width * config.intermediate_size * self.tokens
         mlp -= block.get((f"{last}.mlp.down_proj", "input"), 0)
-        attention = 4 * self.width * heads * sum(math.prod(one.shape) for one in self.packing.rectangles) - freed
+        slots = self.tokens
+        if self.kernel == "rectangles":
+            slots = sum(math.prod(one.shape) for one in self.packing.rectangles)
+        attention = 4 * self.width * heads * slots + self._summed_in_fp32 - freed
         held = max(mlp, attention)
         held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
         if self._recomputes(number):
             held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]
         return max(0, held - self.logits)
+
+    @property
+    def _summed_in_fp32(self) -> int:
+        """What the kernels without rectangles sum the queries' gradient in: the memory-efficient one in a rectangle of
+        tiles of 64, as long as the longest sequence, and flash in the row, with up to 128 tokens more a sequence."""
+        heads, lengths = self.model.config.num_attention_heads, self.packing.lengths
+        tile = {"memory-efficient": 64, "flash": 32}.get(self.kernel)
+        if tile is None:
+            return 0
+        longest = -(-max(lengths) // 64) * 64
+        slots = len(lengths) * longest if tile == 64 else sum(lengths) + 128 * len(lengths)
+        return 4 * slots * heads * -(-self.model.config.head_dim // tile) * tile
 
     def _recomputes(self, number: int) -> bool:
         return bool(self.recompute) and number % self.recompute == 0

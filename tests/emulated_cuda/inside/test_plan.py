@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llamalora.distributed.world import World
-from llamalora.lora.inject import make_trainable
+from llamalora.lora.inject import cast_factors, make_trainable
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama
@@ -60,48 +60,11 @@ ALL = (
     *product(("lora", "full"), ("fp16",), (0, 1), ("even", "very uneven"), ("grouped", "wide")),
 )
 LONG = tuple(case for case in (Case(*one) for one in ALL) if case not in SHORT)
-# where the plan is off, and the quotient of peak and plan
-OFF: dict[str, float] = {
-    # the plan is above the peak
-    "dora-fp16-1-even-deep": 0.893,
-    "dora-fp16-1-uneven-deep": 0.893,
-    "dora-fp16-1-very_uneven-deep": 0.815,
-    "dora-fp32-1-very_uneven-deep": 0.803,
-    "dropout-fp16-1-even-deep": 0.892,
-    "dropout-fp16-1-uneven-deep": 0.892,
-    "dropout-fp16-1-very_uneven-deep": 0.832,
-    "dropout-fp32-1-very_uneven-deep": 0.816,
-    "full-bf16-1-uneven-deep": 0.841,
-    "full-fp16-0-even-deep": 0.877,
-    "full-fp16-0-even-grouped": 0.878,
-    "full-fp16-0-uneven-deep": 0.877,
-    "full-fp16-0-very_uneven-deep": 0.877,
-    "full-fp16-0-very_uneven-grouped": 0.878,
-    "full-fp16-1-even-deep": 0.841,
-    "full-fp16-1-even-grouped": 0.874,
-    "full-fp16-1-uneven-deep": 0.841,
-    "full-fp16-1-very_uneven-deep": 0.858,
-    "full-fp32-0-very_uneven-deep": 0.865,
-    "full-fp32-1-very_uneven-deep": 0.794,
-    "lora-fp16-1-even-deep": 0.891,
-    "lora-fp16-1-even-grouped": 0.898,
-    "lora-fp16-1-uneven-deep": 0.891,
-    "lora-fp16-1-very_uneven-deep": 0.819,
-    "lora-fp32-1-very_uneven-deep": 0.783,
-    "lora_on_q_and_v-fp16-1-very_uneven-deep": 0.858,
-    "lora_on_q_and_v-fp32-0-very_uneven-deep": 0.895,
-    "lora_on_q_and_v-fp32-1-very_uneven-deep": 0.749,
-    "partial-fp32-0-very_uneven-deep": 0.881,
-    "partial-fp32-1-very_uneven-deep": 0.738,
-}
 
 
 def cases():
     for case in (*SHORT, *LONG):
         marks = [pytest.mark.faults] if case in LONG else []
-        if str(case) in OFF:
-            reason = f"the peak is {OFF[str(case)]} of the plan"
-            marks.append(pytest.mark.xfail(reason=reason, strict=True))
         yield pytest.param(case, marks=marks, id=str(case))
 
 
@@ -132,7 +95,9 @@ def measured(case: Case, lengths: Sequence[int]) -> int:
         torch.cuda.reset_peak_memory_stats()
         batch = MicroBatch.of(examples, DEVICE)
         supervised = sum(example.supervised for example in examples)
-        backward(model, batch, supervised, optimizer.scaler, case.precision, case.recompute)
+        with cast_factors(model, DTYPES[case.precision]):
+            for _ in range(2):  # the gradients of the first are held while the second is computed, as the plan assumes
+                backward(model, batch, supervised, optimizer.scaler, case.precision, case.recompute)
         optimizer.step(1e-4, World(device=DEVICE))
     return emulated.peak() - before
 
@@ -142,5 +107,4 @@ def test_the_plan_is_within_a_tenth_of_the_peak(case):
     plan = planned(case)
     tensors = plan.total - plan.items["overhead"]
     found = measured(case, LENGTHS[case.lengths])
-    print(f"RATIO {found / tensors:.3f} {case}")
     assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.items}"
