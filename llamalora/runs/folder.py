@@ -72,18 +72,22 @@ def _read_config(run: Path) -> dict:
 
 
 def read_settings(run: Path) -> ResolvedSettings:
-    """The resolved settings of a run.
+    """The resolved settings of a run. One that came with a later version than the run's is at its default, at which it
+    changes nothing.
 
     Raises:
-        CheckpointError: no run is there, or its configuration is not this version's.
+        CheckpointError: no run is there, or its settings are not those of a run of this version or an earlier one.
     """
     stored = _read_config(run)["settings"]
-    names = {field.name for field in fields(ResolvedSettings)}
-    if not isinstance(stored, dict) or set(stored) != names:
-        raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run of this version")
+    known = {field.name for field in fields(ResolvedSettings)}
+    if not isinstance(stored, dict) or not stored.keys() <= known:
+        raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run, or those of a later version")
+    if lacking := [name for name in ResolvedSettings.__annotations__ if name not in stored]:  # which have no default
+        raise CheckpointError(f"{run / RUN_CONFIG}: holds no settings of a llamalora run: {', '.join(lacking)} lacks")
+    hints = get_type_hints(ResolvedSettings)
     try:
-        for name, kind in get_type_hints(ResolvedSettings).items():
-            value = stored[name]
+        for name, value in stored.items():
+            kind = hints[name]
             if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(1.0, kind)):
                 raise UsageError(f"{name} is {value!r}")
         return ResolvedSettings(**stored)

@@ -1,12 +1,16 @@
 """What is checked before a model is loaded."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from llamalora import files
+from llamalora.model.tensors import CheckpointError
+from llamalora.runs.folder import read_settings
 from llamalora.runs.resolve import resolve
 from llamalora.runs.settings import ResolvedSettings, Settings
 from llamalora.runs.setup import check_tags
@@ -90,3 +94,23 @@ def test_a_step_is_as_large_as_the_machine_wants_it():
     assert [tokens(gpu, processes) for processes in (1, 2, 4, 32)] == [2048, 4096, 8192, 8192]
     assert tokens(gpu, 4, batch_tokens=77) == 77
     assert tokens(gpu, 4, batch_sentences=10) == tokens(cpu, 1, batch_sentences=10)
+
+
+# ---- runs of other versions ----
+
+
+def test_the_settings_of_an_earlier_version_are_read_with_the_defaults_of_those_that_came_later(tmp_path):
+    settings, _ = resolve(Settings(model=str(ROOT / "weights/tiny"), out=str(tmp_path)), torch.device("cpu"))
+    config = tmp_path / "config.json"
+
+    def read(stored):
+        config.write_text(json.dumps({"settings": stored}))
+        return read_settings(tmp_path)
+
+    stored = asdict(settings)
+    assert read(stored) == settings
+    assert read({name: value for name, value in stored.items() if name not in ("compile", "patience")}) == settings
+    with pytest.raises(CheckpointError, match="config.json: holds no settings of a llamalora run: lr lacks"):
+        read({name: value for name, value in stored.items() if name != "lr"})
+    with pytest.raises(CheckpointError, match="or those of a later version"):
+        read(stored | {"warp": 9})
