@@ -42,6 +42,7 @@ from llamalora.model.checkpoint import skeleton  # noqa: E402
 from llamalora.model.config import LLAMA_2  # noqa: E402
 from llamalora.model.packing import Packing  # noqa: E402
 from llamalora.model.precision import DTYPES, autocast  # noqa: E402
+from llamalora.runs.resolve import step_tokens
 from llamalora.runs.settings import Settings  # noqa: E402
 from llamalora.training.batch import Example, MicroBatch  # noqa: E402
 from llamalora.training.memory import GIB, LENGTHS  # noqa: E402
@@ -67,7 +68,8 @@ def main() -> None:
 
 def trace(config, processes: int, answer: int) -> None:
     """Prints the peak of each part of a run."""
-    settings = Settings(lr=1e-4, targets="all", rank=128, precision="fp16")
+    step = step_tokens(DEVICE, processes)
+    settings = Settings(lr=1e-4, targets="all", rank=128, precision="fp16", batch_tokens=step)
     dtype = DTYPES[settings.precision]
     model = make_trainable(skeleton(config).to(dtype), **settings.learning)
     placement: Placement = fit(model, settings, LENGTHS, processes, REPORTED)
@@ -101,7 +103,7 @@ def trace(config, processes: int, answer: int) -> None:
                 optimizer.step(1e-4, world)
         model.eval()
         prompts = [[5] * max(8, 2 * length // 5) for length in drawn_lengths(110 * PROMPTS, 2)[:PROMPTS]]
-        with part("evaluation"), merged(model), autocast(settings.precision, DEVICE):
+        with part("evaluation"), merged(model, world), autocast(settings.precision, DEVICE):
             in_step(model, world, lambda: generate(model, prompts, 2, answer, PROMPTS))
         with part("saving"):
             tensors.save_tensors(optimizer.state()[0], Path(os.devnull))
@@ -111,12 +113,16 @@ def trace(config, processes: int, answer: int) -> None:
 
 def show(processes: int, placement: Placement, peaks: dict[str, int]) -> None:
     assert placement.plan is not None
-    planned = placement.plan.total - placement.plan.items["overhead"]
+    plan = placement.plan
+    planned = {
+        "step": plan.total - plan.items["overhead"],
+        "evaluation": plan.evaluation_total - plan.evaluation["overhead"],  # of one sentence at a time
+    }
     print(f"{processes} process{'es' * (processes > 1)}: {placement}\n")
     print("| part | peak, traced | planned | left by a V100 of 16 GB |\n|---|---:|---:|---:|")
     for name, peak in peaks.items():
-        plan = f"{planned / GIB:.2f}" if name == "step" else ""
-        print(f"| {name} | {peak / GIB:.2f} | {plan} | {(LEFT - peak) / GIB:.2f} |")
+        expected = f"{planned[name] / GIB:.2f}" if name in planned else ""
+        print(f"| {name} | {peak / GIB:.2f} | {expected} | {(LEFT - peak) / GIB:.2f} |")
     print(flush=True)
 
 
