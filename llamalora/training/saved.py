@@ -100,12 +100,13 @@ class Step:
     @property
     def backward(self) -> int:
         """What the backward pass, which has its peak in the last block, holds beyond that: at its MLP, or at its
-        attention where rectangles are padded.
+        attention, as where its rectangles are padded.
 
         At the MLP four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
-        `down` is freed. At attention the gradients of its output, queries, keys and values as rectangles, when all
-        that the block saves behind it is freed. With either hidden states and their gradient; the gradient of one
-        matrix; and if that block is recomputed, all that it saves.
+        `down` is freed. At attention the gradients of its output, queries, keys and values, as rectangles if its kernel
+        wants them, and else the fp32 in which that sums the gradient of queries, when all that the block saves behind
+        it is freed. With either hidden states and their gradient; the gradient of one matrix; and if that block is
+        recomputed, all that it saves.
         """
         config, number = self.model.config, self.model.config.num_hidden_layers - 1
         last = f"model.layers.{number}"
@@ -115,7 +116,15 @@ class Step:
         heads = config.num_attention_heads * config.head_dim
         mlp = 4 * self.width * config.intermediate_size * self.tokens
         mlp -= block.get((f"{last}.mlp.down_proj", "input"), 0)
-        attention = 4 * self.width * heads * sum(math.prod(one.shape) for one in self.packing.rectangles) - freed
+        places, summed = self.tokens, 0
+        if self.kernel == "rectangles":
+            places = sum(math.prod(one.shape) for one in self.packing.rectangles)
+        elif self.kernel == "memory-efficient":
+            summed = len(self.packing.lengths) * -(-max(self.packing.lengths) // 64) * 64
+        else:
+            summed = self.tokens + 128 * len(self.packing.lengths)
+        summed *= config.num_attention_heads * -(-config.head_dim // 64) * 64
+        attention = 4 * self.width * heads * places + 4 * summed - freed
         held = max(mlp, attention)
         held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
         if self._recomputes(number):
