@@ -26,7 +26,7 @@ from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.llama import Llama
 from llamalora.model.precision import DTYPES, choose_precision, prepare_gpu
-from llamalora.training.arithmetic import Batch, Work
+from llamalora.training.arithmetic import Batch, Form, Work
 from llamalora.training.batch import Example, MicroBatch
 from llamalora.training.cards import CARDS, recognise
 from llamalora.training.duration import Machine
@@ -162,7 +162,7 @@ def planned(model: Llama, batches: list[list[Example]], precision: str, device: 
     card = recognise(properties.name, properties.total_memory)
     if card is None:
         return None
-    machine, work = Machine(CARDS[card]), Work(model, precision)
+    machine, work = Machine(CARDS[card]), Work(model, precision, form=Form(padded=False))
     steps = []
     for examples in batches:
         lengths = [len(example) for example in examples]

@@ -199,7 +199,7 @@ def _steps(model: Llama, lengths: list[int], supervised: float, day: Day) -> lis
     optimizer = Optimizer(model.train(), day.precision, day.device, weight_decay=0.0, clip=1.0)
     batch, counted = MicroBatch.of(examples, day.device), sum(example.supervised for example in examples)
 
-    def step() -> None:
+    def step(_: int) -> None:
         backward(model, batch, counted, optimizer.scaler, day.precision)
         optimizer.step(1e-4, World(device=day.device))
 
@@ -216,7 +216,7 @@ def decoding(day: Day) -> list[Figure]:
     merge(inject_lora(model, "all", rank=8 if day.dry else 128))
     merged = decode(model, arguments)
     ratio = merged["tokens_per_second"] / base["tokens_per_second"]
-    planned = 1 / day.machine.decoding(work, 1, 1, 96, graphed=True) if day.machine else None
+    planned = 1 / day.machine.decoding(work, 1, 1, 96) if day.machine else None
     figures = [
         Figure("base", base["tokens_per_second"], "tokens/s", planned),
         Figure("merged", merged["tokens_per_second"], "tokens/s", planned),
@@ -237,7 +237,8 @@ def peers(day: Day) -> list[Figure]:
     examples = [
         Example(tuple(range(3, 4 + length)), max(1, length // 2)) for length in map(corpus.lengths.__getitem__, step)
     ]
-    theirs = peer(day.config, examples, day.precision, day.device, argparse.Namespace(repeats=day.repeats))
+    batches = [examples] * (day.repeats + 1)  # the first warms up
+    theirs = peer(day.config, batches, day.precision, day.device, argparse.Namespace(repeats=day.repeats))
     names = {"tokens_per_second": "training", "decoding_tokens_per_second": "decoding, merged"}
     return [Figure(f"transformers + peft: {title}", theirs[name], "tokens/s") for name, title in names.items()]
 

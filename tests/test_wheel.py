@@ -81,7 +81,7 @@ def test_what_a_wheel_installs_trains_and_evaluates_in_an_empty_folder_and_write
     )
     assert done.returncode == 0, done.stderr
     for name, missing in zip(BUILT_IN, ("weights/llama-2-7b", "data/bc5cdr"), strict=True):
-        assert f"{site / 'llamalora' / name} (built in, since {missing} is not there)" in done.stdout
+        assert f"{site / 'llamalora' / name} (built in, since {missing} is not there)" in " ".join(done.stdout.split())
     assert "python -m llamalora eval --run runs/" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.html", "runs"]
     assert contents(site) == before

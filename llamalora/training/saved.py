@@ -100,13 +100,12 @@ class Step:
     @property
     def backward(self) -> int:
         """What the backward pass, which has its peak in the last block, holds beyond that: at its MLP, or at its
-        attention, as where its rectangles are padded.
+        attention where rectangles are padded.
 
         At the MLP four tensors (N, F), from the gradient of the product to those of gate and up, while the input of
-        `down` is freed. At attention the gradients of its output, queries, keys and values, as rectangles if its kernel
-        wants them, and else the fp32 in which that sums the gradient of queries, when all that the block saves behind
-        it is freed. With either hidden states and their gradient; the gradient of one matrix; and if that block is
-        recomputed, all that it saves.
+        `down` is freed. At attention the gradients of its output, queries, keys and values as rectangles, when all
+        that the block saves behind it is freed. With either hidden states and their gradient; the gradient of one
+        matrix; and if that block is recomputed, all that it saves.
         """
         config, number = self.model.config, self.model.config.num_hidden_layers - 1
         last = f"model.layers.{number}"
@@ -116,20 +115,27 @@ class Step:
         heads = config.num_attention_heads * config.head_dim
         mlp = 4 * self.width * config.intermediate_size * self.tokens
         mlp -= block.get((f"{last}.mlp.down_proj", "input"), 0)
-        places, summed = self.tokens, 0
+        slots = self.tokens
         if self.kernel == "rectangles":
-            places = sum(math.prod(one.shape) for one in self.packing.rectangles)
-        elif self.kernel == "memory-efficient":
-            summed = len(self.packing.lengths) * -(-max(self.packing.lengths) // 64) * 64
-        else:
-            summed = self.tokens + 128 * len(self.packing.lengths)
-        summed *= config.num_attention_heads * -(-config.head_dim // 64) * 64
-        attention = 4 * self.width * heads * places + 4 * summed - freed
+            slots = sum(math.prod(one.shape) for one in self.packing.rectangles)
+        attention = 4 * self.width * heads * slots + self._summed_in_fp32 - freed
         held = max(mlp, attention)
         held += 2 * self.width * config.hidden_size * self.tokens + self._gradient_of(self.model)
         if self._recomputes(number):
             held += sum(block.values()) - block[f"{last}.input_layernorm", "input"]
         return max(0, held - self.logits)
+
+    @property
+    def _summed_in_fp32(self) -> int:
+        """What the kernels without rectangles sum the queries' gradient in: the memory-efficient one in a rectangle of
+        tiles of 64, as long as the longest sequence, and flash in the row, with up to 128 tokens more a sequence."""
+        heads, lengths = self.model.config.num_attention_heads, self.packing.lengths
+        tile = {"memory-efficient": 64, "flash": 32}.get(self.kernel)
+        if tile is None:
+            return 0
+        longest = -(-max(lengths) // 64) * 64
+        slots = len(lengths) * longest if tile == 64 else sum(lengths) + 128 * len(lengths)
+        return 4 * slots * heads * -(-self.model.config.head_dim // tile) * tile
 
     def _recomputes(self, number: int) -> bool:
         return bool(self.recompute) and number % self.recompute == 0

@@ -12,13 +12,15 @@ from ..cli import UsageError
 from ..corpus.documents import CorpusError, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
+from ..model.attention import attention_kernel
 from ..model.llama import Llama
+from ..model.precision import DTYPES
 from ..runs.resolve import resolve
 from ..runs.settings import Settings
-from ..runs.setup import make_task, read_base
-from ..text_table import aligned
+from ..runs.setup import choose_compiled, make_task, read_base
+from ..text_table import aligned, wrapped
 from . import duration
-from .arithmetic import FORMS, Work, micro_batches
+from .arithmetic import FORMS, Form, Work, micro_batches
 from .batch import encode_all, plan_epoch
 from .cards import CARDS, recognise
 from .duration import Links, Machine
@@ -183,7 +185,7 @@ def assumptions(card: str, precision: str, links: Links) -> list[tuple[str, str,
         sheet = gpu.sheet if links.inside == gpu.link else "--link"
         rows.append(("link of a GPU, each direction", f"{links.inside:,g} GB/s", sheet))
     if links.nodes > 1:
-        rows.append(("network of a node, each direction", f"{links.network:,g} GB/s", "assumed (--network)"))
+        rows.append(("network of a node, each direction", f"{links.network:,g} GB/s", "assumed; --network"))
     if links.size > 1:
         rows.append(("reached of links", f"{duration.LINKS:.0%}", "assumed"))
         rows.append(("a collective waits", f"{duration.COLLECTIVE * 1e6:g} us", "assumed"))
@@ -197,9 +199,11 @@ def show(result: dict) -> str:
         f" in each of {result['nodes']} nodes" if result["nodes"] > 1 else ""
     )
     lines = [
-        f"{gpus}, {result['precision']}, {result['placement']}",
-        f"{corpus['name']}: {corpus['sentences']:,} sentences, {corpus['tokens']:,} tokens, {result['steps']:,} steps "
-        f"of up to {result['batch_tokens']:,} tokens an epoch",
+        wrapped(f"{gpus}, {result['precision']}, {result['placement']}"),
+        wrapped(
+            f"{corpus['name']}: {corpus['sentences']:,} sentences, {corpus['tokens']:,} tokens, "
+            f"{result['steps']:,} steps of up to {result['batch_tokens']:,} tokens an epoch"
+        ),
         "",
     ]
     rows = [["planned, not measured", *forms]]
@@ -220,7 +224,8 @@ def show(result: dict) -> str:
     rows.append(["of the memory's bandwidth", *(f"{share:.0%}" for share in decoding["of_bandwidth"].values())])
     for count, speed in decoding["sentences_per_second"].items():
         rows.append([f"sentences/s with drafts, {count} side by side", f"{speed:.1f}", ""])
-    lines += [aligned(rows), "", aligned([["assumption", "value", "source"], *result["assumptions"]], "lrl")]
+    lines += [aligned(rows), "", "assumptions"]
+    lines += [wrapped(f"  {name}: {value} ({source})", indent=4) for name, value, source in result["assumptions"]]
     return "\n".join(lines)
 
 
@@ -237,7 +242,9 @@ def expected(job: Job, model: Llama, world: World) -> str | None:
     machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp")
     epoch = [indices for number, indices in job.steps if number == 0]
     supervised = sum(example.supervised for example in job.examples) / sum(job.lengths)
-    work = Work(model, job.settings.precision, job.placement.recompute)
+    kernel = attention_kernel(model.config.head_dim, DTYPES[job.settings.precision], world.device)
+    form = Form(kernel == "rectangles", choose_compiled(job.settings.compile, world.device)[0])
+    work = Work(model, job.settings.precision, job.placement.recompute, form)
     dealt = micro_batches(job.lengths, supervised, epoch[:SAMPLE], world.size, job.placement.micro_tokens)
     planned = machine.training(work, dealt)
     seconds = planned.seconds / planned.steps * len(epoch)

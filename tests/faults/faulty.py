@@ -17,6 +17,7 @@ import torch
 import train
 from llamalora.cli import run_command
 from llamalora.commands import verify as verifier
+from llamalora.distributed.gradients import GradientSum
 from llamalora.model.llama import Llama
 from llamalora.runs import state
 from llamalora.runs.state import checkpoints_of
@@ -196,18 +197,19 @@ def cut_off(size: int, dies: bool) -> None:
 
 
 def poison(steps: range, rank: int) -> None:
-    """The gradient of one rank is NaN in these steps, counted from 1."""
-    original, calls = loop.Optimizer.step, [0]
+    """The gradient of one rank is NaN in these steps, counted from 1, before it is summed."""
+    original, calls = GradientSum.begin, [0]
 
-    def step(optimizer, *arguments):
+    def begin(sums, module):
         calls[0] += 1
         if calls[0] in steps and _struck(rank):
-            next(parameter for parameter in optimizer.parameters.values() if parameter.grad is not None).grad.fill_(
-                float("nan")
-            )
-        return original(optimizer, *arguments)
+            parameter = sums.parameters[0]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.fill_(float("nan"))
+        return original(sums, module)
 
-    loop.Optimizer.step = step
+    GradientSum.begin = begin
 
 
 kill = partial(send, signal.SIGKILL)

@@ -229,7 +229,7 @@ def test_cards_by_their_names(name, gib, card):
 
 def job_of(model, lengths):
     examples = [Example(tuple(range(length + 1)), length // 2) for length in lengths]
-    settings = SimpleNamespace(precision="bf16")
+    settings = SimpleNamespace(precision="bf16", compile="off")
     steps = [(epoch, [index]) for epoch in range(2) for index in range(len(lengths))]
     placement = Placement("ddp", 2048, 0, None, "")
     return SimpleNamespace(examples=examples, lengths=lengths, settings=settings, steps=steps, placement=placement)
@@ -238,6 +238,7 @@ def job_of(model, lengths):
 def test_a_run_says_what_it_expects_where_its_gpu_is_known(seven, monkeypatch):
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(timetable, "attention_kernel", lambda *_: "rectangles")
     job, on_gpu = job_of(seven, [500] * 120), World(device=torch.device("cuda", 0))
     assert timetable.expected(job, seven, World()) is None
     # 500 tokens wait for the host, 77 ms, and are followed by the optimizer: 40 bytes a parameter
@@ -252,20 +253,21 @@ def test_audit_prints_times_and_assumptions(capsys, monkeypatch):
     flags = ["audit", "--model", "weights/tiny", "--time", "--gpu", "A100-40"]
     main([*flags, "--nodes", "2", "--network", "50", "--data", "data/sample", "--batch-tokens", "256"])
     text = capsys.readouterr().out
-    assert "in each of 2 nodes" in text and "50 GB/s  assumed (--network)" in text and "data/sample" in text
+    assert "in each of 2 nodes" in text and "data/sample" in text
+    assert "network of a node, each direction: 50 GB/s (assumed; --network)" in text
     placement = Placement("ddp", 2048, 0, None, "as the plan says")
     monkeypatch.setattr(timetable, "fit", lambda *_: placement)  # seconds of a search, which has its own tests
     main([*flags, "--json"])
     result = json.loads(capsys.readouterr().out)
     forms = result["training"]
-    assert list(forms) == list(FORMS) and result["precision"] == "bf16" and result["epochs"] == 3
+    assert list(forms) == list(FORMS) and result["precision"] == "bf16" and result["epochs"] == 7
     for form in forms.values():
         assert sum(form["parts"].values()) == pytest.approx(form["seconds_an_epoch"])
         run = result["epochs"] * (form["seconds_an_epoch"] + form["seconds_an_evaluation"]) / 3600
         assert form["hours_a_run"] == pytest.approx(run)
     main(flags)
     text = capsys.readouterr().out
-    for words in ("planned, not measured", "4 x A100-40, bf16, ddp", "300 GB/s", "2.5 hours an epoch", "72%  assumed"):
+    for words in ("planned, not measured", "4 x A100-40, bf16, ddp", "300 GB/s", "2.5 hours an epoch", "72% (assumed)"):
         assert words in text
     assert "--network" not in text
 

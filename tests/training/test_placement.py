@@ -95,12 +95,14 @@ def test_on_the_cpu_only_the_host_is_planned():
 
 
 def test_the_host_is_planned_too():
-    """By hand, in bf16: a run on the CPU holds all but activations, and twice the frozen weights while they are merged;
-    a GPU's process one tensor (in fp32), and under fsdp its share of the frozen weights."""
+    """By hand, in bf16: a run on the CPU holds all but activations, the factors of linear layers in bf16, too, and
+    twice the frozen weights while they are merged; a GPU's process one tensor (in fp32), and under fsdp its share of
+    the frozen weights."""
     on_host = place(Settings(precision="bf16", rank=128), SEVEN, [100], World())
     base, learning, tensor = 2 * 6_738_415_616, 329_056_256, 4 * 32000 * 4096
+    cast = 2 * (learning - 128 * (32000 + 4096))
     *always, merging = on_host.host.values()
-    assert sum(always) == pytest.approx(base + 16 * learning + tensor, rel=1e-6)
+    assert sum(always) == pytest.approx(base + 16 * learning + cast + tensor, rel=1e-6)
     assert merging == pytest.approx(base, rel=1e-3)  # all matrices, and not the norms
     assert f"{merging / GIB:.2f} more to merge updates" in str(on_host)
     model = make_trainable(skeleton(SEVEN), **Settings(rank=128).learning)

@@ -11,7 +11,7 @@ import torch
 from llamalora.distributed.sharding import merged
 from llamalora.distributed.world import World
 from llamalora.evaluation.generate import generate
-from llamalora.lora.inject import make_trainable
+from llamalora.lora.inject import cast_factors, make_trainable
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama
@@ -103,8 +103,9 @@ def measured(case: Case, lengths: Sequence[int]) -> int:
         torch.cuda.reset_peak_memory_stats()
         batch = MicroBatch.of(examples, DEVICE)
         supervised = sum(example.supervised for example in examples)
-        for _ in range(2):  # micro-batches: the second finds gradients there
-            backward(model, batch, supervised, optimizer.scaler, case.precision, case.recompute)
+        with cast_factors(model, DTYPES[case.precision]):
+            for _ in range(2):  # the gradients of the first are held while the second is computed, as the plan assumes
+                backward(model, batch, supervised, optimizer.scaler, case.precision, case.recompute)
         optimizer.step(1e-4, World(device=DEVICE))
     return emulated.peak() - before
 
@@ -114,7 +115,6 @@ def test_the_plan_is_within_a_tenth_of_the_peak(case):
     plan = planned(case)
     tensors = plan.total - plan.items["overhead"]
     found = measured(case, LENGTHS[case.lengths])
-    print(f"RATIO {found / tensors:.3f} {case}")
     assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.items}"
 
 
@@ -139,5 +139,4 @@ def test_an_evaluation_is_within_a_tenth_of_its_plan(method, precision, shape):
         generate(model, [[5] * (length - 20)], -1, 20)
     tensors = plan.evaluation_total - plan.evaluation["overhead"]
     found = emulated.peak() - before
-    print(f"RATIO {found / tensors:.3f} {case}")
     assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.evaluation}"
