@@ -34,15 +34,16 @@ def slot_bytes(config: LlamaConfig, width: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
 
 
-def pass_bytes(config: LlamaConfig, width: int, tokens: int, choices: int) -> int:
+def pass_bytes(config: LlamaConfig, width: int, tokens: int, choices: int, stream: int = 0) -> int:
     """The most that a forward pass holds for a moment: at the feed-forward network the residual stream, its norm, gate,
     up, their product and what that is computed from; at attention the same again or less; then the logits.
 
     Args:
         tokens: that go through.
         choices: places at which a token is chosen.
+        stream: bytes of a value of the residual stream, if other than `width`.
     """
-    block = width * tokens * (3 * config.hidden_size + 4 * config.intermediate_size)
+    block = tokens * (3 * config.hidden_size * (stream or width) + 4 * config.intermediate_size * width)
     return max(block, width * (2 * tokens * config.hidden_size + 2 * choices * config.vocab_size))
 
 

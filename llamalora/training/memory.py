@@ -180,12 +180,15 @@ def _evaluation(
     blocks = [parameter_count(block) for block in model.model.layers]
     largest = max((layer.weight.numel() for layer in adapted), default=0)
     gathered = width * (parameter_count(model) - sum(blocks) + 3 * max(blocks)) * sharded
+    ends = (model.model.embed_tokens, model.lm_head)
+    parts = model.tied and not sharded and any(end in adapted for end in ends)  # merged, they are two matrices
     cache = slot_bytes(config, width) * longest
-    one_pass = pass_bytes(config, 4 if converts else width, longest, 1)
+    one_pass = pass_bytes(config, width, longest, 1, 4 if converts else width)
     merging = (8 + width * sharded) * largest
     return {
         **{name: held[name] for name in ("base", "LoRA", "optimizer")},
         "gathered layers": gathered,
+        "second matrix of tied ends": width * model.lm_head.weight.numel() * parts,
         "copies in half precision": width * parameter_count(model, learning=True) * converts,
         "cache of a sentence": cache,
         "its pass, or merging": max(one_pass, merging - cache - gathered),

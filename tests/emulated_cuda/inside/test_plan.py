@@ -8,12 +8,14 @@ import emulated
 import pytest
 import torch
 
+from llamalora.distributed.sharding import merged
 from llamalora.distributed.world import World
+from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import cast_factors, make_trainable
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama
-from llamalora.model.precision import DTYPES
+from llamalora.model.precision import DTYPES, autocast
 from llamalora.training.batch import Example, MicroBatch
 from llamalora.training.memory import Plan, plan_memory
 from llamalora.training.step import Optimizer, backward
@@ -80,15 +82,21 @@ def trainee(case: Case) -> Llama:
     return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **METHODS[case.method])
 
 
-def measured(case: Case, lengths: Sequence[int]) -> int:
-    """The most that the second step holds; the first one makes the optimizer's state."""
-    before = emulated.held()
-    model = trainee(case).to_empty(device=DEVICE).train()
+def filled(case: Case) -> Llama:
+    """On the device, with values."""
+    model = trainee(case).to_empty(device=DEVICE)
     if SHAPES[case.shape].tie_word_embeddings:
         model.tie()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)
+    return model
+
+
+def measured(case: Case, lengths: Sequence[int]) -> int:
+    """The most that the second step holds; the first one makes the optimizer's state."""
+    before = emulated.held()
+    model = filled(case).train()
     optimizer = Optimizer(model, case.precision, DEVICE, 0.0, 1.0)
     examples = [Example(tuple(range(3, 4 + length)), 1) for length in lengths]  # all is supervised, as the plan assumes
     for _ in range(2):
@@ -108,3 +116,27 @@ def test_the_plan_is_within_a_tenth_of_the_peak(case):
     tensors = plan.total - plan.items["overhead"]
     found = measured(case, LENGTHS[case.lengths])
     assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.items}"
+
+
+@pytest.mark.parametrize("shape", ["deep", "wide"])
+@pytest.mark.parametrize("method, precision", [
+    ("lora", "fp16"), ("lora", "fp32"), ("lora", "bf16"), ("dora", "fp16"), ("full", "fp16"), ("full", "fp32"),
+])  # fmt: skip
+def test_an_evaluation_is_within_a_tenth_of_its_plan(method, precision, shape):
+    """Merging, and decoding one sentence at a time, when the optimizer has its moments and the gradients are gone."""
+    case, length = Case(method, precision, shape=shape), 320
+    plan = plan_memory(trainee(case), "ddp", 1, 0, precision, length, 0, [length])
+    before = emulated.held()
+    model = filled(case)
+    optimizer = Optimizer(model, precision, DEVICE, 0.0, 1.0)
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    world = World(device=DEVICE)
+    optimizer.adam.step()
+    optimizer.adam.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    with merged(model.eval(), world), autocast(precision, DEVICE):
+        generate(model, [[5] * (length - 20)], -1, 20)
+    tensors = plan.evaluation_total - plan.evaluation["overhead"]
+    found = emulated.peak() - before
+    assert 0.9 * tensors <= found <= 1.1 * tensors, f"{found / tensors:.3f} of the plan\n{plan.evaluation}"
