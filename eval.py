@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""`llamalora eval` out of a clone: `python eval.py`, or under torchrun for several processes."""
+"""`llamalora eval` out of a clone: `python eval.py --run RUN`, or in several processes: torchrun --nproc_per_node 4 --
+eval.py --run RUN (without the `--` torchrun takes --run for a flag of its own)."""
 
 from llamalora.cli import run_command
 from llamalora.commands.eval import main

@@ -86,6 +86,11 @@ def plain(value: float) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value and of those before it, over `SMOOTHED` of the run."""
-    window = max(1, round(SMOOTHED * len(values)))
-    return [sum(part) / len(part) for end in range(len(values)) if (part := values[max(0, end + 1 - window) : end + 1])]
+    """The mean of each value and of as many before it as behind it, in all `SMOOTHED` of the run, fewer at its ends."""
+    most, last = round(SMOOTHED * len(values)) // 2, len(values) - 1
+    smoothed = []
+    for place in range(len(values)):
+        reach = min(most, place, last - place)
+        around = values[place - reach : place + reach + 1]
+        smoothed.append(sum(around) / len(around))
+    return smoothed

@@ -229,6 +229,7 @@ def show_memory(result: dict) -> str:
         beside = f"{plan['rows']:,} of the longest sentences side by side in an evaluation"
         verdicts.append(wrapped(f"{parallel:<4}  {verdict}; {room}, and {beside}", indent=6))
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
+    gpus += f" of {result['capacity'] / GIB:.2f} GiB"
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
     taken = wrapped("train --parallel auto takes {parallel}: {why}".format(**result["auto"]))
     words = legend(used(WORDS, str(rows)))

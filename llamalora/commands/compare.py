@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
         title = f"{arguments.a} (A) and {arguments.b} (B)"
         replace_file(Path(arguments.html), page(title, result, a, b, labels))
     print(json.dumps(result, indent=2) if arguments.json else format_comparison(result, arguments.a, arguments.b))
+    if arguments.html is not None and not arguments.json:
+        print(f"\nwritten to {arguments.html}")
 
 
 def read_run(folder: Path, split: str) -> Predictions:

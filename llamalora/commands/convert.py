@@ -10,6 +10,7 @@ from ..cli import Parser, UsageError
 from ..corpus.documents import CorpusError, Document, Documents, corpus_statistics, label_order, labels_of, told
 from ..corpus.format import Format
 from ..corpus.read import FORMATS, find_splits, read_documents
+from ..errors import InputError
 from ..files import is_occupied, new_folder, replace_file
 from ..text_table import aligned
 
@@ -24,6 +25,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("target", metavar="OUT", help="new file, or for brat and for several splits a new folder")
     arguments = parser.parse_args(argv)
     source, target = Path(arguments.source), Path(arguments.target)
+    if "-" in (arguments.source, arguments.target):
+        raise UsageError("-: files are read and written, no streams; give names")
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{target}: lies in {source}, which would then hold it, too; name another place")
     read = FORMATS.get(arguments.form)
     splits = splits_of(source)
     form = FORMATS[arguments.to] if arguments.to else format_by_name(target, bool(splits))
@@ -81,9 +86,9 @@ def check_target(target: Path, form: Format, several: bool) -> None:
     """
     if form.folder or several:
         if is_occupied(target):
-            raise UsageError(f"{target}: is there; give a folder that is new or empty")
+            raise UsageError(f"{target}: is there already; name a folder that is new or empty")
     elif target.exists():
-        raise UsageError(f"{target}: is there; remove it, or give a new file")
+        raise UsageError(f"{target}: is there already; remove it, or name another file")
     elif target.name.lower().endswith(".gz"):
         raise UsageError(f"{target}: files are written plain; leave .gz out")
     elif not target.absolute().parent.is_dir():
@@ -100,7 +105,12 @@ def written(documents: Sequence[Document], target: Path, form: Format) -> tuple[
         text = StringIO()
         form.write(documents, text, lost)
         replace_file(target, text.getvalue())
-    again = read_documents(target, form=form)
+    try:
+        again = read_documents(target, form=form)
+    except InputError:  # there is nothing in it, say
+        if target.is_file():
+            target.unlink()
+        raise
     by_id = {document.id: document for document in again}
     if by_id.keys() >= {document.id for document in documents}:
         pairs = [(document, by_id[document.id]) for document in documents]

@@ -117,8 +117,10 @@ def main(argv: list[str]) -> None:
         else:
             report = f"{format_report(result)}\n\n{format_tables(result['errors'])}"
             print(report if quiet else f"{report}\n\n{format_legend(result, report)}\n")
-            if folder is not None:
-                print(f"written to {written}")
+            places = [written] if folder is not None else []
+            for place in (*places, arguments.predictions, arguments.html):
+                if place is not None:
+                    print(f"written to {place}")
 
 
 def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -71,7 +71,12 @@ def main(argv: list[str]) -> None:
     parser = Parser(
         "fetch", "smollm2-135m\nbc5cdr --from CDR_Data.zip", description="Fetches a small real model, or a corpus."
     )
-    parser.add_argument("what", choices=("smollm2-135m", "bc5cdr"), help="a real Llama, or the paper's corpus")
+    parser.add_argument(
+        "what",
+        choices=("smollm2-135m", "bc5cdr"),
+        metavar="WHAT",
+        help="smollm2-135m, a real Llama, or bc5cdr, the paper's corpus",
+    )
     parser.add_argument(
         "--from",
         dest="source",

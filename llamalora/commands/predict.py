@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..cli import Interrupt, Parser, UsageError, check_least, refuse_idle
 from ..corpus.documents import CorpusError, Document, told
+from ..corpus.format import Format
 from ..corpus.read import FORMATS, find_splits, stream_documents
 from ..corpus.spans import span_record
 from ..distributed.world import World, join_world
@@ -80,6 +83,8 @@ def main(argv: list[str]) -> None:
         whole: list[Document] = []  # of a format that is not written in pieces
         shown: list[Answer] = []  # on the page
         documents = stream_documents(arguments.file, notes, FORMATS.get(arguments.form))
+        if form is not None:
+            documents = writable(documents, form)
         for chunk, answers in answer_documents(system, documents, world, arguments.batch, arguments.constrain):
             with Interrupt() as interrupt:  # a reader of the stream never meets half a line
                 if world.is_main:
@@ -156,6 +161,17 @@ def corpus_splits(folder: Path) -> list[Path]:
         return list(find_splits(folder).values())
     except CorpusError:
         return []
+
+
+def writable(documents: Iterable[Document], form: Format) -> Iterator[Document]:
+    """The documents, each refused before it is decoded if the format cannot hold its text or its id."""
+    for document in documents:
+        if form.folder:
+            with TemporaryDirectory() as scratch:
+                form.write([document], Path(scratch), Counter())
+        else:
+            form.write([document], StringIO(), Counter())
+        yield document
 
 
 def unread(answers: Iterable[Answer]) -> dict[str, list[tuple[int, int]]]:

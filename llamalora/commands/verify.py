@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 from ..cli import Parser, called
 from ..evaluation.own import foreign, own_scoring
@@ -103,9 +104,8 @@ def _check_result(run: Path, split: str, comparable: bool) -> tuple[str, ...]:
     if comparable and found:
         own = own_scoring(run, split)
         limit = "" if own["limit"] is None else f" --limit {own['limit']}"
-        found.append(
-            f"{called('eval')} --run {run} --split {split}{limit} --precision {own['precision']} writes it anew"
-        )
+        flags = f"--run {quote(str(run))} --split {split}{limit} --precision {own['precision']}"
+        found.append(f"{called('eval')} {flags} writes it anew")
     return tuple(found)
 
 
@@ -134,7 +134,7 @@ def show(report: Report) -> str:
     if wrong := [name for name, damage in report.results.items() if damage]:
         lines.append(f"not as the run itself wrote it: {', '.join(wrong)}")
     if report.resume and not report.config:
-        lines.append(f"{called('train')} --resume {report.run} would go on from {report.resume}")
+        lines.append(f"{called('train')} --resume {quote(str(report.run))} would go on from {report.resume}")
     elif not report.resume and any(item.name.startswith("checkpoints/") for item in report.folders):
         lines.append("no checkpoint is sound: the run cannot be resumed, start it again in another folder")
     return "\n".join(lines)

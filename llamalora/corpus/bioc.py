@@ -114,7 +114,7 @@ def _documents(records: Iterable[tuple[str, object]], reading: Reading) -> Itera
     for where, record in records:
         try:
             document = _document(where, record, reading)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             id = record.get("id") if isinstance(record, dict) else None
             reading.faults.append(f"{where}: document {id}: no BioC ({type(error).__name__}: {error})")
             continue

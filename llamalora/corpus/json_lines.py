@@ -29,15 +29,20 @@ def json_records(lines: Iterable[tuple[str, str]], name: str, reading: Reading) 
     value = _value(first)
     broken = isinstance(value, ValueError)
     array = isinstance(value, list) and not (value and isinstance(value[0], str))  # or it is a line of spaCy's
-    if array or broken and (first.lstrip()[:1] == "[" or first.strip() == "{"):
-        value = _value("\n".join([first, *(line for _, line in lines)]))
-        if isinstance(value, ValueError):
+    if array or broken and first.lstrip()[:1] in ("[", "{"):
+        rest = list(lines)
+        value = _value("\n".join([first, *(line for _, line in rest)]))
+        if isinstance(value, ValueError) and first.strip() not in ("[", "{") and not array:
+            lines = iter(rest)  # a first line that is broken
+        elif isinstance(value, ValueError):
             reading.faults.append(f"{name}: no JSON ({value})")
+            return
         elif isinstance(value, list):
             yield from ((f"{name}: item {number}", item) for number, item in enumerate(value, start=1))
+            return
         else:
             yield place, value
-        return
+            return
     for where, line in chain([(place, first)], lines):
         value = _value(line) if line.strip() else None
         if isinstance(value, ValueError):

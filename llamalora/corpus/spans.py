@@ -68,7 +68,7 @@ def _items(record: dict, reading: Reading) -> list:
     found: dict[str, list] = {}
     for field in _MENTIONS:
         value = record.get(field)
-        if isinstance(value, dict):  # spaCy's groups of spans
+        if isinstance(value, dict) and all(isinstance(group, list) for group in value.values()):  # spaCy's groups
             value = [item for group in value.values() for item in group]
         if isinstance(value, list) and not (value and all(isinstance(item, str) for item in value)):
             found[field] = value

@@ -97,13 +97,16 @@ from llamalora import annotate, load_annotator
 
 model, tokenizer, task = load_annotator({kind}="FOLDER")
 for mention in annotate(model, tokenizer, [{text}], task)[0]:
-    print(mention.start, mention.end, mention.label, mention.text, mention.confidence)
+    print(mention.start, mention.end, mention.label, mention.text, f"{{mention.confidence:.2f}}")
 ```"""
     first, load = "", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
     if adapter:
         first = "from peft import PeftModel\n"
         load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")'
-    theirs = f"""{"transformers and peft give" if adapter else "transformers gives"} the answer as text:
+    where = f" `{base}` is the base by its name on the Hub; if it has none there, give its folder." if adapter else ""
+    packages = "transformers peft" if adapter else "transformers"
+    theirs = f"""{"transformers and peft give" if adapter else "transformers gives"} the answer as text (`pip install
+{packages} sentencepiece protobuf`).{where}
 
 ```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer

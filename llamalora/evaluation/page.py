@@ -72,7 +72,7 @@ def result_page(
     micro = result["micro"]
     facts = [
         f"{result['split']} split: {result['sentences']} sentences of {result['documents']} documents",
-        "micro, exact: " + ", ".join(f"{name} {100 * micro[key]:.2f}" for name, key in RATES.items()),
+        "micro, place and label: " + ", ".join(f"{name} {100 * micro[key]:.2f}" for name, key in RATES.items()),
     ]
     texts = {document.id: document.text for document in documents}
     pairs = match(gold_keys(documents, result["types"]), predicted_keys(answers))

@@ -237,8 +237,8 @@ def format_report(result: dict) -> str:
     if state["not_in_source"] and "placed" in result:
         placed, headline = result["placed"]["micro"], result["micro"]
         lines.append(
-            f"{headline['fp'] - placed['fp']} of the false positives stand nowhere in their sentence, so files of "
-            f"predictions lack them; `score` gives those F1 {100 * placed['f1']:.2f}"
+            f"false positives that stand nowhere in their sentence, so that files of predictions lack them: "
+            f"{headline['fp'] - placed['fp']}; `score` gives such a file F1 {100 * placed['f1']:.2f}"
         )
     if result.get("unscored"):
         counts = ", ".join(f"{label} {number:,}" for label, number in result["unscored"].items())
@@ -247,6 +247,6 @@ def format_report(result: dict) -> str:
         speed = result["speed"]
         lines.append(
             f"speed: {speed['sentences_per_second']:.2f} sentences/s, {speed['tokens_per_second']:.0f} tokens/s, "
-            f"{speed['tokens_per_row_pass']:.1f} tokens a forward pass and sentence"
+            f"{speed['tokens_per_row_pass']:.1f} tokens of an answer in each pass"
         )
     return "\n".join([table, *map(wrapped, lines)])

@@ -116,4 +116,4 @@ def _verdicts(claim: dict) -> str:
             low, high = (f"{100 * found[key]:+.1f}" for key in ("low", "high"))
             numbers = f" ({100 * found['difference']:+.1f} points{words}, 95 % interval {low} to {high})"
         parts.append(found["verdict"] + numbers)
-    return parts[0] if claim["equal"] else "; ".join(parts)
+    return parts[0] if claim["equal"] else "; ".join(dict.fromkeys(parts))

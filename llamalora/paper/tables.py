@@ -100,7 +100,10 @@ def main(argv: list[str]) -> None:
             replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
             words = {word: meaning for section in sections for word, meaning in section.words.items()}
             parts = [section.plain for section in sections] + [legend(words)] * bool(words)
-            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out / 'tables.md'}")]))
+            names = ["tables.md"]
+            if any(name in TRAINED for name in which):
+                names += [name for name in ("tables.json", "curves.png", "table3.png") if (out / name).exists()]
+            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out}: {', '.join(names)}")]))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
@@ -139,12 +142,17 @@ def numbers(text: str, flag: str, kind: type) -> tuple:
 
 def read_rates(items: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """The learning rates of `--rates` by rank, or "full"."""
-    rates = {}
+    rates: dict[str, tuple[float, ...]] = {}
     for item in items:
         rank, _, those = item.partition("=")
-        if not those or rank != "full" and (not rank.isdigit() or int(rank) == 0):
-            raise UsageError(f"--rates {item}: write RANK=LR,LR,... or full=LR,LR,...")
+        if not those or "=" in those or rank != "full" and (not rank.isdecimal() or int(rank) == 0):
+            raise UsageError(f"--rates {item}: write RANK=LR,LR,... or full=LR,LR,..., one --rates for each")
+        rank = rank if rank == "full" else str(int(rank))
+        if rank in rates:
+            raise UsageError(f"--rates {item}: names {rank} again; list all its rates in one")
         rates[rank] = numbers(those, f"rates {rank}", float)
+        if max(rates[rank]) >= 10:
+            raise UsageError(f"--rates {item}: a learning rate must be below 10")
     if rates.keys() <= {"full"}:
         raise UsageError("--rates: name a rank, too: RANK=LR,LR,...")
     return rates

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 import torch
@@ -63,8 +64,8 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
         number = max(world.gather(interrupt.signal))
         save_progress(folder, optimizer, progress, settings.keep, world)
         save(model, settings, folder, "last", world, record)
-        words = f"stopped by a signal after step {progress.cursor}; go on with: {called('train')} --resume {folder}"
-        world.say(words, result=True)
+        again = f"{called('train')} --resume {quote(str(folder))}"
+        world.say(f"stopped by a signal after step {progress.cursor}; go on with: {again}", result=True)
         sys.exit(128 + number)
 
     model.train()
@@ -142,7 +143,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     report = format_report(result)
     world.say(f"\ndevelopment split, best of {folder}:\n{report}", result=True)
     world.say(f"\n{format_legend(result, report)}")
-    world.say(f"\nscore the test split with: {called('eval')} --run {folder} --split test")
+    world.say(f"\nscore the test split with: {called('eval')} --run {quote(str(folder))} --split test")
     return result
 
 

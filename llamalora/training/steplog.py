@@ -127,7 +127,7 @@ class StepLog:
         }
         with naming(self.path):
             self.file.write(json.dumps(record) + "\n")
-        scored = f"dev F1 {100 * self.best:.2f}, " if self.best >= 0 else ""
+        scored = f"best dev F1 {100 * self.best:.2f}, " if self.best >= 0 else ""
         self.bar.update(note=f"loss {loss:.4f}, {scored}{tokens / seconds:.0f} tokens/s")
 
     def evaluation(self, step: int, result: dict) -> None:

@@ -124,7 +124,8 @@ REFUSED = [
     (["x.jsonl", "y.conll.gz"], "--to is needed|written plain"),
     (["--to", "conll", "x.jsonl", "y.gz"], "written plain; leave .gz out"),
     (["x.jsonl", "no/y.conll"], "there is no folder .*no"),
-    (["--to", "brat", "x.jsonl", "full"], "full: is there; give a folder that is new or empty"),
+    (["--to", "brat", "full", "full/copy"], "full/copy: lies in .*full, which would then hold it, too"),
+    (["--to", "brat", "x.jsonl", "full"], "full: is there already; name a folder that is new or empty"),
     (["full", "new"], "no corpus file in it"),
     (["corpus", "new"], "--to is needed, since a folder of splits may be any"),
     (["--to", "hf", "corpus", "full"], "full: is there"),
@@ -210,3 +211,32 @@ def test_any_tokens_with_any_tags(form, made, tmp_path_factory):
     first = place.read_text(encoding="utf-8")
     again = written(back, FORMATS[form], place)
     assert place.read_text(encoding="utf-8") == first and not again
+
+
+def test_streams_are_refused():
+    with pytest.raises(InputError, match="-: files are read and written, no streams"):
+        main(["convert", "x.jsonl", "-", "--to", "conll"])
+
+
+def test_what_cannot_be_read_again_is_not_left(tmp_path):
+    (tmp_path / "e.PubTator").write_text("1|t|\n1|a|\n\n")
+    for _ in range(2):
+        with pytest.raises(InputError, match="no sentence in it"):
+            convert(tmp_path / "e.PubTator", tmp_path / "e.conll")
+        assert not (tmp_path / "e.conll").exists()
+
+
+def test_an_object_of_numbers_holds_no_mentions(tmp_path, capsys):
+    """The labels of a classification."""
+    (tmp_path / "x.jsonl").write_text('{"text": "Aspirin helps", "labels": {"toxic": 1}}\n')
+    convert(tmp_path / "x.jsonl", tmp_path / "y.jsonl")
+    assert "fields 'labels' that hold no mentions, not read: 1" in capsys.readouterr().out
+
+
+def test_an_object_over_several_lines_is_one(tmp_path):
+    (tmp_path / "x.json").write_text('{"documents": [\n{"id": "1", "passages": [{"offset": 0, "text": "Flu."}]}\n]}\n')
+    convert("--from", "biocjson", tmp_path / "x.json", tmp_path / "y.jsonl")
+    assert json.loads((tmp_path / "y.jsonl").read_text())["text"] == "Flu."
+    (tmp_path / "x.json").write_text('{"documents": [{"id": "1", "passages": [{"offset": 1e400, "text": "Flu."}]}]}\n')
+    with pytest.raises(InputError, match="document 1: no BioC"):
+        convert("--from", "biocjson", tmp_path / "x.json", tmp_path / "z.jsonl")

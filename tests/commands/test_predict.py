@@ -124,3 +124,11 @@ def test_refusals(arguments, message, run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=message):
         run(*arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_format_cannot_hold_is_refused_before_it_is_decoded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "answer_sentences", lambda *_, **__: pytest.fail("it was decoded"))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a|b/../c", "text": "Aspirin."}) + "\n")
+    for flags in (("--to", "pubtator"), ("--to", "brat", "--out", tmp_path / "out")):
+        with pytest.raises(InputError, match="a|b"):
+            run(*flags, tmp_path / "x.jsonl")

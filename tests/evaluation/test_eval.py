@@ -477,7 +477,7 @@ def test_an_entity_that_is_not_in_the_source_is_a_false_positive():
     result = assess([document], [answer], task.labels)
     assert (result["micro"]["tp"], result["micro"]["fp"]) == (0, 1)
     assert result["placed"]["micro"]["fp"] == 0
-    told = "1 of the false positives stand nowhere in their sentence, so files of predictions lack them"
+    told = "stand nowhere in their sentence, so that files of predictions lack them: 1;"
     assert told in " ".join(format_report(result).split())
     assert result["health"]["not_in_source"] == 1
 

@@ -322,6 +322,10 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("recipe", "--rates", "8=nan"): "--rates 8 nan",
         ("recipe", "--rates", "1e-3"): "--rates 1e-3: write RANK=LR,LR,...",
         ("recipe", "--rates", "full=1e-3"): "--rates: name a rank, too",
+        ("recipe", "--rates", "\u00b2=1e-3"): "write RANK=LR,LR,...",
+        ("recipe", "--rates", "8=1e-3,16=1e-3"): "one --rates for each",
+        ("recipe", "--rates", "8=1e-3", "--rates", "08=2e-3"): "--rates 08=2e-3: names 8 again",
+        ("recipe", "--rates", "8=20"): "--rates 8=20: a learning rate must be below 10",
         ("1", "--out", str(HOME / "README.md")): "is a file",
         ("5", "--seeds", "1"): "--seeds: no effect on tables that train nothing",
         ("7", "--data", "data/sample"): "--data: no effect",
@@ -409,4 +413,5 @@ def test_the_figure_of_table_3(tmp_path):
     figures.save_grid({"rows": rows}, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert figures.smooth([1.0] * 5 + [3.0] * 5) == [1.0] * 5 + [3.0] * 5
-    assert figures.smooth([float(n) for n in range(20)])[-1] == 18.5
+    assert figures.smooth([float(n) for n in range(20)]) == [float(n) for n in range(20)]  # it does not lag
+    assert figures.smooth([0.0] * 10 + [3.0] + [0.0] * 10)[8:13] == [0.0, 1.0, 1.0, 1.0, 0.0]
