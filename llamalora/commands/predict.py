@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         whole: list[Document] = []  # of a format that is not written in pieces
         shown: list[Answer] = []  # on the page
         documents = stream_documents(arguments.file, notes, FORMATS.get(arguments.form))
-        if form is not None:
+        if form is not None and form.name != "jsonl":  # which holds any text
             documents = writable(documents, form)
         for chunk, answers in answer_documents(system, documents, world, arguments.batch, arguments.constrain):
             with Interrupt() as interrupt:  # a reader of the stream never meets half a line
