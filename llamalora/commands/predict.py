@@ -91,9 +91,8 @@ def main(argv: list[str]) -> None:
                     annotated = predicted_documents(chunk, answers)
                     cut = unread(answers)
                     if form is None:
-                        whole += annotated
                         shown += answers
-                    elif form.whole or form.folder:
+                    if form is None or form.whole or form.folder:
                         whole += annotated
                     else:
                         write(annotated, confidence_by_mention(answers), cut, form.name, lost)

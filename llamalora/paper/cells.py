@@ -22,6 +22,7 @@ from ..evaluation.result import assess, read_answers, write_result
 from ..evaluation.systems import load_run, score_split
 from ..files import write_json
 from ..model.tensors import CheckpointError
+from ..progress import duration
 from ..runs.folder import RUN_CONFIG, fingerprints, read_settings, read_task
 from ..runs.resolve import resolve
 from ..runs.settings import ResolvedSettings, Settings
@@ -210,7 +211,7 @@ class Runner:
             outcome = result["error"] if "error" in result else f"F1 {100 * result['micro']['f1']:.2f}"
             gone = time.perf_counter() - started
             left = gone / (number + 1) * (len(todo) - number - 1)
-            self.world.say(f"  {outcome}; {_minutes(gone)} gone, about {_minutes(left)} to go")
+            self.world.say(f"  {outcome}; {duration(gone)} gone, about {duration(left)} to go")
 
     def results(self, row: Row, split: str) -> list[dict]:
         """The results of a row for each seed; `{"error": ...}` where a cell failed."""
@@ -268,7 +269,3 @@ class Runner:
     def documents(self, split: str) -> tuple[list[Document], list[Sentence]]:
         """The documents and sentences of a split that systems are scored on."""
         return select_sentences(read_documents(find_splits(self.data)[split]), self.base.eval_limit)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

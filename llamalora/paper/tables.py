@@ -120,11 +120,8 @@ def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
         "ranks": "3" not in which and "without table 3",
         "predictions": "4" not in which and "without table 4",
         "rates": "recipe" not in which and "without recipe",
-        "lr": "recipe" in which and "beside recipe, which chooses it",
-        "lr_full": "recipe" in which
-        and "beside recipe, which chooses it"
-        or not which & {"4", "methods"}
-        and "without table 4 or methods",
+        "lr_full": not which & {"4", "methods"} and "without table 4 or methods",
+        "lr lr_full": "recipe" in which and "beside recipe, which chooses them",
     }
 
 
