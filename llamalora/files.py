@@ -1,5 +1,6 @@
 """Files that a reader never meets half written, and errors that say which file it was."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 PACKAGE = Path(__file__).resolve().parent
 BUILT_IN = ("weights/tiny", "data/sample")
@@ -98,6 +100,19 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 def is_occupied(folder: Path) -> bool:
     """Whether something is there that is not an empty folder."""
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def lock_file(path: Path) -> TextIO | None:
+    """The file, which is made if need be, locked for as long as it is open, so that a process that is killed leaves no
+    lock behind; None if another process has it open so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def sync(path: Path) -> None:

@@ -19,11 +19,13 @@ from ..runs.settings import ResolvedSettings, Settings
 from ..task.score import document_counts, score, score_files, span_keys
 from ..text_table import legend, wrapped
 from . import figures, findings, report
-from .cells import Runner
+from .cells import alone
 from .counted import COUNTED, counted
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
+from .jobs import check_jobs
 from .origin import origin
 from .printed import RANKS
+from .runner import Runner
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
 FULL = 0  # in the place of a rank: full fine-tuning
@@ -48,6 +50,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--predictions", action="append", default=[], metavar="NAME=FILE", help="PubTator, a further row of Table 4"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="cells that are run side by side, each in a process with its share of the threads, or with a GPU of its "
+        "own (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--out", default="runs/tables", metavar="FOLDER", help="(default: runs/tables)")
     # steps of so many tokens would give the formats, which differ in length, different numbers of steps
     own = (*VARIED, "eval_limit", "batch_tokens")
@@ -60,7 +67,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"no table {', '.join(unknown)}; choose from {', '.join(CHOICES)}")
     which = [name for name in CHOICES if name in arguments.which or "all" in arguments.which and name.isdigit()]
     refuse_idle(arguments, idle_flags(set(which), common))
-    check_least(arguments, limit_eval=1, demonstrations=0)
+    check_least(arguments, limit_eval=1, demonstrations=0, jobs=1)
     seeds, rate = numbers(arguments.seeds, "seeds", int), arguments.lr_full
     if rate is not None and not 0 < rate < 10:
         raise UsageError(f"--lr-full is {rate}; it must be above 0 (and below 10)")
@@ -74,6 +81,7 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
     with join_world(base.timeout) as world:
+        check_jobs(arguments.jobs, world)
         sections = [report.counted(*counted(name, choose_data(base.data)[0])) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
             places = resolve(base, world.device)[0]
@@ -82,7 +90,7 @@ def main(argv: list[str]) -> None:
             missing = {"train", "dev", *(table.split for table in chosen)} - find_splits(places.data).keys()
             if missing:
                 raise UsageError(f"--data {places.data}: these tables need a split {', '.join(sorted(missing))}, too")
-            runner = Runner(base, seeds, out, world, rate)
+            runner = Runner(base, seeds, out, world, rate, jobs=arguments.jobs)
             runners = [runner] * len(chosen)
             if "recipe" in which:
                 (trials,) = (table for table in chosen if table.name == "recipe")
@@ -93,11 +101,13 @@ def main(argv: list[str]) -> None:
             runner.run(table for table in chosen if table.name != "recipe")
             summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
             sections += [report.trained(summary) for summary in summaries]
+            with alone(out / "tables.json", world):
+                if world.is_main:
+                    keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
+        with alone(out / "tables.md", world):
             if world.is_main:
-                keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
+                replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
         if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
             words = {word: meaning for section in sections for word, meaning in section.words.items()}
             parts = [section.plain for section in sections] + [legend(words)] * bool(words)
             names = ["tables.md"]
@@ -114,7 +124,7 @@ def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
     """
     trained = which & set(TRAINED)
     return {
-        " ".join({"seeds", "limit_eval", *common} - {"data"}): not trained and "on tables that train nothing",
+        " ".join({"seeds", "limit_eval", "jobs", *common} - {"data"}): not trained and "on tables that train nothing",
         "data": not trained | which & {"5"} and "on tables without a corpus",
         "chat_model demonstrations": "1" not in which and "without table 1",
         "ranks": "3" not in which and "without table 3",
@@ -235,6 +245,5 @@ def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner
         "tables": {summary["name"]: summary for summary in summaries},
         "curves": curves,
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "tables.json")
     figures.save(result, out)

@@ -1,10 +1,10 @@
 """The folder of a run: who may write to it, what it records, and whether it can be resumed."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TextIO, get_type_hints
 from ..cli import UsageError
 from ..corpus.read import find_splits
 from ..distributed.world import World
-from ..files import replace_file
+from ..files import lock_file, replace_file
 from ..lora.inject import count_parameters
 from ..mistakes import wrong_folder
 from ..model.checkpoint import read_json
@@ -188,7 +188,7 @@ def start_folder(folder: Path, config: dict, world: World) -> None:
         if not problem:
             folder.mkdir(parents=True, exist_ok=True)
             problem, held = _lock(folder)
-            with held:
+            with held or nullcontext():
                 if not problem and (folder / RUN_CONFIG).exists():
                     problem = f"--out {folder}: another process has just started a run there"
                 if not problem:
@@ -211,13 +211,9 @@ def lock_folder(folder: Path, world: World) -> TextIO | None:
     return file
 
 
-def _lock(folder: Path) -> tuple[str | None, TextIO]:
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"--out {folder}: another process is writing to this run", file
-    return None, file
+def _lock(folder: Path) -> tuple[str | None, TextIO | None]:
+    file = lock_file(folder / LOCK)
+    return (None if file else f"--out {folder}: another process is writing to this run"), file
 
 
 def check_resumable(folder: Path, settings: ResolvedSettings) -> None:

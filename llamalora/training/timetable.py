@@ -237,7 +237,7 @@ def expected(job: Job, model: Llama, world: World) -> str | None:
     card = recognise(properties.name, properties.total_memory)
     if card is None or job.settings.precision not in CARDS[card].teraflops:
         return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    here = min(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))  # of this run
     links = Links(here, world.size // here, CARDS[card].link, duration.NETWORK)
     machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp")
     epoch = [indices for number, indices in job.steps if number == 0]

@@ -19,7 +19,6 @@ from llamalora.lora.inject import count_parameters, make_trainable
 from llamalora.model.checkpoint import read_config, skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.paper import cells, counted, figures, findings
-from llamalora.paper.cells import Runner
 from llamalora.paper.experiments import (
     BASE,
     VARIED,
@@ -35,6 +34,7 @@ from llamalora.paper.experiments import (
     table4,
 )
 from llamalora.paper.printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TABLE6, TARGETS
+from llamalora.paper.runner import Runner, rate
 from llamalora.runs.settings import Settings
 from llamalora.training.step import DivergedError
 
@@ -272,8 +272,8 @@ def test_the_recipe_chooses_the_learning_rates_of_the_other_tables(monkeypatch, 
     result = run_tables("recipe", out=tmp_path, flags=(*SHORT, "--seeds", "0,1", *rates))
     assert len(seen) == 8 and {seed for *_, seed in seen} == {0}
     assert result["settings"]["rates"] == {"2": 0.04, "32": 0.01} and result["settings"]["lr_full"] == 0.002
-    assert [cells.rate(rank, {2: 0.04, 32: 0.01}, None) for rank in (1, 2, 7, 8, 9, 128)] == [0.04] * 4 + [0.01] * 2
-    assert cells.rate(8, {}, 0.5) == 0.5
+    assert [rate(rank, {2: 0.04, 32: 0.01}, None) for rank in (1, 2, 7, 8, 9, 128)] == [0.04] * 4 + [0.01] * 2
+    assert rate(8, {}, 0.5) == 0.5
     table, runner = methods(), Runner(BASE_SETTINGS, (0,), tmp_path, World(), 0.002, {2: 0.04, 32: 0.01})
     used = {row.name: runner.cells(row, 0)[0].settings.lr for row in table.rows}
     assert used["DoRA"] == 0.04 and used["full fine-tuning of the same layers"] == 0.002
@@ -316,6 +316,8 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("3", "--ranks", "0"): "--ranks 0",
         ("4", "--predictions", "x"): "NAME=FILE",
         ("1", "--limit-eval", "0"): "--limit-eval is 0",
+        ("1", "--jobs", "0"): "--jobs is 0",
+        ("5", "--jobs", "2"): "--jobs: no effect on tables that train nothing",
         ("1", "--model", "nowhere"): "no such model folder",
         ("1", "--demonstrations", "9999"): "--demonstrations: the training split has no more than 417 sentences",
         ("4", "--lr-full", "nan"): "--lr-full is nan",

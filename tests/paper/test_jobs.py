@@ -1,0 +1,138 @@
+"""`tables --jobs`, and several commands at once: the same results, nothing run twice, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamalora.__main__ import main as command
+from llamalora.cli import UsageError, run_command
+from llamalora.distributed.world import World
+from llamalora.files import BUILT_IN, built_in, lock_file
+from llamalora.paper import cells, jobs
+from llamalora.paper.experiments import recipe
+from llamalora.paper.runner import Runner
+from llamalora.runs.settings import Settings
+
+pytestmark = pytest.mark.slow
+
+MODEL, DATA = (str(built_in(name)) for name in BUILT_IN)
+SHORT = ("--model", MODEL, "--data", DATA, "--limit-train", "16", "--limit-eval", "2", "--precision", "fp32")
+
+
+def without_times(result):
+    """A result without what differs from one call to the next."""
+    if isinstance(result, dict):
+        left_out = ("seconds", "speed", "made_by")
+        return {name: without_times(value) for name, value in result.items() if name not in left_out}
+    return [*map(without_times, result)] if isinstance(result, list) else result
+
+
+def test_side_by_side_is_as_one_by_one(tmp_path, capsys):
+    """Table 4 waits for the rates that are tried for it, of which that of full fine-tuning fails."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    try:
+        for number in ("1", "2"):
+            out = tmp_path / number
+            argv = [*SHORT, "--epochs", "1", "--jobs", number, "--out", str(out)]
+            base = Settings(model=MODEL, data=DATA, limit_train=16, eval_limit=2, precision="fp32", epochs=1,
+                            batch_sentences=10)  # fmt: skip
+            (cell,) = Runner(base, (0,), out, World()).cells(recipe({}, [1e-4]).rows[0], 0)
+            (cell.folder / "something else").mkdir(parents=True)
+            run_command(command, ["tables", "recipe", "4", "--rates", "128=1e-3", "--rates", "full=1e-4", *argv])
+            kept = {path.name: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
+            assert "is not an empty folder" in kept[cell.path.name]["error"]
+            result = json.loads((out / "tables.json").read_text())
+            found[number] = json.dumps(without_times([kept, result])).replace(str(out), "OUT")
+    finally:
+        torch.set_num_threads(threads)
+    assert found["1"] == found["2"]
+    assert result["settings"]["rates"] == {"128": 1e-3} and len(kept) == 5  # two of them of the test split
+    said = capsys.readouterr().out
+    assert said.count("2 at once, each on 1 thread; ") == 2 and said.count("cell 2 of 2: ") == 2
+    logs = {path.stem: path.read_text() for path in (tmp_path / "2/cells").glob("*.log")}
+    assert sum("development split" in log for log in logs.values()) == 2 and len(logs) == 3
+
+
+def test_after_ctrl_c_no_process_is_left(tmp_path):
+    """Ctrl-C on a terminal reaches all processes of the command; each run is saved at the step it was at."""
+    arguments = [sys.executable, "-m", "llamalora", "tables", "4", *SHORT, "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [*arguments, "--epochs", "9999"], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while sum(path.stat().st_size > 0 for path in tmp_path.glob("runs/*/metrics.jsonl")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    deadline = time.monotonic() + 5  # multiprocessing's tracker sees a moment later that it has nobody left
+    while left := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+    logs = [path.read_text() for path in tmp_path.glob("cells/*.log")]
+    assert len(logs) == 2 and all("stopped by a signal after step" in log for log in logs)
+    assert len([*tmp_path.glob("runs/*/checkpoints/step-*")]) == 2 and not [*tmp_path.glob("cells/*.json")]
+
+
+def test_a_process_that_dies_is_a_failure(tmp_path):
+    ends = {}
+    items = [signal.SIGKILL, 10**4]  # the second is no signal
+    jobs.side_by_side(signal.raise_signal, items, 2, lambda item: tmp_path / f"{item:d}", ends.__setitem__)
+    assert ends == {signal.SIGKILL: -signal.SIGKILL, 10**4: 1}
+    assert (tmp_path / "10000").read_text() == "error: [Errno 22] Invalid argument\n"
+    cell = cells.Cell.of(Settings(model=MODEL, data=DATA), {}, tmp_path, World())
+    for code, words in {-9: "its process ended with SIGKILL; what it said is in", 1: "with exit code 1"}.items():
+        assert words in cell.outcome(code, World())["error"] and words in cell.read()["error"]
+    cell.keep({"micro": 1}, World())
+    assert "error" not in cell.outcome(-9, World())  # it had done its work
+
+
+def test_what_another_command_is_at_comes_last_and_is_not_repeated(monkeypatch, tmp_path, capsys):
+    runner = Runner(Settings(model=MODEL, data=DATA), (0,), tmp_path, World())
+    trials = recipe({8: [1e-3, 2e-3, 3e-3]}, [])
+    busy, *others = (runner.cells(row, 0)[0] for row in trials.rows)
+    theirs, trained = lock_file(cells.lock_of(busy.path)), []
+
+    def run(cell, world):
+        assert lock_file(cells.lock_of(cell.path)) is None  # while it runs, no other command can
+        trained.append(cell.path)
+        cell.keep({"micro": {"f1": 0.5}}, world)
+        return cell.read()
+
+    def finish(_):
+        busy.keep({"micro": {"f1": 0.25}}, World())
+        theirs.close()
+
+    monkeypatch.setattr(cells.Cell, "_run", run)
+    monkeypatch.setattr(time, "sleep", finish)
+    runner.run([trials])
+    assert trained == [cell.path for cell in others]
+    said = capsys.readouterr()
+    assert f"another command is making {busy.path}; waiting for it" in said.err
+    assert said.out.rstrip().rpartition("\n")[2].startswith("  F1 25.00; ")
+
+
+def test_jobs_that_cannot_be(monkeypatch):
+    jobs.check_jobs(1, World(size=2))
+    jobs.check_jobs(64, World())
+    with pytest.raises(UsageError, match="--jobs 2: not under torchrun"):
+        jobs.check_jobs(2, World(size=2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = replace(World(), device=torch.device("cuda", 0))
+    jobs.check_jobs(2, gpu)
+    with pytest.raises(UsageError, match="--jobs 3: every job needs a GPU of its own, and 2 can be seen"):
+        jobs.check_jobs(3, gpu)
