@@ -1,31 +1,43 @@
 #!/usr/bin/env python3
-"""Decoding: ours against transformers' `generate` and its prompt-lookup decoding, on the same merged weights.
+"""Decoding: ours against transformers' `generate`, its prompt-lookup decoding, and CTranslate2 (on CPUs, where it is
+installed: pip install -e '.[test,benchmarks]'), on the same merged weights.
 
-Both sides answer the same sentences of the development split, greedily, in one precision and with one number of
-threads, in turns, several times; the peer at several batch sizes, of which the best counts. Medians, ratios with their
-spread, and every output that differs, with how far apart the two choices stood where it begins.
+    python benchmarks/vs_generate.py --model weights/smollm2-135m --adapter RUN/best --data data/bc5cdr
+
+All answer the same sentences of the development split, greedily, with one number of threads, in turns, several times;
+the peers at several batch sizes, of which the best counts. Medians, ratios with their spread, what share of the time
+plain matrix products would take, and every output that differs, with how far apart the two choices stood where it
+begins. Beside ours in bf16 CTranslate2 computes in every type that it has, int8 among them, which is less exact.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from work import need_peer
+from peers import CTranslate2, Questions, Transformers, compute_types, convert
+from torch import nn
+from work import need_peer, product_rate
 
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
-from llamalora.evaluation.answer import Speed, answer_sentences, new_tokens, select_sentences
+from llamalora.evaluation.answer import Speed, answer_sentences, select_sentences
 from llamalora.evaluation.systems import System, load_run, load_system
 from llamalora.model.precision import DTYPES
+from llamalora.paper.origin import origin
 from llamalora.runs.settings import Settings
-from llamalora.task.prompt import render_prompt
+
+OURS = "llamalora"
+ROWS = (64, 256)  # of the plain products: about what a pass has with few sentences side by side, and with many
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="run folder of train.py")
     parser.add_argument("--model", help="Hugging Face folder, instead of --run")
     parser.add_argument("--adapter", help="PEFT adapter folder for --model")
@@ -35,27 +47,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
     parser.add_argument("--precision", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--batch", type=int, default=32, help="ours: sentences side by side (default: 32)")
-    parser.add_argument("--peer-batches", default="1,8,32", help="the peer's (default: 1,8,32)")
-    parser.add_argument("--lookup", type=int, default=10, help="the peer's prompt_lookup_num_tokens (default: 10)")
+    parser.add_argument("--peer-batches", default="1,8,32", help="generate's (default: 1,8,32)")
+    parser.add_argument("--engine-batches", default="32,64", help="CTranslate2's (default: 32,64)")
+    parser.add_argument("--lookup", type=int, default=10, help="generate's prompt_lookup_num_tokens (default: 10)")
     parser.add_argument("--out", help="write the JSON there as well")
     arguments = parser.parse_args()
     need_peer(parser)
     if bool(arguments.run) == bool(arguments.model):
         parser.error("give either --run, or --model with or without --adapter")
     torch.set_num_threads(arguments.threads)
-    with join_world() as world:
-        result = compare(arguments, world)
+    with join_world() as world, tempfile.TemporaryDirectory() as work:
+        result = compare(arguments, world, Path(work))
     print(table(result))
     print(json.dumps(result))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare(arguments: argparse.Namespace, world: World) -> dict:
+def compare(arguments: argparse.Namespace, world: World, work: Path) -> dict:
     system = load(arguments, world)
     documents = read_documents(find_splits(arguments.data)["dev"])
     _, asked = select_sentences(documents, arguments.sentences)
-    peer = Peer(system, asked)
+    questions = Questions(system, asked)
+    theirs = Transformers(system, questions)
     speeds: list[Speed] = []
 
     def ours(constrain: bool = False) -> list[str]:
@@ -66,14 +80,22 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
         speeds.append(speed)
         return [item.output for item in answers]
 
-    contestants = {"llamalora": ours, "llamalora, --constrain": lambda: ours(constrain=True)}
+    contestants: dict[str, Callable[[], list[str]]] = {OURS: ours, f"{OURS}, --constrain": lambda: ours(constrain=True)}
     for batch in map(int, arguments.peer_batches.split(",")):
-        contestants[f"generate, batch {batch}"] = lambda batch=batch: peer.generate(batch)
-    contestants["prompt lookup, batch 1"] = lambda: peer.generate(1, prompt_lookup_num_tokens=arguments.lookup)
+        contestants[f"generate, batch {batch}"] = lambda batch=batch: theirs.answer(batch)
+    contestants["prompt lookup, batch 1"] = lambda: theirs.answer(1, prompt_lookup_num_tokens=arguments.lookup)
+    kinds = compute_types(arguments.precision, world.device)
+    folder = convert(system, work) if kinds else work
+    for kind in kinds:
+        engine = CTranslate2(folder, kind, arguments.threads, questions)
+        for batch in map(int, arguments.engine_batches.split(",")):
+            contestants[f"CTranslate2 {kind}, batch {batch}"] = lambda engine=engine, batch=batch: engine.answer(batch)
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     outputs: dict[str, list[str]] = {}
+    weights = [layer.weight for layer in theirs.model.modules() if isinstance(layer, nn.Linear)]
+    rates: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for _ in range(arguments.repeats):
         for name, answer in contestants.items():
             started, worked = time.perf_counter(), time.process_time()
@@ -81,24 +103,34 @@ def compare(arguments: argparse.Namespace, world: World) -> dict:
             seconds[name].append(time.perf_counter() - started)
             cpu[name].append(time.process_time() - worked)
             print(f"{name}: {seconds[name][-1]:.1f} s, {cpu[name][-1]:.1f} of all cores", flush=True)
-    rivals = [name for name in contestants if name.startswith("generate")]
-    best = min(rivals, key=lambda name: statistics.median(seconds[name]))
+        for rows in ROWS:
+            rates[rows].append(product_rate(weights, rows, rounds=5))
+            print(f"products of {rows} rows: {rates[rows][-1] / 1e9:.0f} GFLOP/s", flush=True)
+
+    rivals = [name for name in contestants if not name.startswith(OURS)]
+    slowest_first = sorted(rivals, key=lambda name: -statistics.median(seconds[name]))
+    best = {name.partition(", batch")[0]: name for name in slowest_first}  # of each kind of peer
     speed = speeds[0].to_dict()
+    needed = flops(theirs.model, sum(map(len, questions.prompts)), speed["tokens"], len(asked))
+    products = {rows: statistics.median(measured) for rows, measured in rates.items()}
+    packages = ("torch", "transformers", *["ctranslate2"] * bool(kinds))
     return {
+        "made_by": origin(world) | {"packages": {name: version(name) for name in packages}},
         "sentences": len(asked),
         "precision": arguments.precision,
         "threads": arguments.threads,
         "seconds": seconds,
         "cpu_seconds": cpu,  # on a busy machine the better measure
         "sentences_per_second": {name: len(asked) / statistics.median(times) for name, times in seconds.items()},
-        "best_generate": best,
-        "ratios": {name: ratio(seconds[name], seconds["llamalora"]) for name in (best, "prompt lookup, batch 1")},
-        "cpu_ratios": {name: ratio(cpu[name], cpu["llamalora"]) for name in (best, "prompt lookup, batch 1")},
-        "differing_outputs": {
-            name: peer.differences(outputs["llamalora"], theirs)
-            for name, theirs in outputs.items()
-            if name.startswith(("generate", "prompt"))
+        "best": best,
+        "ratios": {name: ratio(seconds[name], seconds[OURS]) for name in best.values()},
+        "cpu_ratios": {name: ratio(cpu[name], cpu[OURS]) for name in best.values()},
+        "products_flops": products,
+        "flops_per_sentence": needed / len(asked),
+        "of_products": {
+            name: needed / max(products.values()) / statistics.median(times) for name, times in seconds.items()
         },
+        "differing_outputs": {name: theirs.differences(outputs[OURS], outputs[name]) for name in rivals},
         "tokens_per_row_pass": speed["tokens_per_row_pass"],
         "tokens_per_pass": speed["tokens_per_pass"],
     }
@@ -111,58 +143,16 @@ def load(arguments: argparse.Namespace, world: World) -> System:
     return load_system(settings, arguments.adapter, arguments.precision, world)
 
 
-class Peer:
-    """transformers' model with our merged weights, used as its documentation has it: batches of sentences in
-    the order of the corpus, padded on the left."""
+def flops(model: nn.Module, prompts: int, answers: int, sentences: int) -> int:
+    """Of the matrix products that greedy decoding cannot do without: each token once through all blocks, and through
+    the head where a token of an answer is chosen. Attention is left out.
 
-    def __init__(self, system: System, asked):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        shape = system.model.config.to_dict() | {"tie_word_embeddings": False}  # an update may have parted them
-        rope = {"rope_type": "default"} | (shape.pop("rope_scaling") or {}) | {"rope_theta": shape.pop("rope_theta")}
-        weight = system.model.model.norm.weight
-        self.model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope)).to(weight.device, weight.dtype).eval()
-        weights = system.model.state_dict()
-        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-        self.tokenizer = system.tokenizer
-        self.prompts = [system.tokenizer.encode(render_prompt(system.task, sentence.text)) for sentence in asked]
-        context = system.model.config.max_position_embeddings
-        self.limits = [
-            new_tokens(system.tokenizer, system.task, sentence.text, context - len(prompt))
-            for sentence, prompt in zip(asked, self.prompts, strict=True)
-        ]
-
-    @torch.no_grad()
-    def generate(self, batch: int, **options) -> list[str]:
-        device, end = self.model.device, self.tokenizer.eos_id
-        outputs = []
-        for first in range(0, len(self.prompts), batch):
-            prompts, limits = self.prompts[first : first + batch], self.limits[first : first + batch]
-            longest = max(map(len, prompts))
-            ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-            written = self.model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits), eos_token_id=end,
-                pad_token_id=end, **options,
-            )[:, longest:].tolist()  # fmt: skip
-            for new, limit in zip(written, limits, strict=True):
-                new = new[: min(limit, new.index(end) if end in new else limit)]
-                outputs.append(self.tokenizer.decode(new))
-        return outputs
-
-    @torch.no_grad()
-    def differences(self, ours: list[str], theirs: list[str]) -> list[dict]:
-        """Where outputs differ, and how far apart the logits of the two choices are there in the peer's model."""
-        found = []
-        for prompt, mine, other in zip(self.prompts, ours, theirs, strict=True):
-            if mine == other:
-                continue
-            a, b = (self.tokenizer.encode_continuation(" " + text) + [self.tokenizer.eos_id] for text in (mine, other))
-            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-            logits = self.model(torch.tensor([prompt + a[:at]], device=self.model.device)).logits[0, -1].float()
-            gap = logits[b[at]] - logits[a[at]]
-            found.append({"ours": mine, "theirs": other, "logit_gap": gap.item(), "largest_logit": logits.max().item()})
-        return found
+    Args:
+        prompts, answers: tokens in all, of answers with their ends, which are chosen, but not read.
+    """
+    head = model.lm_head.weight.numel()
+    blocks = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)) - head
+    return 2 * blocks * (prompts + answers - sentences) + 2 * head * answers
 
 
 def ratio(theirs: list[float], ours: list[float]) -> dict:
@@ -172,21 +162,29 @@ def ratio(theirs: list[float], ours: list[float]) -> dict:
 
 
 def table(result: dict) -> str:
+    made_by, products = result["made_by"], result["products_flops"].items()
     lines = [
-        f"{result['sentences']} sentences, {result['precision']}, {result['threads']} threads; ours "
+        ", ".join([made_by["machine"]["device"], *(f"{name} {its}" for name, its in made_by["packages"].items())]),
+        f"{result['sentences']} sentences, {result['precision']}, threads: {result['threads']}; ours "
         f"{result['tokens_per_row_pass']:.1f} tokens a forward pass and sentence, "
         f"{result['tokens_per_pass']:.0f} a forward pass",
+        f"plain {result['precision']} products: " + ", ".join(f"{r} rows {rate / 1e9:.0f}" for r, rate in products)
+        + f" GFLOP/s; a sentence needs {result['flops_per_sentence'] / 1e9:.1f} GFLOP",
         "",
-        "| | sentences/s | ours is faster | in processor time | other outputs |",
-        "|---|---|---|---|---|",
-    ]
+        "| | sentences/s | of the products' speed | ours is faster | in processor time | other outputs | largest gap |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     for name, rate in result["sentences_per_second"].items():
         faster = " | ".join(
-            f"{times['median']:.1f} x ({times['low']:.1f} to {times['high']:.1f})" if times else ""
+            f"{times['median']:.2f} x ({times['low']:.2f} to {times['high']:.2f})" if times else ""
             for times in (result["ratios"].get(name), result["cpu_ratios"].get(name))
         )
-        gaps = result["differing_outputs"].get(name)
-        lines.append(f"| {name} | {rate:.2f} | {faster} | {'' if gaps is None else len(gaps)} |")
+        others = result["differing_outputs"].get(name)
+        gaps = [abs(other["logit_gap"]) for other in others or ()]
+        share, gap = result["of_products"][name], f"{max(gaps):.2g}" if gaps else ""
+        lines.append(
+            f"| {name} | {rate:.2f} | {share:.0%} | {faster} | {'' if others is None else len(gaps)} | {gap} |"
+        )
     return "\n".join(lines)
 
 

@@ -21,8 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from work import flops_per_token, need_peer, padded
+from work import flops_per_token, need_peer, padded, product_rate
 
 from llamalora.corpus.documents import sentences_of
 from llamalora.corpus.read import read_splits
@@ -176,7 +175,8 @@ def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples
     torch.set_num_threads(arguments.threads)
     model = make_trainable(skeleton(read_config(arguments.model)), targets=KINDS, rank=arguments.rank)
     flops, layers = flops_per_token(model, examples), lora_layers(model)
-    peak = matmul_rate([tuple(layer.weight.shape) for name, layer in layers.items() if ".layers.0." in name])
+    shapes = [layer.weight.shape for name, layer in layers.items() if ".layers.0." in name]
+    peak = product_rate([torch.randn(shape).bfloat16() for shape in shapes], 1024)
     sides = {}
     for side, those in runs.items():
         speeds = [run["tokens_per_second"] for run in those]
@@ -194,18 +194,6 @@ def summary(arguments: argparse.Namespace, runs: dict[str, list[dict]], examples
             spread = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
             sides[side]["ours_is_faster_by"] = spread
     return {"threads": arguments.threads, "flops_per_token": flops, "bf16_matmul_flops": peak, "sides": sides}
-
-
-def matmul_rate(shapes: list[tuple[int, int]]) -> float:
-    """FLOP/s of bf16 products of these weights, 1,024 rows, each as often as the others."""
-    operands = [(torch.randn(1024, i).bfloat16(), torch.randn(o, i).bfloat16()) for o, i in shapes]
-    rates = []
-    for _ in range(12):
-        started = time.perf_counter()
-        for x, weight in operands:
-            F.linear(x, weight)
-        rates.append(sum(2 * 1024 * o * i for o, i in shapes) / (time.perf_counter() - started))
-    return statistics.median(rates)
 
 
 def show(result: dict) -> str:

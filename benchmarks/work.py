@@ -3,12 +3,14 @@
 import argparse
 import math
 import random
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llamalora.model.llama import Llama
 from llamalora.training.arithmetic import Batch, model_flops
@@ -40,6 +42,21 @@ def flops_per_token(model: Llama, examples: Sequence[Example]) -> float:
     lengths = [len(example) for example in examples]
     supervised = sum(example.supervised for example in examples) / sum(lengths)
     return model_flops(model, Batch.of(lengths, supervised)) / sum(lengths)
+
+
+@torch.no_grad()
+def product_rate(weights: Sequence[Tensor], rows: int, rounds: int = 12) -> float:
+    """FLOP/s of plain matrix products: so many rows by each of these weights, (out, in), one after the other."""
+    operands = [(torch.randn(rows, w.shape[1], device=w.device).to(w.dtype), w) for w in weights]
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for x, weight in operands:
+            F.linear(x, weight)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * sum(weight.numel() for weight in weights) / median(seconds)
 
 
 def padded(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:

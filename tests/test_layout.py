@@ -32,7 +32,7 @@ ARROWS = {
 # the public names and the commands: they may import every room, and no room them
 FACES = ("__init__", "__main__", "api")
 TEXT_ONLY = ("corpus", "task")  # the definition of the task can be reviewed without torch
-ORACLES = {"transformers", "peft", "accelerate", "datasets", "pickle", "tests", "helpers"}
+ORACLES = {"transformers", "peft", "accelerate", "datasets", "ctranslate2", "pickle", "tests", "helpers"}
 LONGEST = 320  # lines of a package file
 SCRIPTS = ("train", "eval")
 
