@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What a process of its own prints."""
+        """What is printed about it, where cells are run side by side."""
         return self.path.with_suffix(".log")
 
     def run(self, world: World) -> dict:

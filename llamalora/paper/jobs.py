@@ -1,11 +1,11 @@
-"""Work side by side: each piece in a process of its own, with its share of the cores, or with a GPU of its own."""
+"""Work side by side, in several processes, each with its share of the cores, or with a GPU of its own."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing import connection, get_context
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ def check_jobs(jobs: int, world: World) -> None:
     if jobs > 1 and world.size > 1:
         raise UsageError(
             f"--jobs {jobs}: not under torchrun, whose processes train one cell together; without it every job is a "
-            "process of its own, with a GPU of its own if there are any"
+            "process, with a GPU of its own if there are any"
         )
     if world.device.type == "cuda" and jobs > (gpus := torch.cuda.device_count()):
         raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {gpus} can be seen")
@@ -49,49 +49,78 @@ def side_by_side(
     Args:
         work: on an item; both can be pickled.
         items: each is taken when there is a process for it.
-        jobs: processes at once.
+        jobs: processes at once, each of which works on one item after the other.
         log: the file to which is added what the work on an item prints.
-        ended: called with an item and the exit code of its process (less than 0: it was ended by that signal).
+        ended: called with an item and 0, or the exit code of its process if that ended instead (less than 0: by that
+            signal); another one then takes its place.
     """
     todo, free = iter(items), list(range(jobs))
-    running: dict[Any, tuple[SpawnProcess, T, int]] = {}  # by what tells that a process has ended
+    workers: dict[int, _Worker] = {}
+    busy: dict[Any, tuple[int, T]] = {}  # by link
     try:
         while True:
             for place, item in zip(tuple(free), todo, strict=False):
-                arguments = (work, item, log(item), place, jobs, threads_of(jobs))
-                process = get_context("spawn").Process(target=_worker, args=arguments)
-                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits
-                try:
-                    process.start()
-                finally:
-                    signal.signal(signal.SIGINT, handler)
-                running[process.sentinel] = process, item, place
+                if place not in workers or not workers[place].process.is_alive():
+                    workers[place] = _Worker(work, place, jobs)
+                workers[place].link.send((item, log(item)))
+                busy[workers[place].link] = place, item
                 free.remove(place)
-            if not running:
+            if not busy:
                 return
-            for sentinel in connection.wait(list(running)):
-                process, item, place = running.pop(sentinel)
-                process.join()
-                assert process.exitcode is not None
+            for link in connection.wait(list(busy)):
+                place, item = busy.pop(link)
                 free.append(place)
-                ended(item, process.exitcode)
+                ended(item, workers[place].answer())
     finally:
-        for process, *_ in running.values():
-            process.terminate()
-        for process, *_ in running.values():
-            process.join()
+        for worker in workers.values():
+            worker.process.terminate()
+        for worker in workers.values():
+            worker.process.join()
 
 
-def _worker(work: Callable[[T], None], item: T, log: Path, place: int, jobs: int, threads: int) -> None:
-    """What a process does.
+class _Worker:
+    """A process, and the link to it."""
 
-    Args:
-        place: among the `jobs` processes that there are at once.
-    """
+    def __init__(self, work: Callable[[T], None], place: int, jobs: int):
+        """
+        Args:
+            place: among the `jobs` processes that there are at once.
+        """
+        context = get_context("spawn")
+        self.link, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, theirs, place, jobs, threads_of(jobs)))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        theirs.close()  # or its end could not be noticed
+
+    def answer(self) -> int:
+        """0 after an item, or the exit code of the process."""
+        try:
+            self.link.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            assert self.process.exitcode is not None
+            return self.process.exitcode
+        return 0
+
+
+def _serve(work: Callable[[T], None], link: connection.Connection, place: int, jobs: int, threads: int) -> None:
+    """What a process does."""
     os.setpgrp()  # Ctrl-C on a terminal is for the parent alone, or training would take its SIGTERM for a second signal
-    with log.open("a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
     os.environ |= {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(jobs)}  # its GPU, its share of the memory
     torch.set_num_threads(threads)
-    run_command(lambda _: work(item), [])
+
+    def in_turn(_: list[str]) -> None:
+        with suppress(EOFError):  # the parent is gone
+            while True:
+                item, log = link.recv()
+                with log.open("a") as file:
+                    for stream in (sys.stdout, sys.stderr):
+                        os.dup2(file.fileno(), stream.fileno())
+                work(item)
+                link.send(None)
+
+    run_command(in_turn, [])

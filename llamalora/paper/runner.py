@@ -57,7 +57,7 @@ class Runner:
         out: folder of cells and runs.
         lr_full: peak learning rate of full and partial fine-tuning; by default a tenth of LoRA's.
         rates: peak learning rates by rank, which take the place of `base.lr`: see `rate`.
-        jobs: cells that are run at once, each in a process of its own; if 1, all are run by those of `world`.
+        jobs: cells that are run at once, by as many processes; if 1, those of `world` run all of them.
     """
 
     base: Settings

@@ -1,6 +1,5 @@
 """`tables --jobs`, and several commands at once: the same results, nothing run twice, nothing left behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from llamalora.__main__ import main as command
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed.world import World
 from llamalora.files import BUILT_IN, built_in, lock_file
-from llamalora.paper import cells, jobs
+from llamalora.paper import cells, figures, findings, jobs, runner
 from llamalora.paper.experiments import recipe
 from llamalora.paper.runner import Runner
 from llamalora.runs.settings import Settings
@@ -27,40 +26,25 @@ MODEL, DATA = (str(built_in(name)) for name in BUILT_IN)
 SHORT = ("--model", MODEL, "--data", DATA, "--limit-train", "16", "--limit-eval", "2", "--precision", "fp32")
 
 
-def without_times(result):
-    """A result without what differs from one call to the next."""
-    if isinstance(result, dict):
-        left_out = ("seconds", "speed", "made_by")
-        return {name: without_times(value) for name, value in result.items() if name not in left_out}
-    return [*map(without_times, result)] if isinstance(result, list) else result
+def test_the_rates_are_chosen_before_other_tables_begin(monkeypatch, tmp_path):
+    started = []
 
+    def side_by_side(work, items, jobs, log, ended):
+        assert jobs == 2
+        started.append([])
+        for cell in items:
+            started[-1].append(cell.settings.lr)
+            by_document = dict.fromkeys(findings.CONVENTIONS, {"1": [1, 0, 1]})
+            f1 = {"micro": {"f1": 1 - abs(cell.settings.lr - 2e-3)}, "trainable": 7, "seconds": 1, "curve": [1.0]}
+            cell.keep(f1 | {"by_document": by_document, "health": {"exact_copy": 1}, "secondary": {}}, World())
+            ended(cell, 0)
 
-def test_side_by_side_is_as_one_by_one(tmp_path, capsys):
-    """Table 4 waits for the rates that are tried for it, of which that of full fine-tuning fails."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {}
-    try:
-        for number in ("1", "2"):
-            out = tmp_path / number
-            argv = [*SHORT, "--epochs", "1", "--jobs", number, "--out", str(out)]
-            base = Settings(model=MODEL, data=DATA, limit_train=16, eval_limit=2, precision="fp32", epochs=1,
-                            batch_sentences=10)  # fmt: skip
-            (cell,) = Runner(base, (0,), out, World()).cells(recipe({}, [1e-4]).rows[0], 0)
-            (cell.folder / "something else").mkdir(parents=True)
-            run_command(command, ["tables", "recipe", "4", "--rates", "128=1e-3", "--rates", "full=1e-4", *argv])
-            kept = {path.name: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
-            assert "is not an empty folder" in kept[cell.path.name]["error"]
-            result = json.loads((out / "tables.json").read_text())
-            found[number] = json.dumps(without_times([kept, result])).replace(str(out), "OUT")
-    finally:
-        torch.set_num_threads(threads)
-    assert found["1"] == found["2"]
-    assert result["settings"]["rates"] == {"128": 1e-3} and len(kept) == 5  # two of them of the test split
-    said = capsys.readouterr().out
-    assert said.count("2 at once, each on 1 thread; ") == 2 and said.count("cell 2 of 2: ") == 2
-    logs = {path.stem: path.read_text() for path in (tmp_path / "2/cells").glob("*.log")}
-    assert sum("development split" in log for log in logs.values()) == 2 and len(logs) == 3
+    monkeypatch.setattr(runner, "side_by_side", side_by_side)
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    rates = ["--rates", "8=1e-3,2e-3,3e-3", "--rates", "full=1e-4,1e-3"]
+    run_command(command, ["tables", "recipe", "methods", *SHORT, *rates, "--jobs", "2", "--out", str(tmp_path)])
+    trials, methods = started
+    assert trials == [1e-3, 2e-3, 3e-3, 1e-4, 1e-3] and methods == [2e-3] * 3 + [1e-3]  # LoRA at 2e-3 is a trial
 
 
 def test_after_ctrl_c_no_process_is_left(tmp_path):
@@ -90,9 +74,9 @@ def test_after_ctrl_c_no_process_is_left(tmp_path):
 
 def test_a_process_that_dies_is_a_failure(tmp_path):
     ends = {}
-    items = [signal.SIGKILL, 10**4]  # the second is no signal
-    jobs.side_by_side(signal.raise_signal, items, 2, lambda item: tmp_path / f"{item:d}", ends.__setitem__)
-    assert ends == {signal.SIGKILL: -signal.SIGKILL, 10**4: 1}
+    items = [signal.SIGCHLD, signal.SIGKILL, 10**4]  # the first is ignored, the last is no signal
+    jobs.side_by_side(signal.raise_signal, items, 1, lambda item: tmp_path / f"{item:d}", ends.__setitem__)
+    assert ends == {signal.SIGCHLD: 0, signal.SIGKILL: -signal.SIGKILL, 10**4: 1}
     assert (tmp_path / "10000").read_text() == "error: [Errno 22] Invalid argument\n"
     cell = cells.Cell.of(Settings(model=MODEL, data=DATA), {}, tmp_path, World())
     for code, words in {-9: "its process ended with SIGKILL; what it said is in", 1: "with exit code 1"}.items():
@@ -102,9 +86,9 @@ def test_a_process_that_dies_is_a_failure(tmp_path):
 
 
 def test_what_another_command_is_at_comes_last_and_is_not_repeated(monkeypatch, tmp_path, capsys):
-    runner = Runner(Settings(model=MODEL, data=DATA), (0,), tmp_path, World())
+    table = Runner(Settings(model=MODEL, data=DATA), (0,), tmp_path, World())
     trials = recipe({8: [1e-3, 2e-3, 3e-3]}, [])
-    busy, *others = (runner.cells(row, 0)[0] for row in trials.rows)
+    busy, *others = (table.cells(row, 0)[0] for row in trials.rows)
     theirs, trained = lock_file(cells.lock_of(busy.path)), []
 
     def run(cell, world):
@@ -119,7 +103,7 @@ def test_what_another_command_is_at_comes_last_and_is_not_repeated(monkeypatch, 
 
     monkeypatch.setattr(cells.Cell, "_run", run)
     monkeypatch.setattr(time, "sleep", finish)
-    runner.run([trials])
+    table.run([trials])
     assert trained == [cell.path for cell in others]
     said = capsys.readouterr()
     assert f"another command is making {busy.path}; waiting for it" in said.err

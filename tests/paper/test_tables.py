@@ -217,6 +217,36 @@ def test_a_failed_cell_is_shown_and_tried_again(done, monkeypatch, tmp_path, cap
     assert not list(out.glob("runs/*/eval-test.json"))  # where a run keeps nothing that is scored on a part of it
 
 
+def test_jobs_side_by_side_find_the_same(done, tmp_path, monkeypatch, capsys):
+    """Two cells are run again, by two processes; a third fails, and spoils nothing else."""
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    out, again = tmp_path / "out", ("tagging-all-", "extraction-all-", "extraction-Disease-")
+    for name in ("cells", "runs"):
+        (out / name).mkdir(parents=True)
+        for path in (done[0] / name).iterdir():
+            if not path.name.startswith(again):
+                (out / name / path.name).symlink_to(path)
+            elif path.is_dir() and path.name.startswith(again[-1]):
+                (out / name / path.name / "something else").mkdir(parents=True)
+
+    def timeless(result):
+        """A result without what differs from one call to the next."""
+        left = {name: value for name, value in result.items() if name not in ("seconds", "speed", "made_by")}
+        return {name: timeless(value) if isinstance(value, dict) else value for name, value in left.items()}
+
+    rows = run_tables("2", out=out, flags=(*SHORT, "--jobs", "2"))["tables"]["2"]["rows"]
+    assert "is not an empty folder" in rows[2]["error"]
+    whole = done[1]["tables"]["2"]["rows"]
+    assert [timeless(rows[place]) for place in (0, 1, 3)] == [timeless(whole[place]) for place in (0, 1, 3)]
+    logs = sorted(out.glob("cells/*.log"))
+    assert len(logs) == 3 and all(log.name.startswith(again) for log in logs)
+    for log in logs:
+        kept, before = (json.loads((folder / "cells" / f"{log.stem}.json").read_text()) for folder in (out, done[0]))
+        assert "error" in kept or timeless(kept) == timeless(before) and "development split" in log.read_text()
+    said = capsys.readouterr().out
+    assert "2 at once, each on " in said and "cell 3 of 3: " in said
+
+
 def test_after_ctrl_c_no_finished_cell_is_repeated(done, tmp_path):
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "llamalora", "tables", "2", *SHORT, "--out", str(out)]
