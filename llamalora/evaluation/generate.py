@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharding import is_spread
-from ..model.llama import Llama
+from ..model.llama import Backbone, Llama
+from ..model.onednn import prepared
 from ..model.packing import Packing, moved
 from .room import NoRoom, Room, expected
 
@@ -24,6 +25,7 @@ Drafter = Callable[[int, list[int]], Sequence[int]]
 State = TypeVar("State", bound=Hashable)
 
 SOFTMAX_AT_ONCE = 2**22  # values
+WORTH_PREPARING = 16  # prompts; for fewer, preparing the model takes longer than it spares
 
 
 class Grammar(Protocol[State]):
@@ -135,6 +137,7 @@ def generate(
     rows: list[_Row | None] = []  # one for each of the cache's
     cache, most = model.make_cache(0, 0, autocast), min(batch_size, len(requests))
     room = Room(model.config, cache, most, [row.need for row in requests], tell)
+    backbone = prepared(model) if len(requests) >= WORTH_PREPARING else model.model
     passes = row_passes = 0
     while (waiting or any(rows)) and not stop():
         inside = [row for row in rows if row is not None]
@@ -148,7 +151,7 @@ def generate(
                 rows[place] = waiting.popleft()
         active = [rows[place] for place in places]
         try:
-            _advance(model, room, rows, places, ends, drafter, grammar, fresh=bool(entering))
+            _advance(model, backbone, room, rows, places, ends, drafter, grammar, fresh=bool(entering))
         except (NoRoom, torch.OutOfMemoryError) as error:
             inside = [row for row in rows if row is not None]
             # a pass of a sharded model cannot be repeated: the other processes are in the midst of it
@@ -178,6 +181,7 @@ def generate(
 
 def _advance(
     model: Llama,
+    backbone: Backbone,
     room: Room,
     rows: list[_Row | None],
     places: list[int],
@@ -222,7 +226,7 @@ def _advance(
     device = room.device
     ids, choosing = moved(device, torch.tensor([token for feed in feeds for token in feed]), torch.tensor(predictors))
     packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
-    hidden = model.model(ids[None], packing, room.cache)[0, choosing]
+    hidden = backbone(ids[None], packing, room.cache)[0, choosing]
     logits = model.lm_head(hidden)
     scores, tokens = _scores(logits, paths)
     best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16

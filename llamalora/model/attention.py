@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packing import KVCache, Packing, Reach
+from .packing import KVCache, Packing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,43 +24,84 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
     """Attention of sequences that go on, (N, H, E) packed into one row, over what the cache holds of each of them."""
-    outputs = torch.empty_like(q)
-    for reach in packing.reaches:
-        k, v = cache.read(layer, reach)
-        groups, rectangle = q.shape[1] // k.shape[1], reach.rectangle
-        # the queries of a group stand behind each other, so that keys and values are not copied for each head
-        x = rectangle.unpack(q if reach.tokens is None else q[reach.tokens]).unflatten(2, (-1, groups))
-        x = x.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (batch, K, G * L, E)
-        mask = _mask(reach, groups, q.dtype if _prefers_products(q) else torch.bool)
-        if _prefers_products(q):
-            scores = torch.matmul(x * x.shape[-1] ** -0.5, k.mT).add_(mask)
-            y = torch.matmul(scores.softmax(-1), v)
-        else:
-            y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
-        y = rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
-        outputs[slice(None) if reach.tokens is None else reach.tokens] = y
-    return outputs
+    if packing.reach is None:
+        return _attend_each_in_cache(q, cache, layer, packing)
+    k, v = cache.read(layer, packing.reach.extent)
+    groups, rectangle = q.shape[1] // k.shape[1], packing.reach.rectangle
+    # the queries of a group stand behind each other, so that keys and values are not copied for each head
+    x = rectangle.unpack(q).unflatten(2, (-1, groups))
+    x = x.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (batch, K, G * L, E)
+    y = F.scaled_dot_product_attention(x, k, v, attn_mask=_mask(packing, groups))
+    return rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
 @lru_cache(maxsize=16)  # all layers have the same
-def _mask(reach: Reach, groups: int, dtype: torch.dtype) -> Tensor:
-    """(batch, 1, G * L, S): true where a query sees a key, or 0 there and minus infinity elsewhere."""
-    mask = reach.mask.repeat(1, 1, groups, 1)
-    return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+def _mask(packing: Packing, groups: int) -> Tensor:
+    """(batch, 1, G * L, S), true where a query sees a key."""
+    assert packing.reach is not None, "sequences that go on, on a GPU"
+    return packing.reach.mask.repeat(1, 1, groups, 1)
+
+
+def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
+    """`attend_cached` for a CPU, sequence by sequence: no query is padded, and no keys and values are gathered from the
+    cache, which are most of what attention reads."""
+    keys, values = cache.keys[layer].split(1), cache.values[layer].split(1)
+    kv_heads = keys[0].shape[1]
+    groups = q.shape[1] // kv_heads
+    x = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)[None]  # (1, K, N * G, E): a token's group together
+    sequences = _sequences(packing, groups, q.dtype)
+    parts = [
+        F.scaled_dot_product_attention(part, keys[row].narrow(2, 0, end), values[row].narrow(2, 0, end), attn_mask=mask)
+        for part, (_, row, end, mask) in zip(x.split([size for size, *_ in sequences], 2), sequences, strict=True)
+    ]
+    return torch.cat(parts, 2)[0].unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
+
+
+@lru_cache(maxsize=16)  # all layers have the same
+def _sequences(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor | None]]:
+    """Of each sequence that goes on: its queries, G for each token; its row of the cache; where it ends there; and what
+    is added to its scores (G * T, end), nothing if its only token sees all."""
+    return [
+        (
+            groups * length,
+            row,
+            start + length,
+            F.pad(_future(length, groups, dtype), (start, 0)) if length > 1 else None,
+        )
+        for row, (length, start) in enumerate(zip(packing.lengths, packing.starts or (), strict=True))
+        if length
+    ]
+
+
+@lru_cache(maxsize=256)
+def _future(length: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """(G * T, T): minus infinity where a key comes behind its query, else 0."""
+    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat_interleave(groups, 0)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Causal attention of every sequence of a packed row over itself: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
-    match attention_kernel(q.shape[2], q.dtype, q.device):
-        case "products":
-            return _CausalProducts.apply(q, k, v, _layout(packing, q.shape[1], k.shape[1], q.dtype))
-        case "flash":
-            return _attend_flash(q, k, v, packing)
-        case "memory-efficient":
-            return _attend_efficient(q, k, v, packing)
+    kernel = attention_kernel(q.shape[2], q.dtype, q.device)
+    if kernel == "flash":
+        return _attend_flash(q, k, v, packing)
+    if kernel == "memory-efficient":
+        return _attend_efficient(q, k, v, packing)
+    if q.device.type == "cpu" and not torch.is_grad_enabled():
+        return _attend_each(q, k, v, packing)
+    if kernel == "products":
+        return _CausalProducts.apply(q, k, v, _layout(packing, q.shape[1], k.shape[1], q.dtype))
     sizes = [rectangle.tokens for rectangle in packing.rectangles]
     parts = zip(packing.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
     return torch.cat([one.pack(attend(*map(one.unpack, qkv))) for one, *qkv in parts])
+
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """`attend_packed` for a CPU where nothing learns, sequence by sequence. The kernel is fast there; in half precision
+    its backward pass takes several times as long as matrix products."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    parts = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)), strict=True)
+    each = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
+    return torch.cat(each, 2)[0].transpose(0, 1)
 
 
 # Both kernels know the sequences by their bounds, so nothing is laid out or padded. PyTorch's public door to the first,
@@ -96,7 +137,7 @@ def attention_kernel(head_dim: int, dtype: torch.dtype, device: torch.device) ->
     On a GPU by kernels that take sequences of any length: `flash` in half precision from compute capability 8.0 on,
     else `memory-efficient`. By `rectangles` of padded sequences for heads of a size that these do not take, and on a
     CPU in fp32; by batched matrix `products` on a CPU in half precision. The meta device, on which memory is planned,
-    stands for a GPU: in bf16 for one that has the first kernel.
+    stands for a GPU: in bf16 for one that has the first kernel. Where nothing learns, a CPU takes one by one.
     """
     if device.type == "cpu":
         return "products" if dtype in (torch.bfloat16, torch.float16) else "rectangles"
@@ -106,11 +147,6 @@ def attention_kernel(head_dim: int, dtype: torch.dtype, device: torch.device) ->
         return "flash" if dtype == torch.bfloat16 else "memory-efficient"
     can = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return "flash" if can and dtype in (torch.bfloat16, torch.float16) else "memory-efficient"
-
-
-def _prefers_products(q: Tensor) -> bool:
-    """In half precision PyTorch's fused kernel for the CPU takes several times as long as matrix products."""
-    return attention_kernel(q.shape[-1], q.dtype, q.device) == "products"
 
 
 class _Layout:

@@ -6,6 +6,7 @@ Module names are Hugging Face's, so a checkpoint loads without a key map.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -44,7 +45,7 @@ def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def fan_out(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def fan_out(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """The output of each layer for x. Layers that can share the work have a `fan_out` of their own, which does so."""
     for layer in layers:
         if shared := getattr(layer, "fan_out", None):
@@ -87,8 +88,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj), self.run))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.down_proj(SwiGLU.apply(*fan_out(x, self.gate_proj, self.up_proj), self.run))
 
 
 class Block(nn.Module):
@@ -101,7 +102,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *context) -> Tensor:
         x, normalized = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), *context))
-        return x + self.mlp(normalized)
+        return self.mlp(normalized, x)
 
 
 class Backbone(nn.Module):

@@ -54,6 +54,7 @@ class Packing:
         positions: (1, N) of each token in its sequence.
         rows: (N,) of the cache, of each token.
         bounds: (sequences + 1,) in int32: where each sequence begins in the row, and where the last ends.
+        reach: on a GPU, of sequences that go on: what they see of the cache.
     """
 
     def __init__(
@@ -65,17 +66,18 @@ class Packing:
     ):
         row, offset = _rows_and_offsets(lengths)
         first = torch.tensor(starts or [0] * len(lengths))
-        self.continues = starts is not None
         self.lengths, self.device = lengths, device
         rows_of_tokens = row if rows is None else torch.tensor(rows)[row]
         bounds = torch.tensor([0, *accumulate(lengths)])
         positions, self.rows, bounds = moved(device, first[row] + offset, rows_of_tokens, bounds)
         self.positions = positions[None]
         self.bounds = bounds.to(torch.int32)
-        if starts is not None:
-            order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
-            together: list[list[int]] | list[None] = _alike(order, lengths, 2) if device.type == "cpu" else [None]
-            self.reaches = [Reach(lengths, starts, members, device) for members in together]
+        self.starts = starts
+        self.reach = None if starts is None or device.type == "cpu" else Reach(lengths, starts, device)
+
+    @property
+    def continues(self) -> bool:
+        return self.starts is not None
 
     @cached_property
     def rectangles(self) -> list[Rectangle]:
@@ -86,22 +88,14 @@ class Packing:
 
 
 class Reach:
-    """Sequences that go on in a cache, as a rectangle, and what their queries see of the cache.
+    """Sequences that go on in a cache, one for each of its rows, as a rectangle, and what their queries see of it.
 
     Attributes:
-        tokens: (tokens,) their places in the packed row; None: all.
-        rows: (batch,) of the cache; None: all.
         extent: S, the cache's slots that matter.
         mask: (batch, 1, L, S), true where a query sees a slot.
     """
 
-    def __init__(self, lengths: list[int], starts: list[int], members: list[int] | None, device: torch.device):
-        self.tokens = self.rows = None
-        if members is not None:
-            firsts = [0, *accumulate(lengths)]
-            places = [torch.arange(firsts[member], firsts[member + 1]) for member in members]
-            self.tokens, self.rows = torch.cat(places).to(device), torch.tensor(members, device=device)
-            lengths, starts = ([of_all[member] for member in members] for of_all in (lengths, starts))
+    def __init__(self, lengths: list[int], starts: list[int], device: torch.device):
         self.rectangle = Rectangle(lengths, device)
         self.extent = max(map(sum, zip(starts, lengths, strict=True)))
         last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))  # (batch, L)
@@ -174,7 +168,6 @@ class KVCache:
         for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
             kept[place] = new[0].to(kept.dtype)
 
-    def read(self, layer: int, reach: Reach) -> tuple[Tensor, Tensor]:
-        """The keys and values (batch, K, S, E) that some sequences may see."""
-        rows = slice(None) if reach.rows is None else reach.rows
-        return self.keys[layer][rows, :, : reach.extent], self.values[layer][rows, :, : reach.extent]
+    def read(self, layer: int, extent: int) -> tuple[Tensor, Tensor]:
+        """The keys and values (rows, K, S, E) of the first slots."""
+        return self.keys[layer][:, :, :extent], self.values[layer][:, :, :extent]
