@@ -1,6 +1,7 @@
 """Makes base model and adapter one Hugging Face folder, tensor by tensor.
 
-Only one matrix is in memory at a time, for the merge and for the probe, so a model of any size can be merged.
+A few rows are merged at a time on each core, and one matrix is in memory for the probe, so a model of any size can be
+merged.
 The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the base model is stored in.
 """
 
@@ -9,9 +10,12 @@ import ctypes
 import json
 import math
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +44,7 @@ PROBE = (
 )
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
 OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
+BLOCK = 2**18  # numbers that are merged at a time: they stay in a core's cache, and in memory that is used again
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 EXAMPLES = """
@@ -99,7 +104,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
     """
     if is_occupied(out):
         raise UsageError(f"--out {out}: exists and is not an empty folder")
-    _return_freed_memory()
+    _keep_small_blocks()
     model = skeleton(read_config(base))
     files = model_files(base, model)
     adapter = read_adapter(adapter_folder, model)
@@ -128,12 +133,13 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
     }
 
 
-def _return_freed_memory() -> None:
-    """glibc keeps freed blocks of up to 32 MiB, in a heap that fragments and grows with every matrix; here
-    all above 1 MiB go back at once."""
+def _keep_small_blocks() -> None:
+    """glibc keeps freed memory of up to 32 MiB a piece, in a heap that fragments and grows with every matrix; here
+    all above 8 MiB goes back at once, and what smaller pieces take is kept for the next ones."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**23)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
 
 def _probe_ids(base: Path, probe: str, vocabulary: int) -> Tensor:
@@ -161,16 +167,11 @@ def _write_merged(
     adapted = lora_layers(model)
     bar = Bar("merging", len(names), "tensor")
 
-    def merged(name: str) -> Tensor:
+    def merged(name: str) -> Tensor | Iterator[Tensor]:
         bar.update()
         weight = _read_frozen(adapter, files, name)
         layer = name.removesuffix(".weight")
-        if layer not in adapter.layers:
-            return weight
-        weight = kinds.merge(adapted[layer], adapter.layers[layer], weight)
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{adapter.path}: {name} is not finite when it is merged into {weight.dtype}")
-        return weight
+        return kinds.merge(adapted[layer], adapter.layers[layer], weight) if layer in adapter.layers else weight
 
     with bar:
         for file, entries in shards.items():
@@ -194,20 +195,37 @@ class _Kinds:
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
         self.layers: dict[str, int] = defaultdict(int)
 
-    @torch.no_grad()
-    def merge(self, layer: LoRALayer, factors: Factors, weight: Tensor) -> Tensor:
-        """The weight with the update, as `LoRALayer.merge` computes it."""
+    def merge(self, layer: LoRALayer, factors: Factors, weight: Tensor) -> Iterator[Tensor]:
+        """The weight with the update, as `LoRALayer.merge` computes it, in blocks of rows.
+
+        Raises:
+            CheckpointError: a merged weight that is not finite.
+        """
         parts = factors.read()
         for part, tensor in zip(PARTS, parts, strict=False):
             setattr(layer, part, nn.Parameter(tensor.float()))
-        exact = layer.applied(weight)
-        rounded = exact.to(weight.dtype)
-        squares = [_square(weight), _square(exact, weight), _square(exact, rounded)]
-        self.sums[factors.kind] += torch.tensor(squares, dtype=torch.float64)
+        whole = None if layer.row_by_row else layer.applied(weight)
+
+        @torch.no_grad()
+        def block(rows: slice) -> tuple[Tensor, Tensor]:
+            exact = layer.applied(weight, rows) if whole is None else whole[rows]
+            rounded = exact.to(weight.dtype)
+            frozen = weight[rows].to(torch.float32, copy=True)
+            squares = [_square(frozen), _square(frozen.sub_(exact)), _square(torch.sub(exact, rounded, out=frozen))]
+            return rounded, torch.stack(squares)
+
+        count = min(-(-weight.numel() // BLOCK), len(weight))
+        bounds = [len(weight) * number // count for number in range(count + 1)]  # of blocks alike: none of a row or two
+        for rounded, squares in _side_by_side(block, [slice(*pair) for pair in pairwise(bounds)]):
+            if not squares[2].isfinite() and not rounded.isfinite().all():
+                raise CheckpointError(
+                    f"{factors.path}: {factors.name}.weight is not finite when it is merged into {weight.dtype}"
+                )
+            self.sums[factors.kind] += squares
+            yield rounded
         self.layers[factors.kind] += 1
         for part, tensor in zip(PARTS, parts, strict=False):
             setattr(layer, part, nn.Parameter(tensor.to("meta")))
-        return rounded
 
     def report(self) -> dict[str, dict]:
         result = {}
@@ -222,13 +240,28 @@ class _Kinds:
         return result
 
 
-def _square(matrix: Tensor, other: Tensor | None = None) -> float:
-    """The squared norm of a matrix, or of its difference from another; by groups of rows, to save memory."""
-    total = 0.0
-    for rows in range(0, len(matrix), step := max(1, 2**20 // matrix.shape[1])):
-        part = matrix[rows : rows + step].double()
-        total += (part if other is None else part - other[rows : rows + step]).square_().sum().item()
-    return total
+def _side_by_side(function: Callable[[slice], Any], blocks: Sequence[slice]) -> Iterator[Any]:
+    """The function's results in order, each computed by one of as many threads as torch has, a few ahead of the one
+    that is asked for. torch itself would divide each operation among them, and all would wait for the last at its
+    end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    waiting: deque[Future] = deque()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for block in blocks:
+                waiting.append(pool.submit(function, block))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _square(matrix: Tensor) -> Tensor:
+    """The squared norm, of which only the rows' are rounded to fp32."""
+    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum()
 
 
 def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:

@@ -18,6 +18,7 @@ from ..model.tensors import is_sharded, own_rows, placed, whole
 from .dora import Stretch, initial_magnitude, normalise_, row_norms
 from .fused import Factors, FusedLinears
 
+ALL = slice(None)  # rows
 PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the parameters of an update; the last with DoRA only
 
 
@@ -101,17 +102,29 @@ class LoRALayer:
         magnitude = [] if self.lora_magnitude is None else [self.lora_magnitude]
         return [self.lora_A, self.lora_B, *magnitude]
 
-    def delta(self) -> Tensor:
-        """scale * B A in fp32, in the shape of the weight."""
-        return self.turn(whole(self.lora_B).float() @ whole(self.lora_A).float()).mul_(self.scale)
+    def delta(self, rows: slice = ALL) -> Tensor:
+        """scale * B A in fp32, in the shape of the weight, or of some of its rows."""
+        B, A = self._factors(rows)
+        return self.turn(B.float() @ A.float()).mul_(self.scale)
+
+    def _factors(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The parts of B and A that update those rows of the weight."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def applied(self, weight: Tensor) -> Tensor:
-        """W0 with the update, in fp32."""
-        updated = weight.to(torch.float32, copy=True).add_(self.delta())
+    def applied(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        """W0 with the update, in fp32, or some of its rows, where each can be had without the others."""
+        updated = weight[rows].to(torch.float32, copy=True).add_(self.delta(rows))
         if self.lora_magnitude is not None:
-            normalise_(self.turn(updated), whole(self.lora_magnitude))
+            assert self.row_by_row or rows == ALL
+            normalise_(self.turn(updated), whole(self.lora_magnitude)[rows])
         return updated
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether each row of the merged weight can be computed without the others. DoRA scales rows of a linear layer,
+        but columns of an embedding."""
+        return not self.dora or isinstance(self, nn.Linear)
 
     def _stretch(self, y: Tensor) -> Tensor:
         """What the layer gives for y = (W0 + scale * B A) x (..., O): y itself, or with DoRA its entries stretched."""
@@ -181,6 +194,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         bound = 1 / math.sqrt(self.in_features)
         A = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         return A, torch.zeros(self.lora_B.shape)
+
+    def _factors(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return whole(self.lora_B)[rows], whole(self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -254,6 +270,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def _draw(self, weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         B = torch.empty(self.lora_B.shape).normal_(generator=generator)
         return torch.zeros(self.lora_A.shape), B * weight.float().std().item()
+
+    def _factors(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return whole(self.lora_B), whole(self.lora_A)[:, rows]
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight)

@@ -45,36 +45,47 @@ def file_bytes(entries: Entries) -> int:
     return len(_layout(entries)[0]) + sum(_bytes(*entry) for entry in entries.values())
 
 
-def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor]) -> None:
+def write_tensors(path: Path, entries: Entries, tensor: Callable[[str], Tensor | Iterator[Tensor]]) -> None:
     """Writes a safetensors file, asking for one tensor after the other, so that one is in memory at a time.
 
     Args:
         entries: what the file will hold; dtypes are int64 and floating-point ones.
-        tensor: name -> the tensor, of the dtype and shape in `entries`.
+        tensor: name -> the tensor, of the dtype and shape in `entries`, or its rows, block by block.
     """
     header, order = _layout(entries)
     with path.open("wb") as file:
         file.write(header)
         for name in order:
-            content = tensor(name)
-            assert (content.dtype, tuple(content.shape)) == tuple(entries[name]), name
-            file.write(content.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            dtype, shape = entries[name]
+            content, missing = tensor(name), torch.Size(shape).numel()
+            for block in [content] if isinstance(content, Tensor) else content:
+                assert (block.dtype, block.shape[1:]) == (dtype, shape[1:]), name
+                file.write(block.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+                missing -= block.numel()
+            assert missing == 0, name
 
 
 @contextmanager
 def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
     """Lets a model on the meta device compute on the CPU: each layer's parameters are read, as fp32, when
-    it is called, and dropped when it is done.
+    it is called, and dropped when it is done. The next layer's take their place in memory, since the system needs
+    longer to give fresh pages than a layer to compute with them.
 
     Args:
         read: parameter name -> its values.
     """
     handles = []
+    layers = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
+    place = torch.empty(max(sum(shape.numel() for shape in shapes.values()) for shapes in layers.values()))
 
     def around(name: str, module: nn.Module, shapes: dict[str, nn.Parameter]) -> None:
+        assert not any(module.children()), "its parameters would share their place with its children's"
+        sizes = [shape.numel() for shape in shapes.values()]
+
         def fetch(*_) -> None:
-            for key in shapes:
-                setattr(module, key, nn.Parameter(read(f"{name}.{key}").float(), requires_grad=False))
+            for (key, shape), values in zip(shapes.items(), place[: sum(sizes)].split(sizes), strict=True):
+                values = values.view(shape.shape).copy_(read(f"{name}.{key}"))
+                setattr(module, key, nn.Parameter(values, requires_grad=False))
 
         def drop(*_) -> None:
             for key, parameter in shapes.items():
@@ -82,9 +93,9 @@ def streamed(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
 
         handles.extend([module.register_forward_pre_hook(fetch), module.register_forward_hook(drop)])
 
-    for name, module in model.named_modules():
-        if shapes := dict(module.named_parameters(recurse=False)):
-            around(name, module, shapes)
+    for name, shapes in layers.items():
+        if shapes:
+            around(name, model.get_submodule(name), shapes)
     try:
         yield
     finally:

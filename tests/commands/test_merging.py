@@ -103,6 +103,30 @@ def test_bitwise_what_merging_in_memory_saves(dtype, tied, targets, dora, tmp_pa
     assert torch.equal(logits(loaded, random_ids(2, 9)), logits(model, random_ids(2, 9)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_blocks_of_rows_are_bitwise_those_of_the_whole_matrix(dtype, dora, tmp_path, monkeypatch, request):
+    """Also side by side, and where the rows cannot be divided evenly."""
+    monkeypatch.setattr(merging, "BLOCK", 700)
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(3)
+    model = tiny_model(vocab_size=VOCABULARY).to(dtype)
+    save_model(model, tmp_path / "base")
+    inject_lora(model, "all", 4, alpha=6.0, dora=dora)
+    randomise_lora(model, spread=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    report = merging.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", probe=None)
+    assert torch.get_num_threads() == 3
+    merge(model)
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, model.get_parameter(name)), name
+    monkeypatch.undo()
+    again = merging.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "again", probe=None)
+    for kind, figures in again["kinds"].items():
+        assert report["kinds"][kind] == pytest.approx(figures, rel=1e-5)
+
+
 def test_shards_keep_their_names_and_the_index_is_right(tmp_path, tiny_sentencepiece, capsys):
     base, adapter = setup(tmp_path, tiny_sentencepiece, tied=True, shards=30_000)
     merge_command(capsys, base, adapter, tmp_path / "out")
