@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from llamalora.corpus.documents import sentences_of
 from llamalora.corpus.read import read_splits
 from llamalora.distributed.world import World
-from llamalora.evaluation.answer import answer_sentences, select_sentences
+from llamalora.evaluation.answer import answer_sentences
+from llamalora.evaluation.answered import select_sentences
 from llamalora.evaluation.systems import load_system
 from llamalora.model.precision import choose_precision
 from llamalora.runs.settings import Settings

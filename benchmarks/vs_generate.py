@@ -26,7 +26,8 @@ from work import need_peer, product_rate
 
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import World, join_world
-from llamalora.evaluation.answer import Speed, answer_sentences, select_sentences
+from llamalora.evaluation.answer import Speed, answer_sentences
+from llamalora.evaluation.answered import select_sentences
 from llamalora.evaluation.systems import System, load_run, load_system
 from llamalora.model.precision import DTYPES
 from llamalora.paper.origin import origin

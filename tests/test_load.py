@@ -88,7 +88,7 @@ STREAM = """
 import resource, sys
 from llamalora.commands import predict
 from llamalora.evaluation import annotate
-from llamalora.evaluation.answer import Answer
+from llamalora.evaluation.answered import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.parse import parse
 from llamalora.task.definition import Task

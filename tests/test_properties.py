@@ -410,7 +410,7 @@ def test_any_command_line(command, tmp_path, monkeypatch, capsys):
     main, names = COMMANDS[command]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llamalora.training.loop.build_model", _stop)
-    monkeypatch.setattr("llamalora.paper.tables.Runner.run", _stop)
+    monkeypatch.setattr("llamalora.paper.runner.Runner.run", _stop)
 
     @tried(60)
     @given(st.lists(st.tuples(st.sampled_from(names.split()), VALUES), max_size=4), st.lists(VALUES, max_size=2))

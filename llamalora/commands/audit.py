@@ -7,31 +7,20 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
-from ..lora import counts
-from ..lora.inject import make_trainable
 from ..lora.kinds import KINDS, METHODS, parse_targets, what_learns
 from ..mistakes import wrong_folder
-from ..model.checkpoint import read_config, skeleton
-from ..model.config import LLAMA_2, LlamaConfig
+from ..model.config import LLAMA_2, PRECISIONS, LlamaConfig, read_config
 from ..model.free_memory import GIB
-from ..model.llama import Llama
-from ..model.precision import DTYPES
-from ..paper.costs import show_bytes, show_table7, show_table8, table7, table8
 from ..paper.printed import TABLE8
-from ..runs.resolve import step_tokens
 from ..runs.settings import Settings
 from ..text_table import aligned, legend, used, wrapped
-from ..training import duration, hardware, timetable
-from ..training.cards import CARDS
-from ..training.duration import Links
-from ..training.memory import LENGTHS, REPORTED, USABLE
-from ..training.placement import fit
-from ..training.timetable import Corpus
+from ..training.cards import CARDS, NETWORK, REPORTED, USABLE
+
+if TYPE_CHECKING:
+    from ..model.llama import Llama
 
 EXAMPLES = """
 --rank 128
@@ -55,7 +44,7 @@ def main(argv: list[str]) -> None:
     what.add_argument("--time", action="store_true", help="hours of training, and decoding, planned for known GPUs")
     planned = parser.add_argument_group("for --memory and --time")
     planned.add_argument("--gpus", type=int, default=4, help="processes, one on each; of each node (default: 4)")
-    planned.add_argument("--precision", choices=tuple(DTYPES),
+    planned.add_argument("--precision", choices=PRECISIONS,
                          help="of the products (default: fp16; for --time the GPU's half precision)")  # fmt: skip
     planned = parser.add_argument_group("for --memory")
     planned.add_argument("--gpu-memory", default="16GB", metavar="SIZE",
@@ -69,8 +58,8 @@ def main(argv: list[str]) -> None:
     timed.add_argument("--data", help="corpus folder, read with the tokenizer of --model (default: as long as BC5CDR)")
     timed.add_argument("--link", type=float, metavar="GB/S",
                        help="between GPUs of a node, each direction (default: its NVLink; PCIe 3: 12)")  # fmt: skip
-    timed.add_argument("--network", type=float, metavar="GB/S", default=duration.NETWORK,
-                       help=f"between nodes, each direction (default: {duration.NETWORK})")  # fmt: skip
+    timed.add_argument("--network", type=float, metavar="GB/S", default=NETWORK,
+                       help=f"between nodes, each direction (default: {NETWORK})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
     arguments = parser.parse_args(argv)
     table = next((name for name in ("table7", "table8", "hardware") if getattr(arguments, name)), None)
@@ -89,6 +78,13 @@ def main(argv: list[str]) -> None:
     check_least(arguments, rank=1, gpus=1, micro_tokens=1, activation_checkpointing=0, nodes=1, batch_tokens=1)
     capacity = parse_capacity(arguments.gpu_memory)
     config = read_shape(arguments.model)
+
+    from ..lora import counts
+    from ..lora.inject import make_trainable
+    from ..model.checkpoint import skeleton
+    from ..paper.costs import show_table7, show_table8, table7, table8
+    from ..training import hardware
+
     result: Any
     show: Callable[[Any], str]
     if arguments.hardware:
@@ -125,8 +121,14 @@ def read_shape(model: str) -> LlamaConfig:
     return read_config(model)
 
 
-def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> dict:
+def memory_plans(arguments: argparse.Namespace, model: "Llama", capacity: int) -> dict:
     """What `train` would plan with ddp and with fsdp, on examples as long as BC5CDR's, and which it would take."""
+    import torch
+
+    from ..runs.resolve import step_tokens
+    from ..training.memory import LENGTHS
+    from ..training.placement import fit
+
     names = ("method", "targets", "rank", "dora", "micro_tokens", "activation_checkpointing")
     precision = arguments.precision or "fp16"
     gpus = arguments.gpus
@@ -145,8 +147,15 @@ def memory_plans(arguments: argparse.Namespace, model: Llama, capacity: int) -> 
     return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
 
 
-def time_plan(arguments: argparse.Namespace, model: Llama) -> dict:
+def time_plan(arguments: argparse.Namespace, model: "Llama") -> dict:
     """How long a run takes on the GPUs of the flags, and in the paper."""
+    import torch
+
+    from ..runs.resolve import step_tokens
+    from ..training import timetable
+    from ..training.duration import Links
+    from ..training.timetable import Corpus
+
     card = CARDS[arguments.gpu]
     for name in ("link", "network"):
         if (rate := getattr(arguments, name)) is not None and not 0 < rate < math.inf:
@@ -186,6 +195,8 @@ def _setup(result: dict) -> str:
 
 
 def show_counts(result: dict) -> str:
+    from ..paper.costs import show_bytes
+
     kinds = result["kinds"]
     rows = [["", "layers", "shape", "parameters each", "parameters"]]
     for name, kind in kinds.items():
@@ -238,6 +249,8 @@ def show_memory(result: dict) -> str:
 
 
 def show_time(result: dict) -> str:
+    from ..training import timetable
+
     lora, full = (result["paper"][method] for method in ("lora", "full"))
     paper = wrapped(
         f"The paper (Table 8) gives {lora['hours_per_epoch']} hours an epoch of LoRA on all, r=128, on "

@@ -10,7 +10,7 @@ from textwrap import shorten
 from ..cli import Parser, UsageError, called, check_new_file, refuse_idle
 from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
-from ..evaluation.answer import select_sentences
+from ..evaluation.answered import select_sentences
 from ..evaluation.page import Kind, Shown, html_page
 from ..evaluation.result import confidence_by_mention, gold_keys, predicted_keys, read_answers, read_result
 from ..files import replace_file

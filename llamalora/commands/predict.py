@@ -8,27 +8,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ..cli import Interrupt, Parser, UsageError, check_least, refuse_idle
 from ..corpus.documents import CorpusError, Document, told
 from ..corpus.format import Format
 from ..corpus.read import FORMATS, find_splits, stream_documents
 from ..corpus.spans import span_record
-from ..distributed.world import World, join_world
-from ..evaluation.annotate import answer_documents, lacking
-from ..evaluation.answer import Answer
+from ..evaluation.answered import Answer, lacking
 from ..evaluation.page import predictions_page
 from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
-from ..evaluation.systems import System, load_annotator, load_run
 from ..files import is_occupied, new_folder
-from ..lora.peft_format import ADAPTER_CONFIG
+from ..lora.peft_config import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
-from ..model.precision import DTYPES, choose_precision
+from ..model.config import PRECISIONS
 from ..runs.folder import read_task
-from ..runs.setup import check_constraint_format
+from ..runs.settings import check_constraint_format
 from ..runs.shared import RECORD, recorded_task
 from ..task.definition import FORMATS as ANSWERS
 from ..task.definition import Task, listed_labels
+
+if TYPE_CHECKING:
+    from ..distributed.world import World
+    from ..evaluation.systems import System
 
 EXAMPLES = """
 --run RUN notes.txt
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
     on.add_argument("--to", default="jsonl", choices=(*FORMATS, "html"), metavar="FORMAT",
                     help=f"format of the output: {', '.join(FORMATS)}, or html, a page (default: jsonl)")  # fmt: skip
     on.add_argument("--out", metavar="FOLDER", help="new folder for --to brat")
-    on.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+    on.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     on.add_argument("--batch", type=int, default=32, help="sentences decoded side by side (default: 32)")
     on.add_argument("--constrain", action="store_true", help="only answers that are the sentence with legal tags")
     parser.add_argument(
@@ -75,6 +77,11 @@ def main(argv: list[str]) -> None:
     task = find_task(arguments)
     if arguments.constrain:
         check_constraint_format(task.format)
+
+    from ..distributed.world import join_world
+    from ..evaluation.annotate import answer_documents
+    from ..model.precision import choose_precision
+
     with join_world() as world:
         precision, _ = choose_precision(arguments.precision, world.device)
         system = load(arguments, task, precision, world)
@@ -146,8 +153,11 @@ def find_task(arguments: argparse.Namespace) -> Task:
         raise UsageError(f"--labels: {error}") from None
 
 
-def load(arguments: argparse.Namespace, task: Task, precision: str, world: World) -> System:
+def load(arguments: argparse.Namespace, task: Task, precision: str, world: "World") -> "System":
     """The model, and where it is a run's, the sentences that it learnt from."""
+    from ..evaluation.systems import System, load_annotator, load_run
+    from ..model.precision import DTYPES
+
     if arguments.run is not None:
         return load_run(Path(arguments.run), arguments.which, precision, world)
     folders = arguments.model, arguments.adapter

@@ -10,7 +10,7 @@ from shlex import quote
 from ..cli import Parser, called
 from ..evaluation.own import foreign, own_scoring
 from ..evaluation.result import RESULT, find_changes, read_result
-from ..model.tensors import CheckpointError
+from ..model.config import CheckpointError
 from ..runs.folder import RUN_CONFIG, read_settings, read_task
 from ..runs.state import checkpoints_of, find_damage, find_leftovers
 

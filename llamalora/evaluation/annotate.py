@@ -12,7 +12,8 @@ from ..model.llama import Llama
 from ..runs.setup import check_constraint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer
-from .answer import Answer, answer_sentences
+from .answer import answer_sentences
+from .answered import Answer, lacking
 from .draft import prime
 from .result import confidence_by_mention, predicted_documents
 from .systems import System
@@ -101,13 +102,3 @@ def mentions_of(documents: Sequence[Document], answers: Sequence[Answer]) -> Ite
             )
             for span in document.spans
         ]  # fmt: skip
-
-
-def lacking(answers: Iterable[Answer]) -> Iterator[tuple[str, int, int, str]]:
-    """The sentences that found no room in the model's context, or whose answer was cut off: document, start, end, and
-    which of both it was."""
-    for item in answers:
-        if item.overlong or item.parsed.truncated:
-            id, start = item.sentence.document, item.sentence.start
-            why = "longer than the model's context, and not read" if item.overlong else "its answer was cut off"
-            yield id, start, start + len(item.sentence.text), why

@@ -2,39 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import accumulate
 
 import torch
 
-from ..corpus.documents import Document, Sentence, Span, all_sentences
+from ..corpus.documents import Sentence
 from ..distributed.sharding import in_step
 from ..distributed.world import World
 from ..model.llama import Llama
 from ..progress import Bar
-from ..task.definition import Parsed, Task
-from ..task.parse import join_labels, parse
+from ..task.definition import Task
+from ..task.parse import parse
 from ..task.prompt import render_prompt
 from ..task.tokenizer import TextStream, Tokenizer
+from .answered import Answer
 from .constrain import Constraint
 from .draft import Habits, SourceDrafter
 from .generate import generate
 from .room import decoding_items, expected, explained
 
 DRAFT_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote about a sentence, and what it means. `parsed.spans` are relative to the sentence."""
-
-    sentence: Sentence
-    output: str
-    parsed: Parsed
-    overlong: bool = False  # the prompt does not fit the context, so nothing was asked
-    confidence: Mapping[Span, float] = field(default_factory=dict)  # of each of `parsed.spans`, see `confidences`
 
 
 @dataclass(frozen=True)
@@ -168,63 +158,3 @@ def new_tokens(tokenizer: Tokenizer, task: Task, text: str, room: int, constrain
     tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
     plain = len(text.encode()) + 2 if constrain else len(tokenizer.encode_continuation(" " + text))
     return min(plain + tags * (len(text.split()) + 1), room)
-
-
-def join_answers(by_label: dict[str, list[Answer]], order: Sequence[str]) -> list[Answer]:
-    """The answers of models for different labels about the same sentences as one: a character carries one label,
-    that which comes first in `order`."""
-
-    def joined(systems: Iterable[Sequence[Span]]) -> tuple[Span, ...]:
-        spans = [span for each in systems for span in each]
-        return join_labels({label: [span for span in spans if span.label == label] for label in order}, order)
-
-    together = []
-    for answers in zip(*by_label.values(), strict=True):
-        parsed = [item.parsed for item in answers]
-        spans = joined(p.spans for p in parsed)
-        outputs = [item.output for item in answers]
-        offsets = accumulate((len(output) + 1 for output in outputs), initial=0)
-        places = {
-            span: (first + offset, last + offset)
-            for p, offset in zip(parsed, offsets, strict=False)
-            for span, (first, last) in zip(p.spans, p.written, strict=True)
-        }
-        confidence = {span: sure for item in answers for span, sure in item.confidence.items()}
-        together.append(
-            Answer(
-                answers[0].sentence,
-                "\n".join(outputs),
-                Parsed(
-                    spans=spans,
-                    written=tuple(places[span] for span in spans),
-                    entities=sum((p.entities for p in parsed), ()),
-                    not_in_source=sum((p.not_in_source for p in parsed), ()),
-                    exact_copy=all(p.exact_copy for p in parsed),
-                    unbalanced=any(p.unbalanced for p in parsed),
-                    truncated=any(p.truncated for p in parsed),
-                    unaligned=sum(p.unaligned for p in parsed),
-                    first=joined(p.first for p in parsed),
-                ),
-                any(item.overlong for item in answers),
-                {span: confidence[span] for span in spans if span in confidence},
-            )
-        )
-    return together
-
-
-def select_sentences(documents: Sequence[Document], limit: int | None) -> tuple[list[Document], list[Sentence]]:
-    """The documents, with only the gold mentions of the chosen sentences, and the first `limit` sentences."""
-    every = all_sentences(documents)
-    if limit is None or limit >= len(every):
-        return list(documents), every
-    chosen = every[:limit]
-    last = chosen[-1]
-    end = last.start + len(last.text)
-    kept = []
-    for document in documents:
-        if document.id != last.document:
-            kept.append(document)
-            continue
-        kept.append(replace(document, spans=tuple(span for span in document.spans if span.end <= end)))
-        return kept, chosen
-    raise AssertionError("a sentence without its document")

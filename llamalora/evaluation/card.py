@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..corpus.documents import Span
 from ..files import replace_file
-from ..lora.inject import METHODS
+from ..lora.kinds import METHODS
 from ..runs.shared import read_record
 from ..runs.state import CARD
 from ..task.definition import Task, enumerated

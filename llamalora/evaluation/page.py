@@ -14,7 +14,7 @@ from ..corpus.documents import Document, Sentence, label_order
 from ..html_template import fill
 from ..task.errors import WORDS, Match, match, string_of, tables
 from ..text_table import used
-from .answer import Answer
+from .answered import Answer
 from .result import confidence_by_mention, gold_keys, placed_keys, predicted_keys
 
 PAGE = Path(__file__).with_name("page.html")

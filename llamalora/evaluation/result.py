@@ -9,15 +9,14 @@ from pathlib import Path
 
 from ..corpus.documents import CorpusError, Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
-from ..model.checkpoint import read_json
-from ..model.tensors import CheckpointError
+from ..model.config import CheckpointError, read_json
 from ..task import errors
 from ..task.definition import Task
 from ..task.errors import analyse, format_summary
 from ..task.parse import parse
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from ..text_table import legend, used, wrapped
-from .answer import Answer
+from .answered import Answer
 
 RESULT, ANSWERS = "eval-{}.json", "answers-{}.jsonl"  # of a split
 

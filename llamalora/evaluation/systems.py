@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..corpus.documents import CorpusError, Document, Sentence, all_sentences, label_order
+from ..corpus.documents import CorpusError, Document, Sentence, all_sentences
 from ..corpus.read import find_splits, read_documents, read_splits
 from ..distributed.world import World
 from ..errors import InputError
 from ..lora.adapter import load_adapter
 from ..lora.inject import merge_for_good
 from ..lora.peft_format import read_adapter
-from ..model.checkpoint import load_model, read_config, skeleton
+from ..model.checkpoint import load_model, skeleton
+from ..model.config import read_config
 from ..model.llama import Llama
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
@@ -25,7 +26,8 @@ from ..runs.setup import check_constraint, check_tags, load_trained, make_task
 from ..runs.shared import RECORD, find_base, read_record, recorded_task, weights_fingerprint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
-from .answer import DRAFT_TOKENS, Answer, answer_sentences, join_answers
+from .answer import DRAFT_TOKENS, answer_sentences
+from .answered import Answer, join_answers, joint_labels
 from .result import assess, mention_strings
 from .room import explained
 
@@ -140,19 +142,6 @@ def _training_sentences(data: str) -> list[Sentence]:
     except (CorpusError, KeyError, OSError):
         return []
     return all_sentences(documents)
-
-
-def joint_labels(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """The labels that several systems answer for together, in the corpus's order.
-
-    Raises:
-        InputError: two of them answer for one label.
-    """
-    named = [label for task in tasks for label in task.labels]
-    labels = label_order(named)
-    if len(labels) < len(named):
-        raise InputError(f"two systems answer for one label ({', '.join(named)}); only different labels can be joined")
-    return labels
 
 
 def score_split(

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..lora.kinds import KINDS, kind_of
 from ..lora.peft_format import Adapter, Factors, block_of
 from ..model.checkpoint import tensor_files
-from ..model.tensors import CheckpointError, read_tensor, tensor_entries
+from ..model.config import CheckpointError
+from ..model.tensors import read_tensor, tensor_entries
 from ..progress import Bar
 from .spectrum import (
     decompose,

@@ -12,7 +12,8 @@ from ..model.llama import Llama
 from ..model.tensors import save_tensors
 from .inject import adapt, lora_layers
 from .kinds import KINDS, kind_of
-from .peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
+from .peft_config import ADAPTER_CONFIG
+from .peft_format import ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:

@@ -1,4 +1,5 @@
-"""What an `adapter_config.json` says, by PEFT's rules: checked field by field before any of it is used."""
+"""What an `adapter_config.json` says, by PEFT's rules: checked field by field before any of it is used. Without
+torch, for the command line."""
 
 import re
 import sys
@@ -7,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..model.checkpoint import read_json
-from ..model.tensors import CheckpointError
+from ..mistakes import wrong_folder
+from ..model.config import CheckpointError, read_json
 from .kinds import kind_of
 
+ADAPTER_CONFIG = "adapter_config.json"
 # initialisations that leave the base model as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move its weights
 _HARMLESS_INITS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
 # other fields that say nothing about what the tensors mean
@@ -77,9 +79,12 @@ def read_peft_config(path: Path) -> PeftConfig:
     """The contents of an `adapter_config.json`.
 
     Raises:
-        CheckpointError: an adapter of another kind (QALoRA, modules_to_save, ...), one whose initialisation moved the
-            base model, a field that is set but not known here, or one that is missing or malformed.
+        CheckpointError: no such folder, an adapter of another kind (QALoRA, modules_to_save, ...), one whose
+            initialisation moved the base model, a field that is set but not known here, or one that is missing or
+            malformed.
     """
+    if not path.is_file():
+        raise CheckpointError(wrong_folder(path.parent, "adapter folder", f"{path}: no such file"))
     given = read_json(path)
     _refuse_unsupported(path, given)
 

@@ -13,16 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..mistakes import wrong_folder
 from ..model.checkpoint import skeleton
-from ..model.config import LlamaConfig
+from ..model.config import CheckpointError, LlamaConfig
 from ..model.llama import Llama
-from ..model.tensors import CheckpointError, read_tensor, tensor_entries
+from ..model.tensors import read_tensor, tensor_entries
 from .kinds import kind_of
 from .layers import lora_scale
-from .peft_config import PeftConfig, read_peft_config
+from .peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ENDS = ("model.embed_tokens", "lm_head")
 _SUFFIX = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)$")
@@ -150,13 +149,10 @@ def read_adapter(folder: str | Path, model: Llama | None = None) -> Adapter:
             without it any Llama's will do.
 
     Raises:
-        CheckpointError: no such folder, what `read_peft_config` refuses, or tensors that are missing, unexpected, no
+        CheckpointError: what `read_peft_config` refuses, or tensors that are missing, unexpected, no
             floating-point numbers, or of shapes that fit neither each other nor the model.
     """
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        missing = f"{folder / ADAPTER_CONFIG}: no such file"
-        raise CheckpointError(wrong_folder(folder, "adapter folder", missing))
     config = read_peft_config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():

@@ -11,52 +11,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..mistakes import is_run, wrong_folder
-from .config import ConfigError, LlamaConfig, token_ids
+from .config import CheckpointError, LlamaConfig, read_config, read_json
 from .llama import Llama
-from .tensors import CheckpointError, Entries, read_tensor, save_tensors, tensor_entries
+from .tensors import Entries, read_tensor, save_tensors, tensor_entries
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
-
-
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The configuration of a model folder; `eos_token_id` has the end tokens of `generation_config.json` as well.
-
-    Raises:
-        CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file() or is_run(path.parent):
-        raise CheckpointError(wrong_folder(folder, "model folder", f"{path}: no such file"))
-    config = read_json(path)
-    beside = path.with_name("generation_config.json")
-    further = list(token_ids(read_json(beside).get("eos_token_id"))) if beside.is_file() else []
-    if not all(isinstance(token, int) for token in further):
-        raise CheckpointError(f"{beside}: eos_token_id is {further!r}, not the numbers of tokens")
-    ends = token_ids(config.get("eos_token_id"))
-    if further := [token for token in further if token not in ends]:
-        config["eos_token_id"] = [*ends, *further]
-    try:
-        return LlamaConfig.from_dict(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing, unreadable or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
-    return content
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:

@@ -1,10 +1,15 @@
-"""The shape of a Llama: the fields of a Hugging Face `config.json`, checked."""
+"""The shape of a Llama: the fields of a Hugging Face `config.json`, checked. Without torch, for the command line."""
 
+import json
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..mistakes import is_run, wrong_folder
+
+PRECISIONS = ("fp32", "fp16", "bf16")  # that matrix products can run in
 
 
 class ConfigError(InputError):
@@ -227,3 +232,50 @@ def _checked(config: dict, name: str, default: Any, kind: Any, words: str) -> An
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ConfigError(f"{name} is {value!r}, not {words}")
     return value
+
+
+# ---- the files of a model folder that are JSON ----
+
+
+class CheckpointError(InputError):
+    """A folder that cannot be loaded or written; the message names the file and what is wrong."""
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The configuration of a model folder; `eos_token_id` has the end tokens of `generation_config.json` as well.
+
+    Raises:
+        CheckpointError: no such folder or file, not JSON, or a model that Llama cannot represent.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file() or is_run(path.parent):
+        raise CheckpointError(wrong_folder(folder, "model folder", f"{path}: no such file"))
+    config = read_json(path)
+    beside = path.with_name("generation_config.json")
+    further = list(token_ids(read_json(beside).get("eos_token_id"))) if beside.is_file() else []
+    if not all(isinstance(token, int) for token in further):
+        raise CheckpointError(f"{beside}: eos_token_id is {further!r}, not the numbers of tokens")
+    ends = token_ids(config.get("eos_token_id"))
+    if further := [token for token in further if token not in ends]:
+        config["eos_token_id"] = [*ends, *further]
+    try:
+        return LlamaConfig.from_dict(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
+    return content

@@ -3,19 +3,23 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 SHARE = 0.9  # of what is free, that is planned with: allocators waste some
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: "torch.device") -> int:
     """Bytes that a process may still take on a device: of a GPU what the driver and torch's allocator have free; of the
     host, which the processes of a run share evenly, what can be had without swapping, within the limits of the
     process's control groups. Where a system does not tell, nothing seems limited."""
     if device.type == "cuda":
+        import torch
+
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from ..errors import InputError
+from .config import PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import InputError
+from .config import CheckpointError
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
 
@@ -129,10 +129,6 @@ def placed(tensor: Tensor, like: Any) -> Tensor:
     rows = -(-len(tensor) // mesh.size())
     own = tensor[mesh.get_local_rank() * rows :][:rows].to(like.device, like.dtype, copy=True)
     return type(like).from_local(own, mesh, like.placements, shape=tensor.shape, stride=tensor.stride())
-
-
-class CheckpointError(InputError):
-    """A folder that cannot be loaded or written; the message names the file and what is wrong."""
 
 
 def tensor_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ from typing import Any
 from ..distributed.world import World, join_world
 from ..errors import InputError
 from ..files import lock_file, write_json
-from ..model.tensors import CheckpointError
+from ..model.config import CheckpointError
 from ..runs.folder import RUN_CONFIG, fingerprints, read_settings
 from ..runs.resolve import resolve
 from ..runs.settings import ResolvedSettings, Settings

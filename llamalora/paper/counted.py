@@ -9,7 +9,6 @@ from ..task.definition import Task
 from ..task.prompt import render_answer
 from ..text_table import wrapped
 from . import stats
-from .costs import show_table7, show_table8, table7, table8
 from .printed import TABLE6, TABLE6_INPUT, TABLE6_MENTIONS
 
 COUNTED = ("5", "6", "7", "8")
@@ -17,6 +16,8 @@ COUNTED = ("5", "6", "7", "8")
 
 def counted(name: str, data: str) -> tuple[str, str]:
     """Title and text of one of Tables 5 to 8; `data` is the corpus folder."""
+    from .costs import show_table7, show_table8, table7, table8
+
     if name == "5":
         splits = read_splits(data)
         title, text = f"Mentions by label ({Path(data).name})", stats.show(stats.statistics(splits))

@@ -4,9 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..lora.inject import count_parameters, make_trainable
 from ..lora.kinds import KINDS
-from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
 from .printed import RANKS, TABLE1, TABLE2, TABLE3, TABLE4, TARGETS
 
@@ -157,6 +155,9 @@ def ablation(config: LlamaConfig, rank: int) -> Table:
 
 
 def _size(config: LlamaConfig, targets: str, rank: int) -> int:
+    from ..lora.inject import count_parameters, make_trainable
+    from ..model.checkpoint import skeleton
+
     return count_parameters(make_trainable(skeleton(config), "lora", targets, rank))["trainable"]
 
 

@@ -13,7 +13,7 @@ from ..corpus.documents import Document, Sentence, label_order
 from ..corpus.read import find_splits, read_documents
 from ..distributed.world import World
 from ..errors import InputError
-from ..evaluation.answer import join_answers, select_sentences
+from ..evaluation.answered import join_answers, select_sentences
 from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, read_answers, write_result
 from ..evaluation.systems import load_run, score_split

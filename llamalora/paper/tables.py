@@ -6,26 +6,24 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..cli import Parser, UsageError, add_flags, check_least, refuse_idle
 from ..corpus.documents import all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents, read_splits
-from ..distributed.world import join_world
 from ..files import replace_file, write_json
 from ..mistakes import is_run
-from ..model.checkpoint import read_config
-from ..runs.resolve import choose_data, resolve
+from ..model.config import read_config
 from ..runs.settings import ResolvedSettings, Settings
 from ..task.score import document_counts, score, score_files, span_keys
 from ..text_table import legend, wrapped
 from . import figures, findings, report
-from .cells import alone
 from .counted import COUNTED, counted
 from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, table2, table3, table4
-from .jobs import check_jobs
-from .origin import origin
 from .printed import RANKS
-from .runner import Runner
+
+if TYPE_CHECKING:
+    from .runner import Runner
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
 FULL = 0  # in the place of a rank: full fine-tuning
@@ -80,6 +78,13 @@ def main(argv: list[str]) -> None:
         if not name or not Path(file).is_file():
             raise UsageError(f"--predictions {item}: write NAME=FILE, with a PubTator file that is there")
         predictions[name] = Path(file)
+
+    from ..distributed.world import join_world
+    from ..runs.resolve import choose_data, resolve
+    from .cells import alone
+    from .jobs import check_jobs
+    from .runner import Runner
+
     with join_world(base.timeout) as world:
         check_jobs(arguments.jobs, world)
         sections = [report.counted(*counted(name, choose_data(base.data)[0])) for name in which if name in COUNTED]
@@ -165,7 +170,7 @@ def read_rates(items: Iterable[str]) -> dict[str, tuple[float, ...]]:
     return rates
 
 
-def best_rates(trials: Table, runner: Runner) -> tuple[dict[int, float], float | None]:
+def best_rates(trials: Table, runner: "Runner") -> tuple[dict[int, float], float | None]:
     """The learning rate with the best F1 on the development split: for each rank that was tried, and for full
     fine-tuning. A trial that failed is none."""
     best: dict[int, tuple[float, float]] = {}
@@ -201,7 +206,7 @@ def define(name: str, arguments: argparse.Namespace, base: ResolvedSettings) -> 
     return ablation(config, 8) if name == "ablation" else methods()
 
 
-def summarise(table: Table, runner: Runner, predictions: dict[str, Path]) -> dict:
+def summarise(table: Table, runner: "Runner", predictions: dict[str, Path]) -> dict:
     results = {row.title: runner.results(row, table.split) for row in table.rows}
     if table.name == "4":
         for name, file in predictions.items():
@@ -210,7 +215,7 @@ def summarise(table: Table, runner: Runner, predictions: dict[str, Path]) -> dic
     return findings.summarise(table, results)
 
 
-def predicted(file: Path, runner: Runner, split: str) -> dict:
+def predicted(file: Path, runner: "Runner", split: str) -> dict:
     """The scores of predictions that were made elsewhere, about the sentences that ours are scored on."""
     documents, asked = runner.documents(split)
     score_files(find_splits(runner.data)[split], file)  # refuses predictions about other texts
@@ -225,8 +230,10 @@ def predicted(file: Path, runner: Runner, split: str) -> dict:
 # ---- what is written ----
 
 
-def keep(summaries: list[dict], runner: Runner, chosen: list[tuple[Table, Runner]], out: Path) -> None:
+def keep(summaries: list[dict], runner: "Runner", chosen: "list[tuple[Table, Runner]]", out: Path) -> None:
     """Writes `tables.json`, all that a report is made of, and the figures."""
+    from .origin import origin
+
     curves: dict[str, dict] = {}
     for table, its in chosen:
         for row in table.rows:

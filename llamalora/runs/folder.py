@@ -8,20 +8,20 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
-from typing import TextIO, get_type_hints
+from typing import TYPE_CHECKING, TextIO, get_type_hints
 
 from ..cli import UsageError
 from ..corpus.read import find_splits
-from ..distributed.world import World
 from ..files import lock_file, replace_file
-from ..lora.inject import count_parameters
 from ..mistakes import wrong_folder
-from ..model.checkpoint import read_json
-from ..model.llama import Llama
-from ..model.tensors import CheckpointError
+from ..model.config import CheckpointError, read_json
 from ..task.definition import Task
 from .settings import ResolvedSettings, Settings
 from .state import verify_folder
+
+if TYPE_CHECKING:
+    from ..distributed.world import World
+    from ..model.llama import Llama
 
 RUN_CONFIG, LOCK = "config.json", ".lock"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -109,8 +109,10 @@ def read_task(run: Path) -> Task:
         raise CheckpointError(f"{run / RUN_CONFIG}: holds no task of a llamalora run ({error})") from None
 
 
-def describe_run(settings: ResolvedSettings, task: Task, model: Llama) -> dict:
+def describe_run(settings: ResolvedSettings, task: Task, model: "Llama") -> dict:
     """The contents of a run's `config.json`: all that another person needs to repeat it."""
+    from ..lora.inject import count_parameters
+
     packages = ("torch", "sentencepiece", "safetensors", "numpy", "tokenizers")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
@@ -176,7 +178,7 @@ def find_obstacle(folder: Path) -> str | None:
     return None if above.is_dir() else f"--out {folder}: {above} is a file"
 
 
-def start_folder(folder: Path, config: dict, world: World) -> None:
+def start_folder(folder: Path, config: dict, world: "World") -> None:
     """Claims a new output folder for this process and records the run's configuration in it.
 
     Raises:
@@ -198,7 +200,7 @@ def start_folder(folder: Path, config: dict, world: World) -> None:
         raise UsageError(problem)
 
 
-def lock_folder(folder: Path, world: World) -> TextIO | None:
+def lock_folder(folder: Path, world: "World") -> TextIO | None:
     """Keeps other runs from writing to this one; holds as long as the file that the main process gets is open.
 
     Raises:

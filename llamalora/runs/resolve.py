@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..files import built_in, search_places
-from ..model.checkpoint import read_config
+from ..model.config import read_config
 from ..model.precision import choose_precision
 from .settings import ResolvedSettings, Settings
 

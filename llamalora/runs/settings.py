@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 
 from ..cli import UsageError, check_least, flag, option
 from ..lora.kinds import KINDS, METHODS, parse_targets
-from ..task.definition import FORMATS
+from ..model.config import PRECISIONS
+from ..task.definition import COPYING, FORMATS
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class Settings:
     batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
     seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
 
-    precision: str = option(
-        "auto", "of the matrix products", ("auto", "fp32", "fp16", "bf16"), group="memory and machine"
-    )
+    precision: str = option("auto", "of the matrix products", ("auto", *PRECISIONS), group="memory and machine")
     parallel: str = option(
         "auto", "ddp: the model in each process; fsdp: one over all; auto: as memory allows", ("auto", "ddp", "fsdp")
     )
@@ -152,3 +151,11 @@ class ResolvedSettings(Settings):
     out: str
     lr: float
     batch_tokens: int
+
+
+def check_constraint_format(form: str) -> None:
+    """Refuses --constrain for a format whose answers do not repeat the sentence."""
+    if form not in COPYING:
+        raise UsageError(
+            f"--constrain needs a format whose answers repeat the sentence, such as tagging; this is {form}"
+        )

@@ -12,16 +12,16 @@ from ..distributed.sharding import fill, shard
 from ..distributed.world import World
 from ..lora.adapter import load_adapter, save_adapter
 from ..lora.inject import make_trainable
-from ..model.checkpoint import load_model, model_files, read_config, save_model, skeleton
-from ..model.config import LlamaConfig
+from ..model.checkpoint import load_model, model_files, save_model, skeleton
+from ..model.config import LlamaConfig, read_config
 from ..model.elementwise import compile_formulas, obstacle
 from ..model.llama import Llama
 from ..model.precision import DTYPES
-from ..task.definition import COPYING, Task, listed_labels
+from ..task.definition import Task, listed_labels
 from ..task.prompt import draw_demonstrations, render_answer
 from ..task.tokenizer import Tokenizer, TokenizerError, check_fit, load_tokenizer
 from .folder import read_settings, trained_folder
-from .settings import ResolvedSettings, Settings
+from .settings import ResolvedSettings, Settings, check_constraint_format
 from .shared import base_name, copy_tokenizer
 
 
@@ -133,14 +133,6 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
     if settings.adapts:
         load_adapter(model, folder)
     return model, load_tokenizer(settings.model)
-
-
-def check_constraint_format(form: str) -> None:
-    """Refuses --constrain for a format whose answers do not repeat the sentence."""
-    if form not in COPYING:
-        raise UsageError(
-            f"--constrain needs a format whose answers repeat the sentence, such as tagging; this is {form}"
-        )
 
 
 def check_tags(task: Task, tokenizer: Tokenizer, folder: str) -> None:

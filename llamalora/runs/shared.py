@@ -9,11 +9,10 @@ from pathlib import Path
 
 from ..cli import UsageError
 from ..files import BUILT_IN, built_in, search_places
-from ..lora.inject import METHODS
-from ..lora.peft_format import ADAPTER_CONFIG
+from ..lora.kinds import METHODS
+from ..lora.peft_config import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
-from ..model.checkpoint import read_json
-from ..model.tensors import CheckpointError
+from ..model.config import CheckpointError, read_json
 from ..task.definition import Task
 from ..task.tokenizer import SentencePieceTokenizer
 from .folder import RUN_CONFIG, TOKENIZER_FILES, fingerprint, read_settings, read_task

@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
-from safetensors.torch import load_file
+from typing import TYPE_CHECKING
 
 from ..files import new_folder, sync
-from ..model.checkpoint import read_json
-from ..model.tensors import CheckpointError, save_tensors
+from ..model.config import CheckpointError, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 CARD = "README.md"  # of a saved model: people complete it, and later scores come into it, so it has no sum
@@ -97,13 +97,14 @@ def _cursor(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    run: Path, cursor: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, writes: bool = True
+    run: Path, cursor: int, tensors: "dict[str, Tensor]", state: dict, keep: int, writes: bool = True
 ) -> None:
     """Writes `checkpoints/step-CURSOR/`: tensors (model and optimizer) and JSON state; keeps the last `keep`.
 
     Args:
         writes: as in `write_atomically`.
     """
+    from ..model.tensors import save_tensors
 
     def fill(folder: Path) -> None:
         save_tensors(tensors, folder / "tensors.safetensors")
@@ -119,7 +120,7 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], dict] | None:
+def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> "tuple[dict[str, Tensor], dict] | None":
     """Tensors and state of the newest sound checkpoint; damaged ones are named and passed over.
 
     None if there is no checkpoint at all.
@@ -127,6 +128,8 @@ def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> tuple[dict
     Raises:
         CheckpointError: every checkpoint is damaged.
     """
+    from safetensors.torch import load_file
+
     found = checkpoints_of(run)
     for folder in found:
         try:

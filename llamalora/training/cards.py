@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
+USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
+NETWORK = 25  # GB/s in each direction of a node with one InfiniBand adapter (HDR, 200 Gbit/s)
+
 
 @dataclass(frozen=True)
 class Card:

@@ -11,7 +11,6 @@ from .cards import Card
 PRODUCTS, ATTENTION = 0.72, 0.36  # shares of peak that large products reach, and attention's small ones
 MEMORY, LINKS = 0.85, 0.80  # shares of the memory's and of a link's bandwidth
 KERNEL, COLLECTIVE = 2e-6, 25e-6  # seconds that the shortest kernel takes, and that a collective waits
-NETWORK = 25  # GB/s in each direction of a node with one InfiniBand adapter (HDR, 200 Gbit/s)
 LAUNCH, TRAINING_LAUNCH = 6.6e-6, 9.2e-6  # seconds of the host for a kernel, without autograd and with it
 WRITTEN, REJECTED = 11, 0.28  # tokens that a sentence gains in a pass with drafts; how many of the drafted are wrong
 

@@ -4,8 +4,8 @@ from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LLAMA_2
 from ..model.free_memory import GIB
-from .cards import CARDS
-from .memory import REPORTED, USABLE, plan_memory
+from .cards import CARDS, REPORTED, USABLE
+from .memory import plan_memory
 
 # column -> the card that stands for all of its memory
 COLUMNS = {

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..cli import Interrupt, called
 from ..distributed.sharding import is_spread, merged
 from ..distributed.world import World
-from ..evaluation.answer import Answer, answer_sentences, select_sentences
+from ..evaluation.answer import answer_sentences
+from ..evaluation.answered import Answer, select_sentences
 from ..evaluation.card import model_card
 from ..evaluation.own import own_scoring
 from ..evaluation.result import assess, format_legend, format_report, mention_strings, read_result, write_result

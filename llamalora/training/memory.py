@@ -14,11 +14,10 @@ from ..model.llama import Llama
 from ..model.packing import Packing
 from ..model.precision import DTYPES
 from .batch import filled_up
+from .cards import USABLE
 from .saved import Step, parameter_count
 
 CONTEXT_BYTES = int(0.36 * GIB)  # CUDA's own: of the 15.77 GiB that a V100 reports, 15.41 are left to tensors
-REPORTED = 0.9856  # of the GB in a card's name (which are GiB), what it reports: 15.77 of 16
-USABLE = 0.95  # of what it reports: the allocator wastes some, and a plan is no measurement
 
 MERGING = "frozen weights that wait while updates are merged"  # which they are only if there is room
 

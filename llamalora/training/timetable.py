@@ -13,6 +13,7 @@ from ..corpus.documents import CorpusError, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
 from ..model.attention import attention_kernel
+from ..model.free_memory import GIB
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.resolve import resolve
@@ -22,10 +23,9 @@ from ..text_table import aligned, wrapped
 from . import duration
 from .arithmetic import FORMS, Form, Work, micro_batches
 from .batch import encode_all, plan_epoch
-from .cards import CARDS, recognise
+from .cards import CARDS, NETWORK, REPORTED, recognise
 from .duration import Links, Machine
 from .job import Job, default_epochs
-from .memory import GIB, REPORTED
 from .placement import fit
 
 # tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): percentile -> length
@@ -238,7 +238,7 @@ def expected(job: Job, model: Llama, world: World) -> str | None:
     if card is None or job.settings.precision not in CARDS[card].teraflops:
         return None
     here = min(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))  # of this run
-    links = Links(here, world.size // here, CARDS[card].link, duration.NETWORK)
+    links = Links(here, world.size // here, CARDS[card].link, NETWORK)
     machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp")
     epoch = [indices for number, indices in job.steps if number == 0]
     supervised = sum(example.supervised for example in job.examples) / sum(job.lengths)

@@ -13,8 +13,8 @@ from llamalora.commands import predict
 from llamalora.corpus.documents import Document, Span, sentence_bounds
 from llamalora.corpus.read import FORMATS, read_documents
 from llamalora.errors import InputError
-from llamalora.evaluation import annotate
-from llamalora.evaluation.answer import Answer
+from llamalora.evaluation import annotate, systems
+from llamalora.evaluation.answered import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.definition import Task
 from llamalora.task.parse import parse
@@ -39,7 +39,7 @@ def run(monkeypatch, capsys):
         return answers, None
 
     monkeypatch.setattr(predict, "find_task", lambda _: task)
-    monkeypatch.setattr(predict, "load_run", lambda *_: System(None, None, task))
+    monkeypatch.setattr(systems, "load_run", lambda *_: System(None, None, task))
     monkeypatch.setattr(annotate, "answer_sentences", answer)
 
     def call(*arguments) -> tuple[str, str]:

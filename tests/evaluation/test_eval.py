@@ -18,7 +18,8 @@ from llamalora.cli import run_command
 from llamalora.corpus.documents import Document, Sentence, Span, sentences_of
 from llamalora.corpus.read import read_documents
 from llamalora.distributed.world import join_world
-from llamalora.evaluation.answer import Answer, answer_sentences, confidences, join_answers, select_sentences
+from llamalora.evaluation.answer import answer_sentences, confidences
+from llamalora.evaluation.answered import Answer, join_answers, select_sentences
 from llamalora.evaluation.constrain import Constraint
 from llamalora.evaluation.generate import generate
 from llamalora.evaluation.result import assess, format_report, predicted_documents, read_answers, read_result

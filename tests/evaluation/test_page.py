@@ -8,7 +8,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 from llamalora.corpus.documents import Document, Span, all_sentences, sentence_bounds
-from llamalora.evaluation.answer import Answer
+from llamalora.evaluation.answered import Answer
 from llamalora.evaluation.page import ERRORS, describe, html_page, predictions_page
 from llamalora.task.definition import Parsed
 from llamalora.task.errors import KINDS, analyse, match, tables

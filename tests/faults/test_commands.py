@@ -10,7 +10,7 @@ from faulty import _before, cut_off, in_phase, run, send
 
 import eval as evaluation
 from llamalora import __main__ as commands
-from llamalora.commands import merge
+from llamalora.commands import merging
 from llamalora.corpus import read
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def test_merge(number, whole, tmp_path):
 
 
 def _in_a_merge(number: int) -> None:
-    _before(merge, "write_tensors", lambda *_: send(number))
+    _before(merging, "write_tensors", lambda *_: send(number))
 
 
 def test_tables(flags, tmp_path):
