@@ -161,16 +161,16 @@ class _Kinds:
 
         @torch.no_grad()
         def block(rows: slice) -> tuple[Tensor, Tensor]:
-            exact = layer.applied(weight, rows) if whole is None else whole[rows]
-            rounded = exact.to(weight.dtype)
             frozen = weight[rows].to(torch.float32, copy=True)
-            squares = [_square(frozen), _square(frozen.sub_(exact)), _square(torch.sub(exact, rounded, out=frozen))]
-            return rounded, torch.stack(squares)
+            exact = layer.applied(frozen, rows) if whole is None else whole[rows]
+            rounded = exact.to(weight.dtype)
+            norms = [_norms(frozen), _norms(frozen.sub_(exact)), _norms(frozen.copy_(rounded).sub_(exact))]
+            return rounded, torch.stack(norms).double().square_().sum(1)
 
         count = min(-(-weight.numel() // BLOCK), len(weight))
         bounds = [len(weight) * number // count for number in range(count + 1)]  # of blocks alike: none of a row or two
         for rounded, squares in _side_by_side(block, [slice(*pair) for pair in pairwise(bounds)]):
-            if not squares[2].isfinite() and not rounded.isfinite().all():
+            if not math.isfinite(squares[2]) and not rounded.isfinite().all():
                 raise CheckpointError(
                     f"{factors.path}: {factors.name}.weight is not finite when it is merged into {weight.dtype}"
                 )
@@ -213,9 +213,9 @@ def _side_by_side(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]
         torch.set_num_threads(threads)
 
 
-def _square(matrix: Tensor) -> Tensor:
-    """The squared norm, of which only the rows' are rounded to fp32."""
-    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum()
+def _norms(matrix: Tensor) -> Tensor:
+    """Of the rows."""
+    return torch.linalg.vector_norm(matrix, dim=1)
 
 
 def _copy_the_rest(base: Path, folder: Path, untied: bool) -> None:

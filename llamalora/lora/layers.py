@@ -113,8 +113,12 @@ class LoRALayer:
 
     @torch.no_grad()
     def applied(self, weight: Tensor, rows: slice = ALL) -> Tensor:
-        """W0 with the update, in fp32, or some of its rows, where each can be had without the others."""
-        updated = weight[rows].to(torch.float32, copy=True).add_(self.delta(rows))
+        """W0 with the update, in fp32.
+
+        Args:
+            weight: W0, or those of its rows, where each can be had without the others (`row_by_row`).
+        """
+        updated = weight.to(torch.float32, copy=True).add_(self.delta(rows))
         if self.lora_magnitude is not None:
             assert self.row_by_row or rows == ALL
             normalise_(self.turn(updated), whole(self.lora_magnitude)[rows])
