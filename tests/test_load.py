@@ -87,7 +87,7 @@ def test_one_sentence_of_100_000_characters_is_passed_over(model):
 STREAM = """
 import resource, sys
 from llamalora.commands import predict
-from llamalora.evaluation import annotate
+from llamalora.evaluation import annotate, systems
 from llamalora.evaluation.answered import Answer
 from llamalora.evaluation.systems import System
 from llamalora.task.parse import parse
@@ -104,7 +104,7 @@ def answer(model, tokenizer, task, asked, *_, **__):
 seen, peaks = [0], []
 task = Task("tagging", ("Disease",), per_label=True)
 nothing = parse(task, "", "")
-predict.read_task, predict.load_run = lambda _: task, lambda *_: System(None, None, task)
+predict.read_task, systems.load_run = lambda _: task, lambda *_: System(None, None, task)
 annotate.answer_sentences = answer
 predict.main(["--run", ".", "-"])
 early = next(peak for count, peak in zip(seen[1:], peaks) if count > 5000)
