@@ -65,9 +65,18 @@ def obstacle(device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
     variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang"))
-    if any(map(shutil.which, (os.environ.get(variable, ""), *usual))):
-        return None
-    return f"there is no compiler ({' or '.join(usual)})"
+    if not any(map(shutil.which, (os.environ.get(variable, ""), *usual))):
+        return f"there is no compiler ({' or '.join(usual)})"
+    if device.type == "cpu" and not _compiles_vectors():
+        return "torch.compile can use no vector instructions here; without them formulas take several times as long"
+    return None
+
+
+def _compiles_vectors() -> bool:
+    """Whether torch.compile has found vector instructions for the CPU: it builds and loads a program for each kind."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return bool(pick_vec_isa())
 
 
 # ---- the norm ----

@@ -138,6 +138,12 @@ def test_what_stands_in_the_way_of_compiling(monkeypatch):
     monkeypatch.setattr(elementwise.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(elementwise.shutil, "which", lambda name: name or None)
     assert obstacle(gpu) is None and choose_compiled("auto", gpu) == (True, "on a GPU")
+    for vectors in (True, False):
+        monkeypatch.setattr(elementwise, "_compiles_vectors", lambda vectors=vectors: vectors)
+        assert (obstacle(CPU) is None) == vectors
+    with pytest.raises(UsageError, match="--compile on: torch.compile can use no vector instructions here"):
+        choose_compiled("on", CPU)
+    monkeypatch.setattr(elementwise, "_compiles_vectors", lambda: True)
     assert choose_compiled("on", CPU) == (True, "requested")
     monkeypatch.setattr(elementwise.shutil, "which", lambda name: None)
     assert choose_compiled("auto", gpu) == (False, "there is no compiler (gcc or clang)")
