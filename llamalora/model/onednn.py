@@ -1,7 +1,7 @@
 """A CPU's pass in bf16 for a model that only answers: weights laid out once as oneDNN multiplies them, not at each
 product; one product for q, k and v; SwiGLU and its residual within the products, before their results are rounded.
 
-The operators are those that torch.compile puts in the place of linear layers, the same from torch 2.8 to 2.13.
+The operators are those that torch.compile puts in the place of linear layers, tried where the CPU has AVX-512.
 
 Dimensions: N tokens, I input features, O output features.
 """
@@ -46,7 +46,7 @@ def _can(layer: nn.Linear) -> bool:
     plain = getattr(layer, "merged", True) and not (layer._forward_hooks or layer._forward_pre_hooks)
     return (
         plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not is_sharded(weight)
-        and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
     )  # fmt: skip
 
 
