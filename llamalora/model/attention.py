@@ -35,7 +35,7 @@ def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Te
     return rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
-@lru_cache(maxsize=16)  # all layers have the same
+@lru_cache(maxsize=2)  # all layers have the same
 def _mask(packing: Packing, groups: int) -> Tensor:
     """(batch, 1, G * L, S), true where a query sees a key."""
     assert packing.reach is not None, "sequences that go on, on a GPU"
@@ -57,7 +57,7 @@ def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packin
     return torch.cat(parts, 2)[0].unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
 
 
-@lru_cache(maxsize=16)  # all layers have the same
+@lru_cache(maxsize=2)  # all layers have the same
 def _sequences(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor | None]]:
     """Of each sequence that goes on: its queries, G for each token; its row of the cache; where it ends there; and what
     is added to its scores (G * T, end), nothing if its only token sees all."""

@@ -3,7 +3,7 @@ product; one product for q, k and v; SwiGLU and its residual within the products
 
 The operators are those that torch.compile puts in the place of linear layers, tried where the CPU has AVX-512.
 
-Dimensions: N tokens, I input features, O output features.
+Dimensions: I input features, O output features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,8 @@ def prepared(model: Llama) -> Backbone:
     backbone = model.model
     linears = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
     size = sum(layer.weight.nbytes for layer in linears)
-    if not all(map(_can, linears)) or 2 * size > SHARE * free_memory(torch.device("cpu")):
+    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not able or not all(map(_plain, linears)) or 2 * size > SHARE * free_memory(torch.device("cpu")):
         return backbone
     with torch.device("meta"):
         twin = Backbone(model.config)
@@ -35,19 +36,18 @@ def prepared(model: Llama) -> Backbone:
     for block, own in blocks:
         block.input_layernorm, block.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
         attention, given = block.self_attn, own.self_attn
+        attention.run = given.run
         attention.q_proj = _Together([given.q_proj, given.k_proj, given.v_proj])
         attention.o_proj = _Linear(given.o_proj.weight)
         block.mlp = _MLP(own.mlp)
     return twin
 
 
-def _can(layer: nn.Linear) -> bool:
+def _plain(layer: nn.Linear) -> bool:
+    """Whether its output is that product and nothing more, in bf16 on the CPU."""
     weight = layer.weight
-    plain = getattr(layer, "merged", True) and not (layer._forward_hooks or layer._forward_pre_hooks)
-    return (
-        plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not is_sharded(weight)
-        and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    )  # fmt: skip
+    alone = getattr(layer, "merged", True) and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return alone and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not is_sharded(weight)
 
 
 class _Linear(nn.Module):

@@ -4,7 +4,7 @@ Dimensions: N tokens of the row, T tokens of a sequence, L longest sequence of a
 K key/value heads, E head size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -82,9 +82,8 @@ class Packing:
     @cached_property
     def rectangles(self) -> list[Rectangle]:
         """The sequences in their order, for kernels that want them side by side."""
-        every = range(len(self.lengths))
-        groups = _alike(every, self.lengths, 1.25) if self.device.type == "cpu" else [list(every)]
-        return [Rectangle([self.lengths[member] for member in members], self.device) for members in groups]
+        groups = _alike(self.lengths) if self.device.type == "cpu" else [self.lengths]
+        return [Rectangle(lengths, self.device) for lengths in groups]
 
 
 class Reach:
@@ -116,15 +115,15 @@ def _rows_and_offsets(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
 
 
-def _alike(order: Iterable[int], lengths: list[int], most: float) -> list[list[int]]:
-    """Neighbours in that order, grouped so that none is more than `most` times as long as another. A CPU pays for every
-    padded query; on a GPU one launch is cheaper."""
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Neighbours, grouped so that none is more than 1.25 times as long as another. A CPU pays for every padded query;
+    on a GPU one launch is cheaper."""
     groups: list[list[int]] = []
-    for member in order:
-        together = [lengths[other] for other in (*groups[-1], member)] if groups else ()
-        if not together or max(together) > most * min(together):
+    for length in lengths:
+        together = (*groups[-1], length) if groups else ()
+        if not together or max(together) > 1.25 * min(together):
             groups.append([])
-        groups[-1].append(member)
+        groups[-1].append(length)
     return groups
 
 

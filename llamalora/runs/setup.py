@@ -96,7 +96,7 @@ def build_model(settings: ResolvedSettings, world: World, parallel: str, whole: 
 
 
 def choose_compiled(requested: str, device: torch.device) -> tuple[bool, str]:
-    """Whether formulas are compiled, and why: `auto` is on GPUs that can, since it costs a CPU more than it spares.
+    """Whether formulas are compiled, and why: `auto` is on GPUs that can; a CPU it seldom spares more than it costs.
 
     Raises:
         UsageError: `on` where nothing can be compiled.

@@ -6,6 +6,7 @@ from helpers import random_ids, tiny_model
 
 from llamalora.lora.inject import adapt, lora_layers, merge
 from llamalora.model import onednn
+from llamalora.model.elementwise import compile_formulas
 from llamalora.model.onednn import prepared
 from llamalora.model.packing import Packing
 
@@ -45,6 +46,18 @@ def test_it_has_what_is_merged():
     merge(model)
     own, faster = passes(model.model, model, ids), passes(prepared(model), model, ids)
     assert (faster - own).norm() < 0.03 * own.norm() < 0.3 * (faster - before).norm()
+
+
+def test_it_computes_formulas_as_the_model_does():
+    model, ids, seen = tiny_model().bfloat16(), random_ids(1, 17), []
+
+    def noting(formula):
+        seen.append(formula.__name__)
+        return formula
+
+    compile_formulas(model, noting)
+    passes(prepared(model), model, ids)
+    assert seen.count("rotate") == 2 * 2 and "normalize" in seen  # layers, passes
 
 
 def hooked(model):

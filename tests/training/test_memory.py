@@ -239,7 +239,7 @@ def test_the_peak_of_a_step_is_the_sum_of_the_items(precision, targets, lengths,
     ("fp32", "all"), ("bf16", "all"), ("fp32", "dora all"), ("fp32", "full"), ("fp32", "partial q,down")
 ])  # fmt: skip
 def test_where_rectangles_are_padded_attention_is_the_peak(precision, targets, recompute, gpu_attention, monkeypatch):
-    monkeypatch.setattr(packing, "_alike", lambda order, lengths, most: [list(order)])
+    monkeypatch.setattr(packing, "_alike", lambda lengths: [lengths])
     trained = trainee(precision, targets)
     batch = MicroBatch.of([Example(tuple(range(3, 4 + length)), 1) for length in LONG], CPU)
     step = saved.Step(trained, precision, batch.packing, recompute)
