@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from gpu import decode, peer, random_model, seconds_of
+from gpu import REACH, decode, peer, random_model, seconds_of
 
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed.world import World
@@ -36,9 +36,11 @@ from llamalora.lora.inject import inject_lora, make_trainable, merge, trainable_
 from llamalora.model import attention
 from llamalora.model.checkpoint import save_model, skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
+from llamalora.model.elementwise import compile_formulas
 from llamalora.model.llama import Llama
 from llamalora.model.precision import DTYPES, choose_precision
-from llamalora.training.arithmetic import FORMS, Batch, Form, Work, micro_batches, model_flops
+from llamalora.runs.setup import choose_compiled
+from llamalora.training.arithmetic import FORMS, Batch, Work, micro_batches, model_flops
 from llamalora.training.batch import Example, MicroBatch, plan_epoch
 from llamalora.training.cards import CARDS, recognise
 from llamalora.training.duration import Machine
@@ -166,14 +168,8 @@ def training(day: Day) -> list[Figure]:
     corpus, figures = Corpus.bc5cdr(), []
     step = plan_epoch(corpus.lengths, tokens, seed=0, epoch=0)[0]
     lengths = [corpus.lengths[index] for index in step]
-    variants: dict[str, Form] = dict(FORMS)
-    compiles = find_spec("llamalora.model.elementwise") is not None
-    if not compiles:
-        variants.pop("and compiled")
-    for name, form in variants.items():
+    for name, form in FORMS.items():
         if form.compiled:
-            from llamalora.model.elementwise import compile_formulas
-
             compile_formulas(model)
         with patch.object(attention, "attention_kernel", lambda *_: "rectangles") if form.padded else _folder():
             seconds = statistics.median(_steps(model, lengths, corpus.supervised, day))
@@ -209,6 +205,8 @@ def _steps(model: Llama, lengths: list[int], supervised: float, day: Day) -> lis
 def decoding(day: Day) -> list[Figure]:
     """One sentence at a time, base and merged: tokens/s against what the memory's bandwidth allows."""
     model = random_model(day.config, DTYPES[day.precision], day.device).eval()
+    if choose_compiled("auto", day.device)[0]:
+        compile_formulas(model)
     bandwidth = day.machine.card.bandwidth if day.machine else math.inf
     arguments = argparse.Namespace(repeats=day.repeats, bandwidth=bandwidth)
     base = decode(model, arguments)
@@ -216,7 +214,7 @@ def decoding(day: Day) -> list[Figure]:
     merge(inject_lora(model, "all", rank=8 if day.dry else 128))
     merged = decode(model, arguments)
     ratio = merged["tokens_per_second"] / base["tokens_per_second"]
-    planned = 1 / day.machine.decoding(work, 1, 1, 96) if day.machine else None
+    planned = 1 / day.machine.decoding(work, 1, 1, REACH, graphed=True) if day.machine else None
     figures = [
         Figure("base", base["tokens_per_second"], "tokens/s", planned),
         Figure("merged", merged["tokens_per_second"], "tokens/s", planned),

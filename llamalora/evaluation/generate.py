@@ -1,21 +1,18 @@
-"""Greedy decoding of many prompts: ragged batches, a key/value cache, drafts verified in one pass.
-
-Dimensions: P places of a pass at which a token is chosen, V vocabulary, M tokens allowed at most at a place.
-"""
+"""Greedy decoding of many prompts: ragged batches, a key/value cache, drafts verified in one pass."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from ..distributed.sharding import is_spread
-from ..model.llama import Backbone, Llama
-from ..model.onednn import prepared
-from ..model.packing import Packing, moved
+from ..model.llama import Llama
+from ..model.prepared import prepared
+from .passes import Passes
 from .room import NoRoom, Room, expected
 
 # proposes how an output goes on: (prompt index, output so far) -> ids, perhaps none
@@ -24,8 +21,7 @@ Drafter = Callable[[int, list[int]], Sequence[int]]
 
 State = TypeVar("State", bound=Hashable)
 
-SOFTMAX_AT_ONCE = 2**22  # values
-WORTH_PREPARING = 16  # prompts; for fewer, preparing the model takes longer than it spares
+WORTH_PREPARING = 16, 128  # prompts on a CPU, tokens on a GPU; for fewer, it takes longer than it spares
 
 
 class Grammar(Protocol[State]):
@@ -137,52 +133,53 @@ def generate(
     rows: list[_Row | None] = []  # one for each of the cache's
     cache, most = model.make_cache(0, 0, autocast), min(batch_size, len(requests))
     room = Room(model.config, cache, most, [row.need for row in requests], tell)
-    backbone = prepared(model) if len(requests) >= WORTH_PREPARING else model.model
-    passes = row_passes = 0
-    while (waiting or any(rows)) and not stop():
-        inside = [row for row in rows if row is not None]
-        candidates = ((row.slots, row.need) for row in waiting)
-        entering = room.entering([row.need for row in inside], candidates) if waiting else 0
-        places = list(range(len(rows)))
-        if entering:
-            rows += [None] * (len(inside) + entering - len(rows))
-            places = [place for place, row in enumerate(rows) if row is None][:entering]
-            for place in places:
-                rows[place] = waiting.popleft()
-        active = [rows[place] for place in places]
-        try:
-            _advance(model, backbone, room, rows, places, ends, drafter, grammar, fresh=bool(entering))
-        except (NoRoom, torch.OutOfMemoryError) as error:
+    few, short = WORTH_PREPARING
+    worth = sum(limits) >= short if device == "cuda" else len(requests) >= few
+    passed = row_passes = 0
+    with prepared(model) if worth else nullcontext(model.model) as backbone:
+        passes = Passes(model, backbone, room, tell)
+        while (waiting or any(rows)) and not stop():
             inside = [row for row in rows if row is not None]
-            # a pass of a sharded model cannot be repeated: the other processes are in the midst of it
-            if len(inside) == 1 or is_spread(model) and not isinstance(error, NoRoom):
-                raise
-        else:
-            passes += 1
-            row_passes += sum(row is not None for row in active)
-            for place, row in zip(places, active, strict=True):
-                if row is not None and row.finished:
-                    rows[place] = None
-                    row.states.clear()
-                    progress(1)
-            continue
-        # here, since until now the error has held what the pass had computed
-        rows.clear()
-        waiting.extendleft(sorted(inside, key=lambda row: row.need))
-        room.halve([row.need for row in inside])
+            candidates = ((row.slots, row.need) for row in waiting)
+            entering = room.entering([row.need for row in inside], candidates) if waiting else 0
+            places = list(range(len(rows)))
+            if entering:
+                rows += [None] * (len(inside) + entering - len(rows))
+                places = [place for place, row in enumerate(rows) if row is None][:entering]
+                for place in places:
+                    rows[place] = waiting.popleft()
+            active = [rows[place] for place in places]
+            try:
+                _advance(passes, rows, places, ends, drafter, grammar, fresh=bool(entering))
+            except (NoRoom, torch.OutOfMemoryError) as error:
+                inside = [row for row in rows if row is not None]
+                # a pass of a sharded model cannot be repeated: the other processes are in the midst of it
+                if len(inside) == 1 or is_spread(model) and not isinstance(error, NoRoom):
+                    raise
+            else:
+                passed += 1
+                row_passes += sum(row is not None for row in active)
+                for place, row in zip(places, active, strict=True):
+                    if row is not None and row.finished:
+                        rows[place] = None
+                        row.states.clear()
+                        progress(1)
+                continue
+            # here, since until now the error has held what the pass had computed
+            rows.clear()
+            waiting.extendleft(sorted(inside, key=lambda row: row.need))
+            room.halve([row.need for row in inside])
     return Decoding(
         [row.output for row in requests],
         [not row.ended for row in requests],
         [row.log_probs for row in requests],
-        passes,
+        passed,
         row_passes,
     )
 
 
 def _advance(
-    model: Llama,
-    backbone: Backbone,
-    room: Room,
+    passes: Passes,
     rows: list[_Row | None],
     places: list[int],
     ends: Collection[int],
@@ -221,17 +218,7 @@ def _advance(
 
     # one pass: all rows behind each other, and behind every token of a draft the choice that checks the next
     present = [row.slots for row in rows if row is not None]
-    slots = max(*present, *(start + len(feed) for start, feed in zip(starts, feeds, strict=True)))
-    room.make(len(rows), slots, total, len(predictors), alone=len(present) == 1)
-    device = room.device
-    ids, choosing = moved(device, torch.tensor([token for feed in feeds for token in feed]), torch.tensor(predictors))
-    packing = Packing([len(feed) for feed in feeds], device, None if fresh else starts, places)
-    hidden = backbone(ids[None], packing, room.cache)[0, choosing]
-    logits = model.lm_head(hidden)
-    scores, tokens = _scores(logits, paths)
-    best = scores.max(-1).indices  # the first of equals, like argmax, which takes four times as long in bf16
-    picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
-    wanted = logits.max(-1).indices.tolist() if grammar else picks
+    choices = passes(feeds, None if fresh else starts, places, predictors, paths, len(rows), present)
 
     # row by row: take over choices while the draft foresaw them; the first that it did not is still the model's own
     kept: list[int] = []
@@ -240,9 +227,9 @@ def _advance(
     first = 0
     for row, draft in zip(growing, drafts, strict=True):
         count, back = 0, None
-        for place, token in enumerate(picks[first : first + len(draft) + 1], start=first):
-            if grammar and wanted[place] not in paths[place]:
-                back = grammar.withdraw(row.states, row.output, wanted[place])
+        for place, token in enumerate(choices.picks[first : first + len(draft) + 1], start=first):
+            if grammar and (wanted := choices.wanted[place]) not in paths[place]:
+                back = grammar.withdraw(row.states, row.output, wanted)
             if back:
                 break
             if paths and not paths[place]:
@@ -260,7 +247,7 @@ def _advance(
         first += len(draft) + 1
 
     # one softmax for all that was kept; and what the grammar takes back leaves the row
-    log_probs = iter(_log_probs(scores, best, kept))
+    log_probs = iter(choices.log_probs(kept))
     for row, (count, back) in zip(growing, taken, strict=True):
         row.log_probs += islice(log_probs, count)
         if back:
@@ -277,23 +264,3 @@ def _path(grammar: Grammar[State], state: State, draft: list[int], ends: Collect
             break
         path.append(grammar.moves(path[-1][token]))
     return path
-
-
-def _scores(logits: Tensor, paths: list[Mapping[int, Any]]) -> tuple[Tensor, Tensor | None]:
-    """The logits (P, V); or, where only some tokens are allowed, theirs and their ids, both (P, M), the ids in order so
-    that of equals the same comes first."""
-    if not paths:
-        return logits, None
-    widest = max(1, *map(len, paths))
-    tokens = torch.tensor(
-        [[*sorted(allowed), *[-1] * (widest - len(allowed))] for allowed in paths], device=logits.device
-    )
-    return logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf), tokens
-
-
-def _log_probs(scores: Tensor, best: Tensor, kept: list[int]) -> list[float]:
-    """The log-probabilities of the chosen tokens at some of the places; half precision rounds the result only. Of a few
-    at a time, which takes little memory."""
-    places = torch.tensor(kept, dtype=torch.long, device=scores.device)
-    parts = places.split(max(1, SOFTMAX_AT_ONCE // scores.shape[1]))
-    return torch.cat([scores[some].log_softmax(-1).gather(1, best[some, None])[:, 0] for some in parts]).tolist()

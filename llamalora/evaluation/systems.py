@@ -18,11 +18,12 @@ from ..lora.inject import merge_for_good
 from ..lora.peft_format import read_adapter
 from ..model.checkpoint import load_model, skeleton
 from ..model.config import read_config
+from ..model.elementwise import compile_formulas
 from ..model.llama import Llama
 from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
-from ..runs.setup import check_constraint, check_tags, load_trained, make_task
+from ..runs.setup import check_constraint, check_tags, choose_compiled, load_trained, make_task
 from ..runs.shared import RECORD, find_base, read_record, recorded_task, weights_fingerprint
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
@@ -48,7 +49,7 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     settings = read_settings(folder)
     with _loading(settings.model, DTYPES[precision], world.device):
         model, tokenizer = load_trained(folder, which, precision, world.device)
-        model = merge_for_good(model)
+        model = _compiled(merge_for_good(model))
     known = _training_sentences(settings.data)[: settings.limit_train]
     return System(model, tokenizer, task, known)
 
@@ -61,9 +62,16 @@ def load_system(settings: Settings, adapter: str | None, precision: str, world: 
     splits = read_splits(settings.data)
     task = make_task(settings, splits)
     check_tags(task, tokenizer, settings.model)
-    model = _load_merged(settings.model, adapter, DTYPES[precision], world.device)
+    model = _compiled(_load_merged(settings.model, adapter, DTYPES[precision], world.device))
     known = all_sentences(splits.get("train", ()))
     return System(model, tokenizer, task, known)
+
+
+def _compiled(model: Llama) -> Llama:
+    """With compiled formulas, if a GPU can have them: for a whole split it is worth the time."""
+    if choose_compiled("auto", model.model.norm.weight.device)[0]:
+        compile_formulas(model)
+    return model
 
 
 def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:

@@ -31,15 +31,19 @@ def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Te
     # the queries of a group stand behind each other, so that keys and values are not copied for each head
     x = rectangle.unpack(q).unflatten(2, (-1, groups))
     x = x.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (batch, K, G * L, E)
-    y = F.scaled_dot_product_attention(x, k, v, attn_mask=_mask(packing, groups))
+    y = F.scaled_dot_product_attention(x, k, v, attn_mask=_mask(packing, groups, q.dtype))
     return rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
 @lru_cache(maxsize=2)  # all layers have the same
-def _mask(packing: Packing, groups: int) -> Tensor:
-    """(batch, 1, G * L, S), true where a query sees a key."""
+def _mask(packing: Packing, groups: int, dtype: torch.dtype) -> Tensor:
+    """(batch, 1, G * L, S), what is added to the scores: minus infinity where a query does not see a key, else 0. Of a
+    mask of booleans each layer would make that anew."""
     assert packing.reach is not None, "sequences that go on, on a GPU"
-    return packing.reach.mask.repeat(1, 1, groups, 1)
+    hidden = packing.reach.hidden[:, None, None]
+    batch, _, _, length, extent = hidden.shape
+    mask = torch.zeros(batch, 1, groups, length, extent, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf).flatten(2, 3)
 
 
 def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:

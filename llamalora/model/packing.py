@@ -73,7 +73,7 @@ class Packing:
         self.positions = positions[None]
         self.bounds = bounds.to(torch.int32)
         self.starts = starts
-        self.reach = None if starts is None or device.type == "cpu" else Reach(lengths, starts, device)
+        self.reach = None if starts is None or device.type == "cpu" else Reach.of(lengths, starts, device)
 
     @property
     def continues(self) -> bool:
@@ -89,16 +89,45 @@ class Packing:
 class Reach:
     """Sequences that go on in a cache, one for each of its rows, as a rectangle, and what their queries see of it.
 
-    Attributes:
+    Args:
         extent: S, the cache's slots that matter.
-        mask: (batch, 1, L, S), true where a query sees a slot.
+        last: (batch, L) of each query, the last slot that it sees.
+
+    Attributes:
+        hidden: (batch, L, S), true where a query does not see a slot.
     """
 
-    def __init__(self, lengths: list[int], starts: list[int], device: torch.device):
-        self.rectangle = Rectangle(lengths, device)
-        self.extent = max(map(sum, zip(starts, lengths, strict=True)))
-        last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))  # (batch, L)
-        self.mask = (torch.arange(self.extent) <= last[..., None])[:, None].to(device, non_blocking=True)
+    def __init__(self, rectangle: Rectangle, extent: int, last: Tensor):
+        self.rectangle, self.extent = rectangle, extent
+        self.hidden = torch.arange(extent, device=last.device) > last[..., None]
+
+    @staticmethod
+    def of(lengths: list[int], starts: list[int], device: torch.device) -> "Reach":
+        last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))
+        extent = max(map(sum, zip(starts, lengths, strict=True)))
+        return Reach(Rectangle(lengths, device), extent, last.to(device, non_blocking=True))
+
+
+class FixedPacking(Packing):
+    """Sequences that go on, as many tokens of each. Where they go on is known to the device alone, so that a GPU can
+    repeat what was computed with such a packing for other places.
+
+    Args:
+        starts: (batch,) on the device, the position at which each sequence goes on.
+        width: T, tokens of each.
+        extent: S, the cache's slots that can matter.
+    """
+
+    def __init__(self, starts: Tensor, width: int, extent: int):
+        self.lengths, self.device = [width] * len(starts), starts.device
+        places = starts[:, None] + torch.arange(width, device=self.device)  # (batch, T)
+        self.positions = places.reshape(1, -1)
+        self.rows = torch.arange(len(starts), device=self.device)[:, None].expand_as(places).reshape(-1)
+        self.reach = Reach(Rectangle(self.lengths, self.device), extent, places)
+
+    @property
+    def continues(self) -> bool:
+        return True
 
 
 def moved(device: torch.device, *tensors: Tensor) -> Sequence[Tensor]:

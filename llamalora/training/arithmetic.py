@@ -23,7 +23,7 @@ from .saved import learns, parameter_count
 # another parameter that learns; of embedding, norm, head and loss
 BLOCK, AGAIN, ADAPTED, LEARNING, ENDS = 160, 75, 14, 3, 88
 UNPADDED, COMPILED = 14, 50  # fewer in each block
-DECODING, GRAPHED, DECODING_ENDS = 41, 10, 21  # of a block of the merged model, and of the rest
+DECODING, GRAPHED, DECODING_ENDS = 41, 11, 21  # of a block of the merged model, and of the rest
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ rates of which some are assumed. A plan, no measurement; reading and saving file
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..evaluation.graphed import MOST as GRAPHED_TOKENS
 from .arithmetic import DECODING, DECODING_ENDS, Batch, Part, Work, model_flops
 from .cards import Card
 
@@ -125,8 +126,10 @@ class Machine:
         Args:
             prompt, answer: tokens of a sentence.
         """
+        tokens = round(WRITTEN / (1 - REJECTED))
+        graphed = not self.sharded and rows * tokens <= GRAPHED_TOKENS
         read = self.decoding(work, rows, round(prompt), prompt / 2)
-        written = self.decoding(work, rows, round(WRITTEN / (1 - REJECTED)), prompt + answer / 2)
+        written = self.decoding(work, rows, tokens, prompt + answer / 2, graphed)
         return rows / (read + max(1.0, answer / WRITTEN) * written)
 
 

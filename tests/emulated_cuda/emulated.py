@@ -7,6 +7,7 @@ a V100 of 16 GB unless `CARD` is changed.
 import ctypes
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -48,15 +49,40 @@ def peak() -> int:
     return _library.emu_peak()
 
 
-def counts() -> dict[str, int]:
-    """How often each operation ran since `clear`; `operations` and `waits`, for which the host stopped, of all."""
+def _counted() -> Counter[str]:
     lines = _library.emu_names().decode().splitlines()
     by_name = {name: int(times) for name, times in (line.split("\t") for line in lines)}
-    return {"operations": _library.emu_operations(), "waits": _library.emu_waits()} | by_name
+    return Counter({"operations": _library.emu_operations(), "waits": _library.emu_waits()} | by_name)
+
+
+_instead: Counter[str] = Counter()  # what `as_one` adds to the library's counts
+
+
+def counts() -> dict[str, int]:
+    """How often each operation ran since `clear`; `operations` and `waits`, for which the host stopped, of all."""
+    found = _counted()
+    found.update(_instead)
+    return dict(found)
 
 
 def clear() -> None:
     _library.emu_clear()
+    _instead.clear()
+
+
+def as_one(work, name: str | None = None):
+    """What does the work, and counts it as one operation, as a compiled formula or a graph is."""
+
+    def run(*arguments):
+        before = _counted()
+        result = work(*arguments)
+        after = _counted()
+        after.subtract(before)
+        _instead.subtract(after)
+        _instead.update(("operations", name or work.__name__))
+        return result
+
+    return run
 
 
 def limit(size: int | None) -> None:
@@ -120,3 +146,47 @@ import torch.cuda.amp.common  # noqa: E402
 
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 torch.backends.cuda.is_flash_attention_available = lambda: True
+
+
+# ---- graphs: what is launched while one is captured is run again with the same tensors ----
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+
+class CUDAGraph:
+    def __init__(self):
+        self.calls = []
+
+    def replay(self) -> None:
+        as_one(self._run, "graph")()
+
+    def _run(self) -> None:
+        for function, arguments, named, made in self.calls:
+            again = function(*arguments, **named)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # a graph's results stand where they stood
+
+
+class _Capture(TorchDispatchMode):
+    """
+    Raises:
+        RuntimeError: the host waits for the device, or gives it something that it would not give it again.
+    """
+
+    def __init__(self, graph: CUDAGraph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        before = _counted()
+        made = function(*arguments, **(named or {}))
+        after = _counted()
+        if after["waits"] > before["waits"] or after["copy_ to the device"] > before["copy_ to the device"]:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
+        self.graph.calls.append((function, arguments, named or {}, made))
+        return made
+
+
+torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, _Capture

@@ -348,7 +348,7 @@ def test_cached_is_uncached(shape, paces, together):
             lengths = [min(pace, total - place) for pace, place in zip(paces, at, strict=True)]  # 0: it is through
             parts = [row[place : place + n] for row, place, n in zip(rows, at, lengths, strict=True)]
             packing = Packing(lengths, cpu, starts=at)
-            packing.reach = Reach(lengths, at, cpu) if together else None
+            packing.reach = Reach.of(lengths, at, cpu) if together else None
             got = model(torch.cat(parts)[None], packing, cache)
             for row, part in enumerate(got[0].split(lengths)):
                 close(part, expected[row, at[row] : at[row] + lengths[row]], 1e-5)
