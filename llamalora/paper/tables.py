@@ -3,7 +3,7 @@ and kept; the flags in groups are those of `train`, for every run."""
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
                 (trials,) = (table for table in chosen if table.name == "recipe")
                 first = replace(runner, seeds=seeds[:1])
                 first.run([trials])
-                runner.rates, runner.lr_full = best_rates(trials, first)
+                runner.rates, runner.lr_full = best_rates(trials, first.results)
                 runners = [first if table is trials else runner for table in chosen]
             runner.run(table for table in chosen if table.name != "recipe")
             summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
@@ -170,12 +170,16 @@ def read_rates(items: Iterable[str]) -> dict[str, tuple[float, ...]]:
     return rates
 
 
-def best_rates(trials: Table, runner: "Runner") -> tuple[dict[int, float], float | None]:
+def best_rates(trials: Table, results: Callable[[Row, str], list[dict]]) -> tuple[dict[int, float], float | None]:
     """The learning rate with the best F1 on the development split: for each rank that was tried, and for full
-    fine-tuning. A trial that failed is none."""
+    fine-tuning. A trial that failed is none.
+
+    Args:
+        results: of a row on a split.
+    """
     best: dict[int, tuple[float, float]] = {}
     for row in trials.rows:
-        (result,), (run,) = runner.results(row, trials.split), row.runs
+        (result,), (run,) = results(row, trials.split), row.runs
         if "error" not in result:
             rank = run.get("rank", FULL)
             best[rank] = max(best.get(rank, (-1.0, 0.0)), (result["micro"]["f1"], run["lr"]))

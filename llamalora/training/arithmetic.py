@@ -11,6 +11,7 @@ from functools import cached_property
 
 from torch import nn
 
+from ..distributed.sharding import frozen_size
 from ..lora.inject import count_parameters, lora_layers, trainable_parameters
 from ..lora.layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ..model.config import LlamaConfig
@@ -159,6 +160,10 @@ class Work:
     def size(self) -> int:
         """Values of the model, updates included."""
         return parameter_count(self.model)
+
+    @cached_property
+    def frozen_of_a_block(self) -> int:
+        return max(frozen_size(block) for block in self.model.model.layers)
 
     @cached_property
     def adapted(self) -> list[LoRALinear]:

@@ -4,7 +4,9 @@ rates of which some are assumed. A plan, no measurement; reading and saving file
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
+from ..distributed.gradients import STRETCH_BYTES
 from ..evaluation.graphed import MOST as GRAPHED_TOKENS
 from .arithmetic import DECODING, DECODING_ENDS, Batch, Part, Work, model_flops
 from .cards import Card
@@ -13,6 +15,7 @@ PRODUCTS, ATTENTION = 0.72, 0.36  # shares of peak that large products reach, an
 MEMORY, LINKS = 0.85, 0.80  # shares of the memory's and of a link's bandwidth
 KERNEL, COLLECTIVE = 2e-6, 25e-6  # seconds that the shortest kernel takes, and that a collective waits
 LAUNCH, TRAINING_LAUNCH = 6.6e-6, 9.2e-6  # seconds of the host for a kernel, without autograd and with it
+BACKWARD = 0.5  # share of a micro-batch's time, in which ddp sums gradients already
 WRITTEN, REJECTED = 11, 0.28  # tokens that a sentence gains in a pass with drafts; how many of the drafted are wrong
 
 
@@ -60,11 +63,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the work is done on, and whether a model is spread over all GPUs (fsdp) or on each (ddp)."""
+    """What the work is done on.
+
+    Attributes:
+        sharded: the model is spread over all GPUs (fsdp), or on each (ddp).
+        whole: if it is spread, blocks of which each GPU keeps the frozen weights.
+    """
 
     card: Card
     links: Links = Links()
     sharded: bool = False
+    whole: int = 0
 
     def seconds(self, part: Part, precision: str) -> float:
         """The longest of its arithmetic, its bytes, and its kernels' shortest times."""
@@ -79,7 +88,7 @@ class Machine:
         taken["host"] = max(0.0, work.launches * TRAINING_LAUNCH - sum(taken.values()))
         taken["links"] = 0.0
         if self.sharded:
-            gathered = 2 * work.width * work.size
+            gathered = 2 * work.width * (work.size - self.whole * work.frozen_of_a_block)
             passes = 3 * (work.model.config.num_hidden_layers + 1)
             taken["links"] = max(0.0, self.links.seconds(gathered + 4 * work.trainable, passes) - sum(taken.values()))
         return taken
@@ -89,17 +98,19 @@ class Machine:
         shards = self.links.size if self.sharded else 1
         count = (40 + 8 * (work.precision == "fp16")) * work.trainable / shards  # norm, clipping, AdamW; unscaling
         taken = {"optimizer": self.seconds(Part(bytes=count), work.precision)}
-        # gradients are summed tensor by tensor: scattered, and gathered again
-        tensors = len(work.learning)
-        return taken | {"links": 0.0 if self.sharded else self.links.seconds(2 * 4 * work.trainable, tensors)}
+        # gradients are summed stretch by stretch: scattered, and gathered again
+        size = 4 * work.trainable
+        return taken | {"links": 0.0 if self.sharded else self.links.seconds(2 * size, ceil(size / STRETCH_BYTES))}
 
     def training(self, work: Work, steps: Sequence[Sequence[Sequence[Batch]]]) -> Training:
         """Of steps that `micro_batches` has shared out."""
         total: dict[str, float] = {}
         update = self.update(work)
         for step in steps:
-            shares = [_sum(*(self.micro_batch(work, batch) for batch in share)) for share in step]
-            total = _sum(total, max(shares, key=lambda parts: sum(parts.values())), update)
+            shares = [[self.micro_batch(work, batch) for batch in share] for share in step]
+            slowest = max(shares, key=lambda share: sum(sum(parts.values()) for parts in share))
+            hidden = BACKWARD * sum(slowest[-1].values())  # sums go on beside the last backward pass
+            total = _sum(total, *slowest, update | {"links": max(0.0, update["links"] - hidden)})
         batches = [batch for step in steps for share in step for batch in share]
         tokens, supervised, squares = (
             sum(getattr(batch, name) for batch in batches) for name in ("tokens", "supervised", "squares")

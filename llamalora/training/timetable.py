@@ -114,7 +114,7 @@ def table(model: Llama, settings: Settings, corpus: Corpus, card: str, links: Li
     placement = fit(model, settings, corpus.lengths, links.size, capacity)
     steps = plan_epoch(corpus.lengths, settings.batch_tokens, seed=0, epoch=0)
     epochs = default_epochs(len(steps))
-    machine = Machine(gpu, links, placement.parallel == "fsdp")
+    machine = Machine(gpu, links, placement.parallel == "fsdp", placement.whole)
     alone = Machine(gpu)
     dealt = micro_batches(corpus.lengths, corpus.supervised, steps, links.size, placement.micro_tokens)
     forms, tokens = {}, sum(corpus.lengths)
@@ -187,6 +187,7 @@ def assumptions(card: str, precision: str, links: Links) -> list[tuple[str, str,
     if links.nodes > 1:
         rows.append(("network of a node, each direction", f"{links.network:,g} GB/s", "assumed; --network"))
     if links.size > 1:
+        rows.append(("of a micro-batch, beside which ddp sums", f"{duration.BACKWARD:.0%}", "assumed"))
         rows.append(("reached of links", f"{duration.LINKS:.0%}", "assumed"))
         rows.append(("a collective waits", f"{duration.COLLECTIVE * 1e6:g} us", "assumed"))
     return rows
@@ -239,7 +240,7 @@ def expected(job: Job, model: Llama, world: World) -> str | None:
         return None
     here = min(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))  # of this run
     links = Links(here, world.size // here, CARDS[card].link, NETWORK)
-    machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp")
+    machine = Machine(CARDS[card], links, job.placement.parallel == "fsdp", job.placement.whole)
     epoch = [indices for number, indices in job.steps if number == 0]
     supervised = sum(example.supervised for example in job.examples) / sum(job.lengths)
     kernel = attention_kernel(model.config.head_dim, DTYPES[job.settings.precision], world.device)

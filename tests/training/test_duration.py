@@ -20,7 +20,7 @@ from llamalora.training import timetable
 from llamalora.training.arithmetic import FORMS, Batch, Form, Part, Work, micro_batches, model_flops
 from llamalora.training.batch import Example, MicroBatch, plan_epoch
 from llamalora.training.cards import CARDS, recognise
-from llamalora.training.duration import Links, Machine
+from llamalora.training.duration import COLLECTIVE, Links, Machine
 from llamalora.training.memory import GIB, LENGTHS, typical
 from llamalora.training.placement import Placement
 from llamalora.training.step import backward
@@ -125,13 +125,28 @@ def test_exchange_over_links():
 
 def test_ddp_sums_gradients_and_fsdp_gathers_parameters(seven):
     work, links = Work(seven, "fp16"), Links(4, 1, 150)
-    assert Machine(CARDS["V100-32"], links).update(work)["links"] == links.seconds(2 * 4 * 329_056_256, 452)
+    assert Machine(CARDS["V100-32"], links).update(work)["links"] == links.seconds(2 * 4 * 329_056_256, 40)  # of 32 MiB
     assert Machine(CARDS["V100-32"]).update(work)["links"] == 0
     spread = Machine(CARDS["V100-16"], links, sharded=True)
     taken = spread.micro_batch(work, Batch.of([100], 0.6))
     gathered = 2 * 2 * sum(count_parameters(seven).values()) + 4 * 329_056_256
     assert sum(taken.values()) == pytest.approx(links.seconds(gathered, 99)) and taken["links"] > 0
+    keeping = replace(spread, whole=8).micro_batch(work, Batch.of([100], 0.6))
+    kept = 2 * 2 * 8 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert sum(keeping.values()) == pytest.approx(links.seconds(gathered - kept, 99))
     assert spread.update(work)["optimizer"] == pytest.approx(48 * 329_056_256 / 4 / (0.85 * 900e9))
+
+
+def test_sums_go_on_beside_the_last_backward_pass(seven):
+    """Three micro-batches of a step: half of the last one hides what it can of the sums."""
+    work, batch = Work(seven, "bf16"), Batch.of([100] * 20, 0.6)
+    alone, machine = Machine(CARDS["H100"]), Machine(CARDS["H100"], Links(4, 1, 450))
+    one, update = sum(alone.micro_batch(work, batch).values()), machine.update(work)
+    for count, hides in ((3, 0.5 * one), (1, 0.5 * one)):
+        taken = machine.training(work, [[[batch] * count] * 4]).seconds
+        assert taken == pytest.approx(count * one + update["optimizer"] + max(0, update["links"] - hides))
+    slow = replace(machine, links=Links(4, 1, 10))
+    assert slow.training(work, [[[batch]] * 4]).parts["links"] == pytest.approx(slow.update(work)["links"] - 0.5 * one)
 
 
 def test_a_small_micro_batch_waits_for_the_host(seven):
@@ -164,7 +179,9 @@ def test_four_v100_over_nvlink_and_pcie(inside, tokens, minutes, seven, corpus):
 
 
 def test_summing_gradients_of_seven_billion(seven):
-    assert 0.015 < Machine(CARDS["H100"], Links(4, 1, 450)).update(Work(seven, "bf16"))["links"] < 0.020
+    """15 to 20 ms for 452 sums; in stretches of 32 MiB there are 40, and less to wait for."""
+    links = Machine(CARDS["H100"], Links(4, 1, 450)).update(Work(seven, "bf16"))["links"]
+    assert 0.015 < links + (452 - 40) * COLLECTIVE < 0.020
 
 
 @pytest.mark.parametrize("card, graphed, speed", [("H200", 0, 114), ("H200", 1, 265), ("H100", 1, 193)])
@@ -187,8 +204,8 @@ def test_more_is_never_slower(parallel, seven, corpus):
     usual = seconds()
     assert seconds(gpus=4) < usual and seconds(gpus=8) < seconds(gpus=4)
     assert seconds(bandwidth=2 * card.bandwidth) < usual > seconds(teraflops={"bf16": 600})
-    assert seconds(inside=10) > usual >= seconds(inside=600)
-    assert seconds(gpus=2, nodes=2, network=5) > seconds(gpus=2, nodes=2) > seconds(gpus=4)
+    assert seconds(inside=1) > usual >= seconds(inside=600)
+    assert seconds(gpus=2, nodes=2, network=1) > seconds(gpus=2, nodes=2) >= seconds(gpus=4)
     unpadded, compiled = (seconds(form=FORMS[name]) for name in ("attention unpadded", "and compiled"))
     assert compiled < unpadded < usual
 
