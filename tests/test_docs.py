@@ -1,6 +1,5 @@
 """Every Python snippet of README.md and docs/ runs: those of one file in order, in one namespace."""
 
-import json
 import re
 import runpy
 import tempfile
@@ -45,5 +44,5 @@ def test_the_tour_has_snippets():
 
 def test_the_reproduction_is_what_its_script_makes_of_the_results():
     module = runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
-    result = json.loads((ROOT / "docs/results/tables.json").read_text(encoding="utf-8"))
-    assert module["document"](result) == (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    kept = module["Kept"].read(ROOT / "docs/results/cells")
+    assert module["document"](kept) == (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")

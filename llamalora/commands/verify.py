@@ -134,7 +134,8 @@ def show(report: Report) -> str:
     if wrong := [name for name, damage in report.results.items() if damage]:
         lines.append(f"not as the run itself wrote it: {', '.join(wrong)}")
     if report.resume and not report.config:
-        lines.append(f"{called('train')} --resume {quote(str(report.run))} would go on from {report.resume}")
+        again = f"{called('train')} --resume {quote(str(report.run))}"
+        lines.append(f"{again} goes on from {report.resume}, if the run has not ended there")
     elif not report.resume and any(item.name.startswith("checkpoints/") for item in report.folders):
         lines.append("no checkpoint is sound: the run cannot be resumed, start it again in another folder")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ _MENTION_LINE = re.compile(rf"[^\t]+\t\d+\t\d+\t[^\t]+\t(?!{TAG}\s*$)[^\t]+")
 # Anything else with tabs has to be a mention.
 _CONCEPT = r"\t(-|[^\t ]*[0-9][^\t ]*)"
 _RELATION_LINE = re.compile(rf"[^\t]+\t[A-Za-z][A-Za-z_-]+({_CONCEPT}){{2}}(\t(Novel|No))?\s*")
+NO_CONCEPT = ("", "-", "-1")
 _MENTION_FORM = "`id start end text label` with tabs between its columns"
 
 
@@ -47,7 +48,7 @@ def pubtator_records(
     """Parses PubTator as it comes: `id|t|title`, `id|a|abstract`, then mentions `id start end text label`, tabbed.
 
     The text is title + one space + abstract, as the standard counts its offsets; a tab in it is read as a space,
-    since it cannot be written back. Relations are skipped.
+    since it cannot be written back. Relations are skipped, and counted.
 
     Args:
         lines: each with its `file:line`.
@@ -80,6 +81,7 @@ def pubtator_records(
             continue
         awaits_abstract = False
         if _RELATION_LINE.fullmatch(line):
+            reading.notes["relations not read"] += 1
             continue
         columns = line.split("\t")
         if len(columns) < 5:
@@ -117,7 +119,9 @@ def pubtator_documents(
 
 
 def _mention(where: str, columns: list[str], document: Document, reading: Reading) -> Span | None:
-    start, end, written, label = columns[1:5]
+    start, end, written, label, *further = columns[1:]
+    if any(column.strip() not in NO_CONCEPT for column in further):
+        reading.notes["concept ids of mentions not read"] += 1
     return reading.mention(where, document, start, end, label, written, " of title + one space + abstract")
 
 

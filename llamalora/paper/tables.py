@@ -106,19 +106,20 @@ def main(argv: list[str]) -> None:
             runner.run(table for table in chosen if table.name != "recipe")
             summaries = [summarise(*each, predictions) for each in zip(chosen, runners, strict=True)]
             sections += [report.trained(summary) for summary in summaries]
+        if world.is_main:  # before it is written, which may fail
+            words = {word: meaning for section in sections for word, meaning in section.words.items()}
+            parts = [section.plain for section in sections] + [legend(words)] * bool(words)
+            print("\n" + "\n\n".join(parts), flush=True)
+        names = ["tables.md"]
+        if any(name in TRAINED for name in which):
             with alone(out / "tables.json", world):
                 if world.is_main:
                     keep(summaries, runner, list(zip(chosen, runners, strict=True)), out)
+            names += [name for name in ("tables.json", "curves.png", "table3.png") if (out / name).exists()]
         with alone(out / "tables.md", world):
             if world.is_main:
                 replace_file(out / "tables.md", "\n\n".join(section.markdown for section in sections) + "\n")
-        if world.is_main:
-            words = {word: meaning for section in sections for word, meaning in section.words.items()}
-            parts = [section.plain for section in sections] + [legend(words)] * bool(words)
-            names = ["tables.md"]
-            if any(name in TRAINED for name in which):
-                names += [name for name in ("tables.json", "curves.png", "table3.png") if (out / name).exists()]
-            print("\n" + "\n\n".join([*parts, wrapped(f"written to {out}: {', '.join(names)}")]))
+                print("\n" + wrapped(f"written to {out}: {', '.join(names)}"))
 
 
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:

@@ -67,6 +67,8 @@ NOTE = {
     "trimmed": "mentions trimmed of whitespace at their ends",
     "blank": "mentions of nothing but whitespace, left out",
     "tab": "tabs in texts, read as spaces",
+    "relations": "relations not read",
+    "concepts": "concept ids of mentions not read",
     "written": "mentions whose text has other case, spaces or quotes, taken by their offsets",
 }
 
@@ -147,15 +149,16 @@ def test_predictions_may_be_mentions_alone(tmp_path):
     [
         ("7\t0\t12\tfamilialFMF\tDisease", "Familial FMF", ["written"]),
         ('7\t0\t12\t"familial" FMF\tDisease', "Familial FMF", ["written"]),
-        ("7\t18\t25\tp53\tGene\t7157", "`p53` ‘", ["written"]),
+        ("7\t18\t25\tp53\tGene\t7157", "`p53` ‘", ["written", "concepts"]),
         ("7\t8\t12\tFMF\tDisease", "FMF", ["trimmed"]),
         ("7\t8\t13\tfmf\tDisease", "FMF", ["written", "trimmed"]),
         ("7\t9\t12\t FMF \tDisease", "FMF", []),
         ("7\t12\t13\t \tDisease", None, ["blank"]),
-        ("7\t18\t23\t`p53`\tProteinMutation\ttmVar:p|SUB|R;RS#:6025\t2153\t", "`p53`", []),
-        ("7\tCID\tD001\t-1", None, []),
-        ("7\tPositive_Correlation\t7157\tD003\tNovel", None, []),
-        ("7\tassociate\tGene|7157\tDisease|MESH:D003\tNo", None, []),
+        ("7\t18\t23\t`p53`\tProteinMutation\ttmVar:p|SUB|R;RS#:6025\t2153\t", "`p53`", ["concepts"]),
+        ("7\t9\t12\tFMF\tDisease\t-1", "FMF", []),
+        ("7\tCID\tD001\t-1", None, ["relations"]),
+        ("7\tPositive_Correlation\t7157\tD003\tNovel", None, ["relations"]),
+        ("7\tassociate\tGene|7157\tDisease|MESH:D003\tNo", None, ["relations"]),
     ],
 )
 def test_official_lines(tmp_path, line, mention, notes):

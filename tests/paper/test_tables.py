@@ -18,7 +18,7 @@ from llamalora.distributed.world import World
 from llamalora.lora.inject import count_parameters, make_trainable
 from llamalora.model.checkpoint import read_config, skeleton
 from llamalora.model.config import LlamaConfig
-from llamalora.paper import cells, counted, figures, findings
+from llamalora.paper import cells, counted, figures, findings, tables
 from llamalora.paper.experiments import (
     BASE,
     VARIED,
@@ -330,6 +330,17 @@ def test_tables_5_to_8_need_no_model(tmp_path, capsys, monkeypatch):
     assert text in shown and not (tmp_path / "cells").exists()
     for words in ("(Table 5: 4,182)", "it differs for q,k at r=64 and q,k,v at r=64", "329,056,256 ✓"):
         assert words in text
+
+
+def test_what_cannot_be_written_has_been_shown(tmp_path, capsys, monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tables, "replace_file", refuse)
+    with pytest.raises(SystemExit):
+        run_command(command, ["tables", "8", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "329,056,256" in shown.out and "tables.md" in shown.err
 
 
 def test_the_formats_of_table_6_come_out_exactly():
