@@ -9,6 +9,7 @@ Dimensions: R rows of the cache, T tokens of each.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Graphs:
     def __init__(self, model: Llama, backbone: Backbone, cache: KVCache, tell: Callable[[str], None]):
         self.model, self.backbone, self.cache, self.tell = model, backbone, cache, tell
         self.known: dict[tuple[int, int, int], _Graph] = {}
+        self.pool: Any = None  # of memory: what is read at once may lie where others compute
         self.keys: Tensor | None = None  # of the cache when the graphs were captured
         self.able = True
 
@@ -60,7 +62,7 @@ class Graphs:
             graph = self.known[shape] = _Graph(self.model, self.backbone, self.cache, *shape)
         elif graph.captured is None and self.able:
             try:
-                graph.capture()
+                self.pool = graph.capture(self.pool)
             except RuntimeError as error:
                 self.able = False
                 self.tell(f"decoding without CUDA graphs, which is slower: {error}")
@@ -81,12 +83,20 @@ class _Graph:
         self.captured: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
-    def capture(self) -> None:
-        """Makes a graph of what `compute` launches, which must have run before: what is made then is kept."""
+    def capture(self, pool: Any) -> Any:
+        """Makes a graph of what `compute` launches, which must have run before: what is made then is kept.
+
+        Args:
+            pool: of memory, as torch names it; None for a new one.
+
+        Returns:
+            The pool.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool):
             self.result = self.compute()
         self.captured = graph
+        return graph.pool()
 
     def run(self, given: list[list[int]]) -> list[list[float]]:
         """Choices and log-probabilities, each (R * T)."""

@@ -46,7 +46,10 @@ def _form(linears: list[nn.Linear]) -> ModuleType | None:
         able = able and dtype == torch.bfloat16
     else:
         form, more = joined, 3 * max(weight.nbytes for weight in weights)  # while some are laid below each other
-        able = device.type == "cuda" and not torch.is_autocast_enabled("cuda")  # which casts weights at each product
+        casts = (
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != dtype
+        )  # weights, at each product
+        able = device.type == "cuda" and not casts
     return form if able and more <= SHARE * free_memory(device) else None
 
 

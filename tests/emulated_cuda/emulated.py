@@ -158,6 +158,9 @@ class CUDAGraph:
     def __init__(self):
         self.calls = []
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
     def replay(self) -> None:
         as_one(self._run, "graph")()
 
@@ -175,7 +178,7 @@ class _Capture(TorchDispatchMode):
         RuntimeError: the host waits for the device, or gives it something that it would not give it again.
     """
 
-    def __init__(self, graph: CUDAGraph):
+    def __init__(self, graph: CUDAGraph, pool: tuple[int, int] | None = None):
         super().__init__()
         self.graph = graph
 

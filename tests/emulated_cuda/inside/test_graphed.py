@@ -62,11 +62,21 @@ def test_half_precision_is_as_exact_as_without_graphs(monkeypatch):
         assert two[:3] == pytest.approx(all_exact[:3], abs=0.05)
 
 
+@pytest.mark.parametrize("dtype, graphs", [(torch.float16, True), (torch.float32, False)])
+def test_autocast_must_have_nothing_to_cast(dtype, graphs):
+    """As in an evaluation during training, of an adapter or with all weights trained."""
+    model = merged().to(dtype)
+    emulated.clear()
+    with torch.autocast("cuda", torch.float16):
+        decoding.generate(model, PROMPTS, NEVER, NEW)
+    assert emulated.counts().get("graph", 0) > 0 if graphs else "graph" not in emulated.counts()
+
+
 def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch):
     model, said = merged(), []
     expected = launched(model, monkeypatch)
 
-    def refuse(graph):
+    def refuse(graph, pool):
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
