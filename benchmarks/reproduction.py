@@ -1,160 +1,337 @@
 #!/usr/bin/env python3
-"""Writes docs/reproduction.md from docs/results/tables.json, which `python -m llamalora tables` wrote.
+"""Writes docs/reproduction.md from the results of cells that docs/results/cells keeps, and from nothing else.
 
-python -m llamalora tables recipe 1 2 3 4 --out runs/tables ...
-cp runs/tables/tables.json docs/results/ && python benchmarks/reproduction.py
+COMMANDS below made them. What they add to RUNS/cells goes on another day where docs/results/cells has it:
+
+cp runs/tables/cells/*.json docs/results/cells/ && python benchmarks/reproduction.py
 """
 
 import json
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamalora.paper import figures, report
-from llamalora.paper.printed import RANKS
+from llamalora.model.config import LlamaConfig
+from llamalora.paper import figures, findings, report
+from llamalora.paper.cells import deciding
+from llamalora.paper.experiments import Row, Table, ablation, methods, recipe, table1, table2, table3, table4
+from llamalora.paper.printed import RANKS, TABLE4
+from llamalora.paper.runner import runs
+from llamalora.paper.tables import best_rates
 from llamalora.runs.settings import Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+LABELS, SHOTS = ("Disease", "Chemical"), 2
+BUDGET = {"epochs": 1, "batch_sentences": 10}  # of every table
+RATES = {2: (2e-3, 4e-3, 8e-3), 8: (1e-3, 2e-3, 4e-3), 128: (5e-4, 1e-3, 2e-3)}  # tried, of LoRA by rank
+RATES_FULL = (1e-4, 2e-4, 4e-4)
+PAPER = ("1", "2", "3", "4")  # the paper's own tables
+BEYOND = ("ablation", "methods")  # what it leaves open
+SHOWN = 8  # of the best recipes
+
+COMMANDS = f"""\
+python -m llamalora tables recipe 4 methods $RATES $BUDGET
+python -m llamalora tables recipe 1 2 $RATES $BUDGET --seeds 0,1,2
+python -m llamalora tables recipe 3 $RATES $BUDGET --ranks {",".join(map(str, RATES))}
+python -m llamalora tables recipe ablation $RATES $BUDGET"""
+
+
+@dataclass
+class Kept:
+    """Results of cells, found by the settings that decided them.
+
+    Attributes:
+        by_runs: by the runs that a result is of, and the split.
+        rates, lr_full: peak learning rates, as in `llamalora.paper.runner.Runner`.
+    """
+
+    by_runs: Mapping[tuple[frozenset, str], dict]
+    rates: Mapping[int, float] = field(default_factory=dict)
+    lr_full: float | None = None
+
+    @staticmethod
+    def read(folder: Path) -> "Kept":
+        """All that is in a folder, with the rates that its trials found to be the best."""
+        by_runs = {}
+        for path in sorted(folder.glob("*.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if "error" not in result:
+                result["name"] = path.stem
+                by_runs[frozenset(_decided(Settings(**run)) for run in result["runs"]), result["split"]] = result
+        kept = Kept(by_runs)
+        return Kept(by_runs, *best_rates(TRIALS, kept.results))
+
+    def by_seed(self, row: Row, split: str) -> dict[int, dict]:
+        """What is known about a row with each seed."""
+        known = {}
+        for seed in range(10):
+            wanted = runs(row, seed, self.rates, None, self.lr_full)
+            key = frozenset(_decided(Settings(**{**BUDGET, **one})) for one in wanted)
+            if wanted and (result := self.by_runs.get((key, split))):
+                known[seed] = result
+        return known
+
+    def results(self, row: Row, split: str) -> list[dict]:
+        return [*self.by_seed(row, split).values()] or [{"error": "it has not been run"}]
+
+    def summary(self, table: Table) -> dict:
+        """`findings.summarise`, each row with the seeds that all rows have which have been run."""
+        known = {row.title: self.by_seed(row, table.split) for row in table.rows}
+        seeds = set.intersection(*([set(found) for found in known.values() if found] or [set()]))
+        results = {title: [found[seed] for seed in sorted(seeds & found.keys())] for title, found in known.items()}
+        return findings.summarise(table, results)
+
+    def curves(self, tables: Iterable[Table]) -> dict[str, dict]:
+        """The losses of each cell, as `figures.save` wants them."""
+        curves: dict[str, dict] = {}
+        for table in tables:
+            for row in table.rows:
+                for found in self.by_seed(row, "dev").values():
+                    if "curve" in found:
+                        curve = {"rows": [], "seconds": found["seconds"], "loss": found["curve"]}
+                        curves.setdefault(found["name"], curve)["rows"].append([table.name, row.name])
+        return curves
+
+
+def _decided(settings: Settings) -> frozenset:
+    """What decided a result, less the precision that a machine chose."""
+    return frozenset((name, value) for name, value in deciding(settings).items() if name != "precision")
+
+
+TRIALS = recipe(RATES, RATES_FULL)
 
 
 def main() -> None:
-    result = json.loads((DOCS / "results" / "tables.json").read_text())
-    figures.save(result, DOCS / "results")
-    (DOCS / "reproduction.md").write_text(document(result), encoding="utf-8")
+    kept = Kept.read(DOCS / "results" / "cells")
+    (DOCS / "reproduction.md").write_text(document(kept), encoding="utf-8")
+    tables = defined(kept)
+    summaries = {name: kept.summary(table) for name, table in tables.items()}
+    figures.save({"tables": summaries, "curves": kept.curves(tables.values())}, DOCS / "results")
     print(f"written: {DOCS / 'reproduction.md'}")
 
 
-def document(result: dict) -> str:
-    settings, machine, found = result["settings"], result["machine"], result["tables"]
-    hours = sum(curve["seconds"] for curve in result["curves"].values()) / 3600
-    steps = max((len(curve["loss"]) for curve in result["curves"].values()), default=0)
-    seeds = ", ".join(map(str, result["seeds"]))
-    scored = f"the first {settings['eval_limit']} sentences" if settings["eval_limit"] else "all sentences"
-    learnt = f"the first {settings['limit_train']} sentences" if settings["limit_train"] else "all sentences"
-    step = f"{settings['batch_sentences']} sentences" if settings["batch_sentences"] else "a number of tokens"
+def defined(kept: Kept) -> dict[str, Table]:
+    """The tables by name."""
+    any_result = next(iter(kept.by_runs.values()))
+    config = LlamaConfig.from_dict(any_result["model"])
+    tables = [table1(LABELS, SHOTS, None), table2(LABELS), table3(RATES), table4()]
+    tables += [TRIALS, ablation(config, 8), methods()]
+    return {table.name: table for table in tables}
+
+
+def document(kept: Kept) -> str:
+    tables = defined(kept)
+    found = {name: kept.summary(table) for name, table in tables.items()}
     parts = [
-        "# The paper's tables again",
+        "# The paper's findings, asked again",
         "",
-        "This page is written by `benchmarks/reproduction.py` from `docs/results/tables.json`; no figure is typed.",
+        "This page is written by `benchmarks/reproduction.py` from the results in `docs/results/cells`; no figure in "
+        "it is typed.",
         "",
-        f"The paper fine-tunes Llama-2-7B. Here its questions are put to `{settings['model']}` on the paper's corpus "
-        f"(`{settings['data']}`): the same formats, targets, ranks and scoring, another model and a smaller budget. "
-        "The figures say whether the findings hold there; they are not the paper's figures.",
+        "The paper fine-tunes Llama-2-7B. Here its questions are put to another Llama, fifty times smaller "
+        "(SmolLM2-135M-*Instruct*, quantised to 4 bits and back, see `weights/README.md`), on the paper's whole "
+        "corpus, with the same formats, targets and scoring. The figures say whether the findings hold there; they "
+        "are not the paper's figures.",
         "",
-        *findings_at_a_glance(found),
-        "## How it was run",
-        "",
-        "```",
-        command(result),
-        "```",
-        "",
-        f"- **Machine**: {machine['device']}, processes: {machine['processes']}, threads of each: "
-        f"{machine['threads']}, torch {machine['torch']}; {len(result['curves'])} runs of {steps} steps at most, "
-        f"{hours:.1f} hours of training and decoding in all, finished {result['date']}.",
-        f"- **Budget**: {learnt} of the training split, {settings['epochs']} epoch, steps of "
-        f"{step}, the same for every row; seed {seeds}; scores on {scored} of the development split (Table 4: of "
-        "the test split, looked at once, by the systems of that table only).",
-        f"- **Recipe**: AdamW, no weight decay, {settings['schedule']} schedule with "
-        f"{100 * settings['warmup']:.0f} % warm-up, clipping at {settings['clip']:g}, dropout {settings['dropout']:g}, "
-        f"scale 1 (equation 2), peak learning rate {settings['lr']:g} for every LoRA run and "
-        f"{settings['lr_full']:g} for full fine-tuning, which is the one thing besides the trainable set in which "
-        "these differ. The paper gives none of this.",
-        "- **Intervals**: 95 %, bootstrap over documents, paired for differences. A claim that A is better holds where "
-        "the interval is above zero. A claim of equality holds where it is within 1 point of zero on either side, and "
-        "does not where it is outside of that. All else is not decided.",
-        "",
-        *how_the_recipe_was_chosen(found),
+        *verdicts(found),
     ]
-    for name in ("1", "2", "3", "4"):
-        if name in found:
-            parts += [report.trained(found[name]).markdown, ""]
-        if name == "3" and name in found:
+    for name in PAPER:
+        parts += [report.trained(found[name]).markdown, ""]
+        if name == "3":
             parts += ["![F1 against trainable parameters](results/table3.png)", ""]
-    parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(result)]
+    parts += ["# What the paper leaves open", ""]
+    for name in BEYOND:
+        parts += [report.trained(found[name]).markdown, ""]
+    parts += [*best(kept), *how_it_was_run(kept), *rates(found["recipe"])]
+    parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(found)]
     return "\n".join(parts)
 
 
-def findings_at_a_glance(found: dict) -> list[str]:
-    lines = ["## The findings", "", "| table | claim of the paper | verdict | A less B, points | 95 % interval |",
-             "| --- | --- | --- | ---: | ---: |"]  # fmt: skip
-    for table in (found[name] for name in ("1", "2", "3", "4") if name in found):
+def verdicts(found: Mapping[str, dict]) -> list[str]:
+    lines = [
+        "| table | claim of the paper | here | A less B, points | 95 % interval |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for table in (found[name] for name in PAPER):
         for claim in table["claims"]:
             exact = claim["by"]["exact"]
             numbers = ["–", "–"]
             if "difference" in exact:
                 low, high = (f"{100 * exact[end]:+.1f}" for end in ("low", "high"))
                 numbers = [f"{100 * exact['difference']:+.1f}", f"{low} to {high}"]
-            lines.append("| " + " | ".join([table["name"], claim["text"], exact["verdict"], *numbers]) + " |")
-    return [*lines, ""]
-
-
-def how_the_recipe_was_chosen(found: dict) -> list[str]:
-    if "recipe" not in found:
-        return []
-    by_rate: dict[str, list[float]] = {}
-    for row in found["recipe"]["rows"]:
-        if row["title"][0] == "LoRA":
-            by_rate.setdefault(row["title"][2], []).append(100 * row["f1"])
-    means = ", ".join(f"{rate}: {sum(f1) / len(f1):.1f}" for rate, f1 in by_rate.items())
+            lines.append("| " + " | ".join([table["name"], claim["text"], f"**{exact['verdict']}**", *numbers]) + " |")
+    decided = sum(
+        "not decided" not in claim["by"]["exact"]["verdict"] for name in PAPER for claim in found[name]["claims"]
+    )
     return [
-        "The learning rates were chosen on the development split among these trials; nothing else was searched. All "
-        f"LoRA runs share one rate, that with the best mean F1 over both ranks ({means}). With scale 1 an update of "
-        "higher rank moves more at the same rate, so that at a small budget rank and learning rate cannot be told "
-        "apart: what the tables say of low ranks, they say of low ranks at this rate and this number of steps.",
+        "## The findings",
         "",
-        report.trained(found["recipe"]).markdown.replace("## Recipe", "### Trials"),
+        *lines,
+        "",
+        f"Decided: {decided} of {len(lines) - 2}. Intervals are 95 %, by bootstrap over documents, paired, over all "
+        "seeds of a row. A claim that A is better holds where the interval is above zero. A claim of equality holds "
+        "where it is within 1 point of zero on either side, and does not where it is outside of that. All else is not "
+        "decided.",
         "",
     ]
 
 
-def what_differs(result: dict) -> list[str]:
-    shown = [row["title"][1] for row in result["tables"].get("3", {"rows": []})["rows"]]
-    missing = [str(rank) for rank in RANKS if str(rank) not in shown]
-    lines = [
+# ---- beyond the paper's tables ----
+
+
+def best(kept: Kept) -> list[str]:
+    """The search for the best recipe: all that was tried with one model for both labels, the best ones shown."""
+    tried = [
+        result
+        for (key, split), result in kept.by_runs.items()
+        if split == "dev" and len(key) == 1 and result["runs"][0]["labels"] == "all"
+    ]
+    tried.sort(key=lambda result: -result["micro"]["f1"])
+    chosen = tried[0]
+    lines = ["| what differs from the defaults | F1 | 95 % interval | trainable |", "| --- | ---: | ---: | ---: |"]
+    for result in tried[:SHOWN]:
+        low, high = (report.percent(result["interval"][end]) for end in ("low", "high"))
+        lines.append(
+            f"| {_words(result['runs'][0])} | {report.percent(result['micro']['f1'])} | {low} – {high} | "
+            f"{result['trainable']:,} |"
+        )
+    parts = [
+        "## The best that this model can do",
+        "",
+        f"All {len(tried)} cells with one model for both labels, on the whole development split, the best "
+        f"{min(SHOWN, len(tried))}:",
+        "",
+        *lines,
+        "",
+    ]
+    key = frozenset(_decided(Settings(**run)) for run in chosen["runs"])
+    if test := kept.by_runs.get((key, "test")):
+        low, high = (report.percent(test["interval"][end]) for end in ("low", "high"))
+        cited = "; ".join(f"{system} with {model} {f1}" for system, model, f1 in TABLE4)
+        parts += [
+            f"The first of them, scored once on the test split: **{report.percent(test['micro']['f1'])}** ({low} – "
+            f"{high}). The paper's Table 4 has {cited}.",
+            "",
+        ]
+    return [*parts, *mistakes(chosen)]
+
+
+def mistakes(result: dict) -> list[str]:
+    """What kinds of mention the best system misses, on the development split."""
+    errors = result["errors"]
+    kinds = {"both": errors["kinds"]["all"], **errors["kinds"]["types"]}
+    columns = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
+    lines = ["| label | mentions | " + " | ".join(columns).replace("_", " ") + " |", "| --- " + "| ---: " * 7 + "|"]
+    for label, counts in kinds.items():
+        lines.append(
+            f"| {label} | {counts['support']:,} | " + " | ".join(f"{counts[kind]:,}" for kind in columns) + " |"
+        )
+    seen = {name: 100 * errors["seen"][name]["recall"] for name in ("seen", "unseen")}
+    return [
+        "### What it gets wrong",
+        "",
+        *lines,
+        "",
+        f"It finds {seen['seen']:.0f} % of the mentions that a training sentence has, letter by letter, and "
+        f"{seen['unseen']:.0f} % of the others.",
+        "",
+    ]
+
+
+def _words(run: Mapping) -> str:
+    """The settings of a run that decide its result, as flags."""
+    chosen = {name: value for name, value in deciding(Settings(**run)).items() if name not in ("precision", "seed")}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
+    )
+
+
+# ---- how ----
+
+
+def how_it_was_run(kept: Kept) -> list[str]:
+    made_by = [result["made_by"] for result in kept.by_runs.values()]
+    machines = sorted(
+        {
+            f"{made['machine']['device']} ({made['machine']['cores']} cores), torch {made['machine']['torch']}"
+            for made in made_by
+        }
+    )
+    days = sorted({made["date"] for made in made_by})
+    commits = ", ".join(sorted({made["commit"] for made in made_by}))
+    own = [result for (key, split), result in kept.by_runs.items() if split == "dev" and len(key) == 1]
+    hours = sum(result["seconds"] for result in own) / 3600
+    run = Settings(**own[0]["runs"][0])
+    return [
+        "## How it was run",
+        "",
+        "```",
+        COMMANDS,
+        "```",
+        "",
+        f"- **Machine**: {'; '.join(machines)}; two cells side by side, each on one thread, so that the minutes of a "
+        f"row say little. {len(own)} cells, {hours:.1f} hours of training and "
+        f"decoding, {days[0]} to {days[-1]}, at commits {commits}.",
+        f"- **Budget**: all sentences of the training split, {BUDGET['epochs']} epoch, steps of "
+        f"{BUDGET['batch_sentences']} sentences; scores on all sentences of the development split (Table 4: of the "
+        "test split, looked at once).",
+        f"- **Recipe**: AdamW, no weight decay, {run.schedule} schedule with {100 * run.warmup:.0f} % warm-up, "
+        f"clipping at {run.clip:g}, dropout {run.dropout:g}, scale 1 (equation 2), the learning rate below. The paper "
+        "gives none of this.",
+        "",
+    ]
+
+
+def rates(trials: dict) -> list[str]:
+    """The learning rates that were tried, a line for each rank."""
+    by_rank: dict[str, dict[float, float]] = {}
+    for row in trials["rows"]:
+        method, rank, rate = row["title"]
+        if "f1" in row:
+            by_rank.setdefault(f"r={rank}" if method == "LoRA" else method, {})[float(rate)] = 100 * row["f1"]
+    columns = sorted({rate for those in by_rank.values() for rate in those})
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
+    for name, those in by_rank.items():
+        most = max(those.values())
+        cells = [f"**{f1:.1f}**" if f1 == most else f"{f1:.1f}" for f1 in (those.get(rate, 0.0) for rate in columns)]
+        lines.append(f"| {name} | " + " | ".join("" if cell == "0.0" else cell for cell in cells) + " |")
+    lora = {name: those for name, those in by_rank.items() if name.startswith("r=")}
+    shared = set.intersection(*map(set, lora.values())) if lora else set()
+    parts = [
+        "### Learning rates",
+        "",
+        "F1 on the development split with all kinds of layer, by peak learning rate. Every row of a table has the best "
+        "rate of its rank, or of the nearest rank.",
+        "",
+        *lines,
+        "",
+        "With scale 1 an update of higher rank moves the weights more at the same rate, so that rank and learning rate "
+        "cannot be told apart: a comparison of ranks at one rate compares rates, too.",
+    ]
+    if len(lora) > 1 and shared:
+        for rate in sorted(shared):
+            at_one = [those[rate] for those in lora.values()]
+            at_own = [max(those.values()) for those in lora.values()]
+            parts[-1] += (
+                f" Here the ranks differ by {max(at_one) - min(at_one):.1f} points at {rate:g} for all of them, and by "
+                f"{max(at_own) - min(at_own):.1f} at the best rate of each."
+            )
+    return [*parts, ""]
+
+
+def what_differs(found: Mapping[str, dict]) -> list[str]:
+    missing = ", ".join(str(rank) for rank in RANKS if rank not in RATES)
+    return [
         "## What differs from the paper",
         "",
-        f"- The model: `{result['settings']['model']}` instead of Llama-2-7B, which is SmolLM2-135M-*Instruct*, "
-        "quantised to 4 bits and back (see `weights/README.md`). So the question of Table 1, chat model or base model, "
-        "could not be asked.",
+        "- The model, as said above. It is one model, and instruction-tuned: whether a chat model or a base model is "
+        "the better start, the other question of Table 1, cannot be asked of it.",
         "- Sentences are those of the official PubTator text, scored by exact offsets; the paper's text is tokenised.",
-        f"- {len(result['seeds'])} seed where the paper has several in Tables 1 and 2."
-        if len(result["seeds"]) == 1 else f"- Seeds: {len(result['seeds'])}.",
-        "- The number of demonstrations in Table 1 is ours: 2.",
-    ]  # fmt: skip
-    if missing:
-        lines.append(f"- Ranks {', '.join(missing)} of Table 3 were left out.")
-    limits = [name for name in ("limit_train", "eval_limit") if result["settings"][name]]
-    if limits:
-        lines.append(
-            "- A part of the corpus only: less is learnt than in the paper's runs, and the intervals are wide."
-        )
-    return [*lines, ""]
-
-
-def command(result: dict) -> str:
-    """What the results were made with, but for where model and data lay."""
-    defaults = {field.name: field.default for field in fields(Settings)}
-    settings = dict(result["settings"])
-    settings.pop("batch_tokens", None)  # steps of tables are sentences
-    flags = [f"--seeds {','.join(map(str, result['seeds']))}"]
-    if settings["eval_limit"]:
-        flags.append(f"--limit-eval {settings.pop('eval_limit')}")
-    if "3" in result["tables"]:
-        ranks = dict.fromkeys(row["title"][1] for row in result["tables"]["3"]["rows"])
-        flags.append(f"--ranks {','.join(ranks)}")
-    if "recipe" in result["tables"]:
-        rows = result["tables"]["recipe"]["rows"]
-        rates = dict.fromkeys(row["title"][2] for row in rows if row["title"][0] == "LoRA")
-        flags.append(f"--rates {','.join(rates)}")
-    for name, value in settings.items():
-        if value != defaults.get(name) and value is not False:
-            flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
-    lines, line = [], f"python -m llamalora tables {' '.join(result['tables'])}"
-    for flag in flags:
-        if len(line) + len(flag) > 100:
-            lines.append(line + " \\")
-            line = "   "
-        line += f" {flag}"
-    return "\n".join([*lines, line])
+        f"- The number of demonstrations in Table 1 is ours: {SHOTS}.",
+        f"- Ranks {missing} of Table 3 were left out.",
+        "- Tables 3 and 4 have one seed, as in the paper.",
+        "",
+    ]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Graphs:
         """
         if self.keys is not self.cache.keys[0]:  # it has been resized
             self.known.clear()
-            self.keys = self.cache.keys[0]
+            self.pool, self.keys = None, self.cache.keys[0]  # the pool goes with its last graph
         width = self.width(feeds)
         slots = self.cache.slots
         extent = min(slots, -(-(max(starts) + width) // GRAIN) * GRAIN)
