@@ -9,7 +9,7 @@ from llamalora.commands import audit
 from llamalora.evaluation import result
 from llamalora.inspection import report
 from llamalora.progress import Bar, duration
-from llamalora.task import errors
+from llamalora.task import error_tables
 from llamalora.text_table import aligned, legend, used, wrapped
 
 
@@ -104,7 +104,7 @@ def test_prose_is_broken_between_words_and_a_path_is_not():
 
 
 @pytest.mark.parametrize("words", [
-    result.WORDS | errors.WORDS, audit.WORDS, {metric.short: metric.gist for metric in report.METRICS.values()}
+    result.WORDS | error_tables.WORDS, audit.WORDS, {metric.short: metric.gist for metric in report.METRICS.values()}
 ])  # fmt: skip
 def test_each_word_is_explained_on_one_line(words):
     lines = legend(words).splitlines()

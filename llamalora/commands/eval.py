@@ -25,7 +25,7 @@ from ..runs.folder import fingerprint, read_settings, read_task
 from ..runs.settings import Settings, check_constraint_format
 from ..runs.state import MANIFEST
 from ..task.definition import COPYING, FORMATS, listed_labels
-from ..task.errors import format_tables
+from ..task.error_tables import format_tables
 from ..text_table import wrapped
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..corpus.documents import Document, Sentence, label_order
 from ..html_template import fill
-from ..task.errors import WORDS, Match, match, string_of, tables
+from ..task.error_tables import WORDS, tables
+from ..task.errors import Match, match, string_of
 from ..text_table import used
 from .answered import Answer
 from .result import confidence_by_mention, gold_keys, placed_keys, predicted_keys

@@ -10,9 +10,10 @@ from pathlib import Path
 from ..corpus.documents import CorpusError, Document, Sentence, Span, label_order
 from ..files import replace_file, write_json
 from ..model.config import CheckpointError, read_json
-from ..task import errors
+from ..task import error_tables
 from ..task.definition import Task
-from ..task.errors import analyse, format_summary
+from ..task.error_tables import format_summary
+from ..task.errors import analyse
 from ..task.parse import parse
 from ..task.score import Keys, bootstrap, document_counts, format_table, score, span_keys
 from ..text_table import legend, used, wrapped
@@ -213,7 +214,7 @@ WORDS = {
 def format_legend(result: dict, text: str) -> str:
     """What the words of a report mean, those that stand in `text`; of troubles only those that there were."""
     none = {name.replace("_", " ") for name, count in result["health"].items() if not count}
-    known = {word: meaning for word, meaning in (WORDS | errors.WORDS).items() if word not in none}
+    known = {word: meaning for word, meaning in (WORDS | error_tables.WORDS).items() if word not in none}
     return legend(used(known, text))
 
 

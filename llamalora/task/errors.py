@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..corpus.documents import label_order
-from ..text_table import aligned
 from .score import Keys, fractions, score
 
 KINDS = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
@@ -27,14 +26,6 @@ CREDIT: dict[str, dict[str, float]] = {
     "exact": {"correct": 1, "type": 1},
     "partial": {"correct": 1, "type": 1, "boundary": 0.5, "boundary_and_type": 0.5},
     "type": {"correct": 1, "boundary": 1},
-}
-WORDS = {
-    "boundary, type, both": "overlaps gold with other ends, another label, or both",
-    "missing, spurious": "gold without a prediction, a prediction without gold",
-    "strict, exact": "place and label have to be right; only the place has to",
-    "partial, type": "the place, half for an overlap; the label, at an overlap",
-    "seen in training": "a training sentence has the mention, letter by letter",
-    "calibration error": "how far confidence is from the share that is correct",
 }
 BINS = 10  # of confidence, equally wide
 RATES = ("precision", "recall", "f1")
@@ -137,6 +128,8 @@ def analyse(
             the last column what was not predicted.
         seen: scores (as in `score.py`) of the mentions `seen` in training and `unseen`, gold and predicted each by
             their own label and string; None without `known`.
+        words: of gold mentions of one, two, three, and four or more words, how many there are (`gold`) and how many of
+            them are `correct`; None without `texts`.
         calibration: see `calibrate`; None without `confidence`.
     """
     labels = label_order([*labels, *(key[-1] for key in gold | predicted)])
@@ -149,6 +142,7 @@ def analyse(
         "schemes": {name: _schemes(kinds, alone, credit) for name, credit in CREDIT.items()},
         "confusion": _confusion(matches, labels),
         "seen": None if known is None else _by_novelty(gold, predicted, texts or {}, known),
+        "words": None if texts is None else _by_words(matches, texts),
         "calibration": None if confidence is None else calibrate(confidence, gold),
     }
 
@@ -201,6 +195,17 @@ def _by_novelty(gold: Keys, predicted: Keys, texts: Mapping[str, str], known: Co
     }
 
 
+def _by_words(matches: Iterable[Match], texts: Mapping[str, str]) -> dict:
+    counts = {name: {"gold": 0, "correct": 0} for name in ("1", "2", "3", "4 or more")}
+    for pair in matches:
+        if pair.gold:
+            words = len(string_of(pair.gold, texts).split())
+            row = counts[str(words) if words < 4 else "4 or more"]
+            row["gold"] += 1
+            row["correct"] += pair.kind == "correct"
+    return counts
+
+
 def calibrate(confidence: Mapping[tuple, float], gold: Keys) -> dict:
     """How far a model knows how sure to be.
 
@@ -221,85 +226,3 @@ def _means(pairs: Sequence[tuple[float, bool]]) -> dict:
     count = len(pairs)
     sure, right = (sum(column) / max(1, count) for column in zip((0, 0), *pairs, strict=True))
     return {"count": count, "confidence": sure, "correct": right}
-
-
-# ---- terminal ----
-
-LONGEST_LABEL = 20  # characters that a table shows; with them the widest table has 78 columns
-
-
-def format_summary(errors: dict) -> str:
-    """A few lines for the end of a report."""
-    schemes, seen, calibration = (errors[part] for part in ("schemes", "seen", "calibration"))
-    micro = ", ".join(f"{name} {_percent(scheme['micro']['f1'])}" for name, scheme in schemes.items())
-    lines = [
-        "mentions: " + ", ".join(f"{_name(kind)} {errors['kinds']['all'][kind]}" for kind in KINDS),
-        f"micro F1 by scheme: {micro}",
-    ]
-    if seen:
-        known, new = (_percent(seen[part]["f1"]) for part in ("seen", "unseen"))
-        lines.append(f"micro F1 of mentions seen in training {known}, of others {new}")
-    if calibration:
-        sure, right, gap = (_percent(calibration[name]) for name in ("confidence", "correct", "ece"))
-        lines.append(f"confidence: mean {sure} %, correct {right} %, expected calibration error {gap}")
-    return "\n".join(lines)
-
-
-def format_tables(errors: dict) -> str:
-    """The analysis as tables of at most 80 columns."""
-    return "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in tables(errors))
-
-
-def tables(errors: dict) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """The analysis as titles and rows of cells, the head first."""
-    schemes, seen, calibration = (errors[part] for part in ("schemes", "seen", "calibration"))
-    kinds = [*errors["kinds"]["types"].items(), ("all", errors["kinds"]["all"])]
-    by_kind = [(_short(name), *map(str, row.values())) for name, row in kinds]
-    columns = [{**scheme["types"], "macro": scheme["macro"], "micro": scheme["micro"]} for scheme in schemes.values()]
-    by_scheme = [(_short(name), *(_percent(column[name]["f1"]) for column in columns)) for name in columns[0]]
-    found = [
-        ("mentions by kind", [("", "gold", *map(_name, KINDS)), *by_kind]),
-        ("F1 by scheme", [("", *schemes), *by_scheme]),
-    ]
-    if confused := _confused(errors["confusion"]):
-        found.append(("labels confused", [("gold", "predicted", "mentions"), *confused]))
-    if seen:
-        rates = [
-            (name, *(_percent(row[rate]) for rate in RATES), str(row["tp"] + row["fn"])) for name, row in seen.items()
-        ]
-        found.append(("mentions seen in training and unseen", [("", "P", "R", "F1", "gold"), *rates]))
-    if calibration:
-        bins = [(f"{row['low']:.1f} to {row['high']:.1f}", row) for row in calibration["bins"]]
-        rows = [
-            (name, str(row["count"]), _percent(row["confidence"]), _percent(row["correct"]))
-            for name, row in [*bins, ("all", calibration)]
-        ]
-        title = f"confidence (expected calibration error {_percent(calibration['ece'])})"
-        found.append((title, [("", "mentions", "mean", "correct"), *rows]))
-    return found
-
-
-def _confused(confusion: dict, most: int = 10) -> list[tuple[str, str, str]]:
-    """The commonest pairs of a gold label and another predicted one."""
-    names = [_short(label) for label in confusion["labels"]]
-    cells = [
-        (number, names[row], names[column])
-        for row, numbers in enumerate(confusion["counts"][:-1])
-        for column, number in enumerate(numbers[:-1])
-        if row != column and number
-    ]
-    return [
-        (gold, predicted, str(number)) for number, gold, predicted in sorted(cells, key=lambda cell: -cell[0])[:most]
-    ]
-
-
-def _name(kind: str) -> str:
-    return {"boundary_and_type": "both"}.get(kind, kind)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"

@@ -11,7 +11,8 @@ from llamalora.corpus.documents import Document, Span, all_sentences, sentence_b
 from llamalora.evaluation.answered import Answer
 from llamalora.evaluation.page import ERRORS, describe, html_page, predictions_page
 from llamalora.task.definition import Parsed
-from llamalora.task.errors import KINDS, analyse, match, tables
+from llamalora.task.error_tables import tables
+from llamalora.task.errors import KINDS, analyse, match
 from llamalora.task.score import span_keys
 
 HOSTILE = "</script><b>&amp;\"'\u2028{{data}}"

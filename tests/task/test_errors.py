@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from llamalora.task.errors import CREDIT, KINDS, Match, analyse, calibrate, format_summary, format_tables, match
+from llamalora.task.error_tables import format_summary, format_tables
+from llamalora.task.errors import CREDIT, KINDS, Match, analyse, calibrate, match
 from llamalora.task.score import score
 
 LABELS = ("Disease", "Chemical", "Gene")
@@ -160,6 +161,14 @@ def test_seen_and_unseen_part_the_exact_counts():
     assert [seen["seen"][name] for name in ("tp", "fp", "fn")] == [1, 1, 1]  # aspirin; nausea; renal failure
     assert [seen["unseen"][name] for name in ("tp", "fp", "fn")] == [0, 4, 3]
     assert analyse(GOLD, PREDICTED)["seen"] is None
+
+
+def test_gold_mentions_are_counted_by_their_words():
+    text = "one two  three four\nfive six seven"
+    gold = {("1", 0, 3, "A"), ("1", 0, 7, "A"), ("1", 4, 14, "A"), ("1", 0, 19, "A"), ("1", 0, 24, "B")}
+    words = analyse(gold, {("1", 0, 3, "A"), ("1", 0, 7, "B"), ("1", 0, 24, "B")}, texts={"1": text})["words"]
+    assert [(row["gold"], row["correct"]) for row in words.values()] == [(1, 1), (2, 0), (0, 0), (2, 1)]
+    assert analyse(gold, gold)["words"] is None
 
 
 def test_calibration_by_hand():
