@@ -24,15 +24,17 @@ from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import inject_lora, merge, restore
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
+from llamalora.model.elementwise import compile_formulas
 from llamalora.model.llama import Llama
 from llamalora.model.precision import DTYPES, choose_precision, prepare_gpu
+from llamalora.runs.setup import choose_compiled
 from llamalora.training.arithmetic import Batch, Form, Work
 from llamalora.training.batch import Example, MicroBatch
 from llamalora.training.cards import CARDS, recognise
 from llamalora.training.duration import Machine
 from llamalora.training.step import Optimizer, backward
 
-PROMPT, FEW, MANY = 64, 160, 320  # tokens that are decoded with, and after each other
+PROMPT, FEW, MANY = 128, 200, 256  # tokens to begin with, and tokens that are decoded, with a cache of one size
 REACH = PROMPT + (FEW + MANY) / 2  # what a token sees on average, between the two
 
 
@@ -61,6 +63,8 @@ def main() -> None:
     result = {"device": name, "precision": precision, "torch": torch.__version__}
     print(f"{name}, {precision} ({why})")
     model = random_model(config, DTYPES[precision], device)
+    if compiles := choose_compiled("auto", device)[0]:
+        compile_formulas(model)
     # one to warm up, and one a repeat
     batches = [fake_examples(arguments.micro_tokens, config, number) for number in range(arguments.repeats + 1)]
     lengths = [[len(example) for example in batch] for batch in batches]
@@ -74,7 +78,7 @@ def main() -> None:
         result["decoding, merged"]["tokens_per_second"] / result["decoding, base"]["tokens_per_second"]
     )
     restore(model)
-    if expected := planned(model, batches[1:], precision, device):
+    if expected := planned(model, batches[1:], precision, device, compiles):
         result["planned"] = expected
         for what, speed in (("training", "training"), ("decoding, merged", "decoding")):
             print(f"{what}: {result[what]['tokens_per_second']:,.0f} tokens/s, planned {expected[speed]:,.0f}")
@@ -160,7 +164,9 @@ def decode(model: Llama, arguments) -> dict:
     return {"tokens_per_second": 1 / each, "of_bandwidth": read / each / (arguments.bandwidth * 1e9)}
 
 
-def planned(model: Llama, batches: list[list[Example]], precision: str, device: torch.device) -> dict | None:
+def planned(
+    model: Llama, batches: list[list[Example]], precision: str, device: torch.device, compiled: bool
+) -> dict | None:
     """tokens/s of training on these batches and of decoding, as `audit --time` plans them; None for an unknown GPU."""
     if device.type == "cpu":
         return None
@@ -168,7 +174,7 @@ def planned(model: Llama, batches: list[list[Example]], precision: str, device: 
     card = recognise(properties.name, properties.total_memory)
     if card is None:
         return None
-    machine, work = Machine(CARDS[card]), Work(model, precision, form=Form(padded=False))
+    machine, work = Machine(CARDS[card]), Work(model, precision, form=Form(False, compiled))
     steps = []
     for examples in batches:
         lengths = [len(example) for example in examples]

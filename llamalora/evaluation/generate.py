@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,7 @@ Drafter = Callable[[int, list[int]], Sequence[int]]
 
 State = TypeVar("State", bound=Hashable)
 
-WORTH_PREPARING = 16, 128  # prompts on a CPU, tokens on a GPU; for fewer, it takes longer than it spares
+WORTH_PREPARING = 16, 128  # prompts on a CPU, tokens expected on a GPU; for fewer, it takes longer than it spares
 
 
 class Grammar(Protocol[State]):
@@ -134,10 +134,13 @@ def generate(
     cache, most = model.make_cache(0, 0, autocast), min(batch_size, len(requests))
     room = Room(model.config, cache, most, [row.need for row in requests], tell)
     few, short = WORTH_PREPARING
-    worth = sum(limits) >= short if device == "cuda" else len(requests) >= few
+    new = sum(row.need - row.slots for row in requests)
+    worth = not is_spread(model) and (new >= short if device == "cuda" else len(requests) >= few)
     passed = row_passes = 0
-    with prepared(model) if worth else nullcontext(model.model) as backbone:
+    with ExitStack() as stack:
+        backbone = stack.enter_context(prepared(model)) if worth else model.model
         passes = Passes(model, backbone, room, tell)
+        stack.callback(passes.end)
         while (waiting or any(rows)) and not stop():
             inside = [row for row in rows if row is not None]
             candidates = ((row.slots, row.need) for row in waiting)

@@ -32,9 +32,17 @@ class Graphs:
     def __init__(self, model: Llama, backbone: Backbone, cache: KVCache, tell: Callable[[str], None]):
         self.model, self.backbone, self.cache, self.tell = model, backbone, cache, tell
         self.known: dict[tuple[int, int, int], _Graph] = {}
-        self.pool: Any = None  # of memory: what is read at once may lie where others compute
-        self.keys: Tensor | None = None  # of the cache when the graphs were captured
+        self.sizes = cache.resized  # how often that was so when the graphs were captured
         self.able = True
+        device = cache.keys[0].device
+        self.stream = torch.cuda.Stream(device)  # torch's own is of the GPU that was current first
+        self.pool: Any = None  # of memory: what is read at once may lie where others compute
+
+    def check(self) -> None:
+        """Forgets graphs of a cache that has been resized since, and with the last one their pool."""
+        if self.sizes != self.cache.resized:
+            self.known.clear()
+            self.pool, self.sizes = None, self.cache.resized
 
     @staticmethod
     def width(feeds: Sequence[Sequence[int]]) -> int:
@@ -50,9 +58,7 @@ class Graphs:
             feeds: tokens of each row of the cache, which has `width` slots from where the row goes on.
             starts: where that is.
         """
-        if self.keys is not self.cache.keys[0]:  # it has been resized
-            self.known.clear()
-            self.pool, self.keys = None, self.cache.keys[0]  # the pool goes with its last graph
+        self.check()
         width = self.width(feeds)
         slots = self.cache.slots
         extent = min(slots, -(-(max(starts) + width) // GRAIN) * GRAIN)
@@ -61,9 +67,11 @@ class Graphs:
         if graph is None:
             graph = self.known[shape] = _Graph(self.model, self.backbone, self.cache, *shape)
         elif graph.captured is None and self.able:
+            usual = torch.cuda.current_stream(self.stream.device)
             try:
-                self.pool = graph.capture(self.pool)
+                self.pool = graph.capture(self.stream, self.pool)
             except RuntimeError as error:
+                torch.cuda.set_stream(usual)  # which torch leaves out where capturing fails at its end
                 self.able = False
                 self.tell(f"decoding without CUDA graphs, which is slower: {error}")
         picks, log_probs = graph.run(
@@ -83,17 +91,22 @@ class _Graph:
         self.captured: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
-    def capture(self, pool: Any) -> Any:
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> Any:
         """Makes a graph of what `compute` launches, which must have run before: what is made then is kept.
 
         Args:
+            stream: of the device.
             pool: of memory, as torch names it; None for a new one.
 
         Returns:
             The pool.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool):
+        # what other threads do with the GPU is none of the graph's business
+        with (
+            torch.cuda.device(stream.device),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
             self.result = self.compute()
         self.captured = graph
         return graph.pool()

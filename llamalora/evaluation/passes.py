@@ -69,10 +69,12 @@ class Passes:
         Raises:
             NoRoom, torch.OutOfMemoryError: nothing is changed then.
         """
+        if self.graphs:
+            self.graphs.check()
         width = self.graphs.width(feeds) if self.graphs and starts is not None and not paths else 0
         ends = (start + (width or len(feed)) for start, feed in zip(starts or [0] * len(feeds), feeds, strict=True))
-        total = width * rows or sum(map(len, feeds))
-        self.room.make(rows, max(*slots, *ends), total, len(asked), alone=len(slots) == 1)
+        total, choices = (width * rows,) * 2 if width else (sum(map(len, feeds)), len(asked))
+        self.room.make(rows, max(*slots, *ends), total, choices, alone=len(slots) == 1)
         if self.graphs and starts is not None and width:
             picks, log_probs = self.graphs(feeds, starts)
             return Choices(picks, picks, lambda kept: [log_probs[place] for place in kept])
@@ -85,6 +87,12 @@ class Passes:
         picks = (best if tokens is None else tokens.gather(1, best[:, None])[:, 0]).tolist()
         wanted = logits.max(-1).indices.tolist() if paths else picks
         return Choices(picks, wanted, lambda kept: _log_probs(scores, best, kept))
+
+    def end(self) -> None:
+        """Frees the memory of cache and graphs."""
+        self.room.cache.resize(0, 0)
+        if self.graphs:
+            self.graphs.check()
 
 
 def _scores(logits: Tensor, paths: Sequence[Mapping[int, Any]]) -> tuple[Tensor, Tensor | None]:

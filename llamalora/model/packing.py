@@ -166,6 +166,7 @@ class KVCache:
 
     def __init__(self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device):
         shape = (rows, heads, slots, head_dim)
+        self.resized = 0  # how often
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
         )
@@ -185,6 +186,7 @@ class KVCache:
     def resize(self, rows: int, slots: int) -> None:
         """Makes room, or frees it: what the common rows and slots hold stays. A tensor at a time, so that in the
         meantime the memory holds just one of them twice."""
+        self.resized += 1
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])

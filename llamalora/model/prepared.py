@@ -2,12 +2,12 @@
 GPU. Without gradients, and as long as the weights do not change."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import joined, onednn
 from .free_memory import SHARE, free_memory
@@ -18,34 +18,36 @@ from .tensors import is_sharded
 @contextmanager
 def prepared(model: Llama) -> Iterator[Backbone]:
     """The model's backbone with its linear layers in that form, for as long as the context lasts; or the model's own
-    where there is none: for a sharded model, one with updates that are not merged or with hooks, in a precision that
-    the form is not for, or where memory does not suffice."""
-    form = _form([layer for layer in model.model.modules() if isinstance(layer, nn.Linear)])
-    if form is None:
-        yield model.model
-        return
-    twin = _twin(model, form)
-    try:
-        yield twin
-    finally:
-        for module in twin.modules():
-            if isinstance(module, joined.Together):
-                module.part()
+    where there is none: for a model with sharded layers, with updates that are not merged or with hooks, in a precision
+    that the form is not for, or where memory does not suffice."""
+    form = _form(model.model)
+    with torch.device("meta"):
+        twin = Backbone(model.config)
+    with ExitStack() as undoing:
+        undoing.callback(_part, twin)
+        try:
+            if form is not None:
+                _fill(twin, model.model, form)
+        except torch.OutOfMemoryError:
+            undoing.close()
+            form = None
+        yield model.model if form is None else twin
 
 
-def _form(linears: list[nn.Linear]) -> ModuleType | None:
+def _form(backbone: Backbone) -> ModuleType | None:
     """What suits the linear layers of a backbone."""
-    weights = [layer.weight for layer in linears]
-    device, dtype = weights[0].device, weights[0].dtype
-    if any(_does_more(layer) or (layer.weight.device, layer.weight.dtype) != (device, dtype) for layer in linears):
+    linears = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    weights = [cast(Tensor, module.weight) for module in backbone.modules() if hasattr(module, "weight")]
+    (device, dtype), *others = {(weight.device, weight.dtype) for weight in weights}
+    if others or not dtype.is_floating_point or any(map(_does_more, linears)):
         return None
     form: ModuleType
     if device.type == "cpu":
         able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        form, more = onednn, 2 * sum(weight.nbytes for weight in weights)
+        form, more = onednn, 2 * sum(layer.weight.nbytes for layer in linears)
         able = able and dtype == torch.bfloat16
     else:
-        form, more = joined, 3 * max(weight.nbytes for weight in weights)  # while some are laid below each other
+        form, more = joined, 3 * max(layer.weight.nbytes for layer in linears)  # while some are laid below each other
         casts = (
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != dtype
         )  # weights, at each product
@@ -59,10 +61,8 @@ def _does_more(layer: nn.Linear) -> bool:
     return not merged or bool(layer._forward_hooks or layer._forward_pre_hooks) or is_sharded(layer.weight)
 
 
-def _twin(model: Llama, form: Any) -> Backbone:
-    backbone = model.model
-    with torch.device("meta"):
-        twin = Backbone(model.config)
+def _fill(twin: Backbone, backbone: Backbone, form: Any) -> None:
+    """Gives a twin on the meta device the layers of a backbone in a form."""
     twin.embed_tokens, twin.norm = backbone.embed_tokens, backbone.norm
     blocks: Iterable[tuple[Any, Any]] = zip(twin.layers, backbone.layers, strict=True)
     for block, own in blocks:
@@ -72,4 +72,11 @@ def _twin(model: Llama, form: Any) -> Backbone:
         attention.q_proj = form.Together([given.q_proj, given.k_proj, given.v_proj])
         attention.o_proj = form.alone(given.o_proj)
         block.mlp = form.JoinedMLP(own.mlp)
-    return twin
+
+
+def _part(twin: Backbone) -> None:
+    """Gives the backbone's layers weights of their own again; all of them, even if memory does not suffice for one."""
+    with ExitStack() as each:
+        for module in twin.modules():
+            if isinstance(module, joined.Together):
+                each.callback(module.part)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 
 assert "torch" not in sys.modules, "emulated must be imported before torch"
@@ -150,16 +151,41 @@ torch.backends.cuda.is_flash_attention_available = lambda: True
 
 # ---- graphs: what is launched while one is captured is run again with the same tensors ----
 
+import weakref  # noqa: E402
+
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+
+REFUSED = "CUDA error: operation not permitted when stream is capturing"
+_graphs: "weakref.WeakSet[CUDAGraph]" = weakref.WeakSet()
+_pools = count(1)
+
+
+class Stream:
+    """Its work is done at once, as that of all of them."""
+
+    def __init__(self, device: "torch.device | str | int | None" = None):
+        self.device = torch.device("cuda", _library.emu_device()) if device is None else torch.device(device)
+
+
+_current: dict[int, Stream] = {}
+
+
+def current_stream(device: "torch.device | None" = None) -> Stream:
+    index = _library.emu_device() if device is None or device.index is None else device.index
+    return _current.setdefault(index, Stream(torch.device("cuda", index)))
+
+
+def set_stream(stream: Stream) -> None:
+    _current[stream.device.index] = stream
 
 
 class CUDAGraph:
     def __init__(self):
-        self.calls = []
+        self.calls, self.number = [], None
 
     def pool(self) -> tuple[int, int]:
-        return 0, 0
+        return 0, self.number
 
     def replay(self) -> None:
         as_one(self._run, "graph")()
@@ -173,23 +199,52 @@ class CUDAGraph:
 
 
 class _Capture(TorchDispatchMode):
-    """
+    """What `torch.cuda.graph` does. Results are spoiled at the end, since CUDA computes nothing while it captures; what
+    goes on on another GPU than the stream's is not captured.
+
     Raises:
-        RuntimeError: the host waits for the device, or gives it something that it would not give it again.
+        RuntimeError: the host waits for the device, or gives it something that it would not give it again; a pool
+            whose graphs are gone.
     """
 
-    def __init__(self, graph: CUDAGraph, pool: tuple[int, int] | None = None):
+    def __init__(self, graph: CUDAGraph, pool=None, stream: "Stream | None" = None, capture_error_mode: str = "global"):
         super().__init__()
-        self.graph = graph
+        if pool is not None and pool[1] not in {other.number for other in _graphs}:
+            raise RuntimeError("INTERNAL ASSERT FAILED: use_count > 0")
+        self.graph, self.device = graph, (stream or _default).device
+        self.stream, self.before = stream or _default, current_stream((stream or _default).device)
+        graph.number = next(_pools) if pool is None else pool[1]
+        _graphs.add(graph)
+        self.fresh = []
+
+    def __enter__(self):
+        set_stream(self.stream)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        set_stream(self.before)
+        spoil = [tensor for tensor in self.fresh if tensor.is_floating_point()]
+        as_one(lambda: [tensor.fill_(torch.nan) for tensor in spoil], "capture")()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         before = _counted()
         made = function(*arguments, **(named or {}))
         after = _counted()
         if after["waits"] > before["waits"] or after["copy_ to the device"] > before["copy_ to the device"]:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
-        self.graph.calls.append((function, arguments, named or {}, made))
+            raise RuntimeError(f"{REFUSED} ({function})")
+        given, results = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+            for tree in ((arguments, named), made)
+        )
+        if all(tensor.device == self.device for tensor in (*given, *results)):
+            self.graph.calls.append((function, arguments, named or {}, made))
+            storages = {tensor.untyped_storage().data_ptr() for tensor in given}
+            self.fresh += [one for one in results if one.untyped_storage().data_ptr() not in storages]
         return made
 
 
-torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, _Capture
+_default = Stream(torch.device("cuda", 0))  # torch's own, of the GPU that was current first
+for _name, _replaced in (("CUDAGraph", CUDAGraph), ("graph", _Capture), ("Stream", Stream),
+                         ("current_stream", current_stream), ("set_stream", set_stream)):  # fmt: skip
+    setattr(torch.cuda, _name, _replaced)

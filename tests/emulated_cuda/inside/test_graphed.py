@@ -1,9 +1,11 @@
 """Decoding by CUDA graphs, on the emulated device: what is captured runs again, and answers are as without."""
 
+import traceback
+
 import emulated
 import pytest
 import torch
-from helpers import randomise_lora, tiny_model
+from helpers import random_ids, randomise_lora, tiny_model
 
 from llamalora.evaluation import generate as decoding
 from llamalora.lora.inject import inject_lora, merge, restore
@@ -15,21 +17,34 @@ PROMPTS = [list(range(3, 3 + length)) for length in (17, 9, 30, 4, 21)]
 NEVER, NEW = -1, 40
 
 
-def merged(targets: str = "all") -> Llama:
+@pytest.fixture(autouse=True)
+def always_worth_it(monkeypatch):
+    monkeypatch.setattr(decoding, "WORTH_PREPARING", (0, 0))
+
+
+def merged(targets: str = "all", device: torch.device = DEVICE) -> Llama:
     """In fp32, in which no choice is so close that the order of sums decides it."""
     model = tiny_model(num_key_value_heads=4)
     inject_lora(model, targets, 4, alpha=4)
     randomise_lora(model)
-    model = model.to(DEVICE).eval()
+    model = model.to(device).eval()
     merge(model)
     return model
 
 
-def launched(model: Llama, monkeypatch, **options) -> decoding.Decoding:
+def launched(model: Llama, monkeypatch, prompts=PROMPTS, new=NEW) -> decoding.Decoding:
     """Without graphs."""
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "WORTH_PREPARING", (10**9, 10**9))
-        return decoding.generate(model, PROMPTS, NEVER, NEW, **options)
+        return decoding.generate(model, prompts, NEVER, new)
+
+
+def half_right(outputs: list[list[int]]):
+    def draft(index: int, output: list[int]) -> list[int]:
+        ahead = outputs[index][len(output) : len(output) + 9]
+        return [*ahead[:5], *((token + 1) % 97 for token in ahead[5:])]
+
+    return draft
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
@@ -39,12 +54,8 @@ def test_answers_are_those_of_the_passes_as_they_come(batch, drafted, monkeypatc
     compile_formulas(model, emulated.as_one)
     expected = launched(model, monkeypatch)
 
-    def half_right(index: int, output: list[int]) -> list[int]:
-        draft = expected.outputs[index][len(output) : len(output) + 9]
-        return [*draft[:5], *((token + 1) % 97 for token in draft[5:])]
-
     emulated.clear()
-    found = decoding.generate(model, PROMPTS, NEVER, NEW, batch, half_right if drafted else None)
+    found = decoding.generate(model, PROMPTS, NEVER, NEW, batch, half_right(expected.outputs) if drafted else None)
     assert emulated.counts()["graph"] >= 3
     assert found.outputs == expected.outputs
     for ours, theirs in zip(found.log_probs, expected.log_probs, strict=True):
@@ -72,17 +83,63 @@ def test_autocast_must_have_nothing_to_cast(dtype, graphs):
     assert emulated.counts().get("graph", 0) > 0 if graphs else "graph" not in emulated.counts()
 
 
-def test_a_graph_that_cannot_be_captured_is_done_without(monkeypatch):
-    model, said = merged(), []
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+def test_the_cache_grows_beyond_what_a_graph_sees(drafted, monkeypatch):
+    """Shapes come again with a larger cache, and a pass may begin below an extent and end above."""
+    model, prompts = merged(), [random_ids(length, seed=length).tolist() for length in (100, 99, 97)]
+    expected = launched(model, monkeypatch, prompts, 70)
+    found = decoding.generate(model, prompts, NEVER, 70, 1, half_right(expected.outputs) if drafted else None)
+    assert found.outputs == expected.outputs
+
+
+def test_another_gpu_than_the_current_one():
+    assert torch.cuda.current_device() == 0
+    found = [decoding.generate(merged(device=torch.device("cuda", n)), PROMPTS, NEVER, NEW, 1) for n in (0, 1)]
+    assert found[0].outputs == found[1].outputs
+
+
+@pytest.mark.parametrize("fails", ["at once", "at its end"])
+def test_a_graph_that_cannot_be_captured_is_done_without(fails, monkeypatch):
+    model, said, usual = merged(), [], torch.cuda.current_stream(DEVICE)
     expected = launched(model, monkeypatch)
 
-    def refuse(graph, pool):
-        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    class Refusing(torch.cuda.graph):
+        def __enter__(self):
+            if fails == "at once":
+                raise RuntimeError("CUDA error: previous error during capture")
+            return super().__enter__()
 
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            torch.cuda.set_stream(self.stream)  # as torch leaves it
+            raise RuntimeError("CUDA error: previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", Refusing)
     found = decoding.generate(model, PROMPTS, NEVER, NEW, 2, tell=said.append)
     assert found.outputs == expected.outputs
     assert len(said) == 1 and "without CUDA graphs" in said[0] and "previous error" in said[0]
+    assert torch.cuda.current_stream(DEVICE) is usual
+
+
+def test_memory_that_suffices_for_decoding_suffices_for_its_end(monkeypatch):
+    """Weights are parted when the cache is gone; and what cannot be joined is decoded as it is."""
+    model = merged()
+    expected = launched(model, monkeypatch)
+    largest = max(layer.weight.nbytes for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    decoding.generate(model, PROMPTS, NEVER, NEW, 1)  # what the first pass makes, and keeps
+    for free in range(largest // 2, 40 * largest, largest // 2):
+        emulated.limit(emulated.held() + free)
+        try:
+            found = decoding.generate(model, PROMPTS, NEVER, NEW, 5)
+        except torch.OutOfMemoryError as error:
+            trace = "".join(traceback.format_exception(error))
+            assert ", in part" not in trace and ", in _fill" not in trace
+        else:
+            assert found.outputs == expected.outputs
+        finally:
+            emulated.limit(None)
+        storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        assert len(storages) == len(list(model.parameters()))
 
 
 def test_what_waits_for_the_device_cannot_be_captured():
