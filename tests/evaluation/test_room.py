@@ -91,7 +91,8 @@ def test_more_rows_stand_side_by_side_when_sentences_are_shorter(model, whole, c
     needs = [room.expected(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
     average = sum(needs) / len(needs)
     assert max(rows * slots for rows, slots in caches) <= 3 * 6 * average + 6 * room.GRAIN < 6 * max(needs)
-    assert caches[0][0] < 6 == caches[-1][0] and caches[0][1] > caches[-1][1]
+    first, *_, last, at_the_end = caches
+    assert first[0] < 6 == last[0] and first[1] > last[1] and at_the_end == (0, 0)
 
 
 @pytest.mark.parametrize("fitting", [1, 2, 5])
