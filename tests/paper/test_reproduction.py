@@ -1,0 +1,66 @@
+"""What benchmarks/reproduction.py makes of kept cells."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from llamalora.paper.experiments import Row
+
+ROOT = Path(__file__).parents[2]
+CELLS = ROOT / "docs/results/cells"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
+
+
+@pytest.fixture
+def kept(module, tmp_path):
+    """Reads one of the kept results, changed, beside all others."""
+
+    def read(**changes):
+        for path in CELLS.glob("*.json"):
+            result = json.loads(path.read_text())
+            if all(run["lr"] == 4e-3 and run["labels"] == "all" for run in result["runs"]):
+                result["runs"] = [run | changes for run in result["runs"]]
+            (tmp_path / path.name).write_text(json.dumps(result))
+        return module["Kept"].read(tmp_path)
+
+    return read
+
+
+ROW = Row(("LoRA",), ({"rank": 8, "lr": 4e-3},))
+
+
+def test_a_result_is_found_by_what_decided_it(kept):
+    assert [*kept().by_seed(ROW, "dev")] == [0]
+    assert not kept().by_seed(ROW, "test")
+    assert [*kept(seed=2).by_seed(ROW, "dev")] == [2]
+    for free in ({"precision": "fp32"}, {"out": "elsewhere"}, {"eval_batch": 7}, {"compile": "off"}):
+        assert kept(**free).by_seed(ROW, "dev")
+    for other in ({"limit_train": 400}, {"eval_limit": 20}, {"epochs": 3}, {"dropout": 0.1}, {"lr": 3e-3}):
+        assert not kept(**other).by_seed(ROW, "dev")
+
+
+def test_every_rank_has_its_best_rate(kept, module):
+    found = kept()
+    for rank, rate in found.rates.items():
+        tried = {}
+        for lr in module["RATES"][rank]:
+            (result,) = found.results(Row(("",), ({"rank": rank, "lr": lr},)), "dev")
+            tried[lr] = result["micro"]["f1"]
+        assert max(tried, key=tried.__getitem__) == rate
+
+
+def test_a_row_counts_the_seeds_that_all_rows_have(kept, module):
+    """Others would compare seeds, too."""
+    found, result = kept(), json.loads((CELLS / "tagging-all-all-r8-s0-ccfa5a0c83.json").read_text())
+    for seed in (1, 2):
+        key, split = module["_decided"](module["Settings"](**result["runs"][0] | {"seed": seed})), "dev"
+        found.by_runs[frozenset([key]), split] = result
+    table = module["table3"]((2, 8))
+    rows = {tuple(row["title"]): row for row in found.summary(table)["rows"]}
+    assert rows["all", "8"]["seeds"] == rows["all", "2"]["seeds"] == 1
