@@ -29,11 +29,15 @@ PAPER = ("1", "2", "3", "4")  # the paper's own tables
 BEYOND = ("ablation", "methods")  # what it leaves open
 SHOWN = 8  # of the best recipes
 
+_TRIED = [(str(rank), those) for rank, those in RATES.items()] + [("full", RATES_FULL)]
 COMMANDS = f"""\
-python -m llamalora tables recipe 4 methods $RATES $BUDGET
-python -m llamalora tables recipe 1 2 $RATES $BUDGET --seeds 0,1,2
-python -m llamalora tables recipe 3 $RATES $BUDGET --ranks {",".join(map(str, RATES))}
-python -m llamalora tables recipe ablation $RATES $BUDGET"""
+RATES="{" ".join(f"--rates {rank}={','.join(f'{rate:g}' for rate in those)}" for rank, those in _TRIED)}"
+BUDGET="--model weights/smollm2-135m --data data/bc5cdr --epochs {BUDGET["epochs"]}
+        --batch-sentences {BUDGET["batch_sentences"]} --eval-batch 64 --compile on --jobs 2"
+llamalora tables recipe 4 methods $RATES $BUDGET
+llamalora tables recipe 1 2 $RATES $BUDGET --seeds 0,1,2
+llamalora tables recipe 3 $RATES $BUDGET --ranks {",".join(map(str, RATES))}
+llamalora tables recipe ablation $RATES $BUDGET"""
 
 
 @dataclass
@@ -277,6 +281,8 @@ def how_it_was_run(kept: Kept) -> list[str]:
     run = Settings(**own[0]["runs"][0])
     return [
         "## How it was run",
+        "",
+        "These commands make all of it; kept so far is what the tables above show.",
         "",
         "```",
         COMMANDS,
