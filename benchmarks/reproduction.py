@@ -92,8 +92,8 @@ class Kept:
             for row in table.rows:
                 for found in self.by_seed(row, "dev").values():
                     if "curve" in found:
-                        curve = {"rows": [], "seconds": found["seconds"], "loss": found["curve"]}
-                        curves.setdefault(found["name"], curve)["rows"].append([table.name, row.name])
+                        curve = curves.setdefault(found["name"], {"rows": [], "loss": found["curve"]})
+                        curve["rows"].append([table.name, row.name])
         return curves
 
 
@@ -107,11 +107,11 @@ TRIALS = recipe(RATES, RATES_FULL)
 
 def main() -> None:
     kept = Kept.read(DOCS / "results" / "cells")
-    (DOCS / "reproduction.md").write_text(document(kept), encoding="utf-8")
     tables = defined(kept)
-    summaries = {name: kept.summary(table) for name, table in tables.items()}
-    begun = [table for table in tables.values() if _begun(summaries[table.name])]
-    figures.save({"tables": summaries, "curves": kept.curves(begun)}, DOCS / "results")
+    found = {table.name: kept.summary(table) for table in tables}
+    (DOCS / "reproduction.md").write_text(document(kept, found), encoding="utf-8")
+    begun = [table for table in tables if _begun(found[table.name])]
+    figures.save({"tables": found, "curves": kept.curves(begun)}, DOCS / "results")
     print(f"written: {DOCS / 'reproduction.md'}")
 
 
@@ -120,18 +120,15 @@ def _begun(table: dict) -> bool:
     return sum("f1" in row for row in table["rows"]) > 1
 
 
-def defined(kept: Kept) -> dict[str, Table]:
-    """The tables by name."""
-    any_result = next(iter(kept.by_runs.values()))
-    config = LlamaConfig.from_dict(any_result["model"])
+def defined(kept: Kept) -> list[Table]:
+    """The tables that the page has."""
+    config = next(result["model"] for result in kept.by_runs.values() if "model" in result)  # joins have none
     tables = [table1(LABELS, SHOTS, None), table2(LABELS), table3(RATES), table4()]
-    tables += [TRIALS, ablation(config, 8), methods()]
-    return {table.name: table for table in tables}
+    return [*tables, TRIALS, ablation(LlamaConfig.from_dict(config), 8), methods()]
 
 
-def document(kept: Kept) -> str:
-    tables = defined(kept)
-    found = {name: kept.summary(table) for name, table in tables.items()}
+def document(kept: Kept, found: Mapping[str, dict]) -> str:
+    """The page; `found` are the summaries by the tables' names."""
     parts = [
         "# The paper's findings, asked again",
         "",
@@ -312,8 +309,8 @@ def rates(trials: dict) -> list[str]:
     lines = ["| | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
     for name, those in by_rank.items():
         most = max(those.values())
-        cells = [f"**{f1:.1f}**" if f1 == most else f"{f1:.1f}" for f1 in (those.get(rate, 0.0) for rate in columns)]
-        lines.append(f"| {name} | " + " | ".join("" if cell == "0.0" else cell for cell in cells) + " |")
+        cells = {rate: f"**{f1:.1f}**" if f1 == most else f"{f1:.1f}" for rate, f1 in those.items()}
+        lines.append(f"| {name} | " + " | ".join(cells.get(rate, "") for rate in columns) + " |")
     lora = {name: those for name, those in by_rank.items() if name.startswith("r=")}
     shared = set.intersection(*map(set, lora.values())) if lora else set()
     parts = [

@@ -18,7 +18,7 @@ _MENTION_LINE = re.compile(rf"[^\t]+\t\d+\t\d+\t[^\t]+\t(?!{TAG}\s*$)[^\t]+")
 # Anything else with tabs has to be a mention.
 _CONCEPT = r"\t(-|[^\t ]*[0-9][^\t ]*)"
 _RELATION_LINE = re.compile(rf"[^\t]+\t[A-Za-z][A-Za-z_-]+({_CONCEPT}){{2}}(\t(Novel|No))?\s*")
-NO_CONCEPT = ("", "-", "-1")
+_NO_CONCEPT = ("", "-", "-1")
 _MENTION_FORM = "`id start end text label` with tabs between its columns"
 
 
@@ -120,7 +120,7 @@ def pubtator_documents(
 
 def _mention(where: str, columns: list[str], document: Document, reading: Reading) -> Span | None:
     start, end, written, label, *further = columns[1:]
-    if any(column.strip() not in NO_CONCEPT for column in further):
+    if any(column.strip() not in _NO_CONCEPT for column in further):
         reading.notes["concept ids of mentions not read"] += 1
     return reading.mention(where, document, start, end, label, written, " of title + one space + abstract")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from ..lora.inject import lora_layers, merge, restore
 from ..lora.layers import LoRALayer
@@ -33,14 +32,13 @@ def whole_blocks(model: Llama, processes: int, width: int, free: int) -> int:
     Args:
         width: bytes of a value.
     """
-    frozen = max(map(frozen_size, model.model.layers))
-    more = width * frozen * (processes - 1) // processes
+    more = width * frozen_of_a_block(model) * (processes - 1) // processes
     return min(len(model.model.layers), max(0, free) // more) if more else 0
 
 
-def frozen_size(block: nn.Module) -> int:
-    """Values of a block that do not learn."""
-    return sum(parameter.numel() for parameter in block.parameters() if not parameter.requires_grad)
+def frozen_of_a_block(model: Llama) -> int:
+    """Values that do not learn of the block that has the most of them."""
+    return max(sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in model.model.layers)
 
 
 def shard(model: Llama, world: World, dtype: torch.dtype, whole: int = 0) -> None:

@@ -21,17 +21,19 @@ def prepared(model: Llama) -> Iterator[Backbone]:
     where there is none: for a model with sharded layers, with updates that are not merged or with hooks, in a precision
     that the form is not for, or where memory does not suffice."""
     form = _form(model.model)
+    if form is None:
+        yield model.model
+        return
     with torch.device("meta"):
-        twin = Backbone(model.config)
+        backbone = twin = Backbone(model.config)
     with ExitStack() as undoing:
         undoing.callback(_part, twin)
         try:
-            if form is not None:
-                _fill(twin, model.model, form)
+            _fill(twin, model.model, form)
         except torch.OutOfMemoryError:
             undoing.close()
-            form = None
-        yield model.model if form is None else twin
+            backbone = model.model
+        yield backbone
 
 
 def _form(backbone: Backbone) -> ModuleType | None:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..distributed.sharding import frozen_size
+from ..distributed.sharding import frozen_of_a_block
 from ..lora.inject import count_parameters, lora_layers, trainable_parameters
 from ..lora.layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ..model.config import LlamaConfig
@@ -163,7 +163,7 @@ class Work:
 
     @cached_property
     def frozen_of_a_block(self) -> int:
-        return max(frozen_size(block) for block in self.model.model.layers)
+        return frozen_of_a_block(self.model)
 
     @cached_property
     def adapted(self) -> list[LoRALinear]:
