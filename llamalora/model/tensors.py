@@ -138,12 +138,9 @@ def tensor_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
         CheckpointError: missing, truncated or otherwise no safetensors file, or values that are no floating-point
             numbers of 16 bits or more (quantised weights mean nothing without the scales that belong to them).
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     for name, (dtype, _) in found.items():
         if dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name} is stored as {dtype}; only {', '.join(_FLOATS)} are read")
@@ -153,8 +150,39 @@ def tensor_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor of a safetensors file; the file is mapped for this call only, so that it does not stay
     in memory beside the copies made of it."""
-    with safe_open(path, framework="pt") as file:
+    with _open(path) as file:
         return file.get_tensor(name)
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for (see `read_tensor`).
+
+    Raises:
+        CheckpointError: missing, truncated or otherwise no safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _open(path) as file:
+            self.names = frozenset(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return read_tensor(self.path, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

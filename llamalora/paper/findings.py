@@ -1,5 +1,6 @@
 """What the cells of a table say together: means over seeds, paired differences, and a verdict on each claim."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -91,3 +92,10 @@ def verdict(equal: bool, low: float, high: float) -> str:
     else:
         holds, fails = low > 0, high < 0
     return "holds" if holds else "does not hold" if fails else "not decided"
+
+
+def to_decide(equal: bool, difference: float, low: float, high: float) -> float:
+    """How many times as many documents would decide a claim, if the difference stays what it is: the width of an
+    interval falls with the root of their number."""
+    distance = abs(abs(difference) - MARGIN) if equal else abs(difference)
+    return (max(high - difference, difference - low) / distance) ** 2 if distance else math.inf

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -120,7 +120,7 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> "tuple[dict[str, Tensor], dict] | None":
+def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> "tuple[Mapping[str, Tensor], dict] | None":
     """Tensors and state of the newest sound checkpoint; damaged ones are named and passed over.
 
     None if there is no checkpoint at all.
@@ -128,13 +128,13 @@ def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> "tuple[dic
     Raises:
         CheckpointError: every checkpoint is damaged.
     """
-    from safetensors.torch import load_file
+    from ..model.tensors import StoredTensors
 
     found = checkpoints_of(run)
     for folder in found:
         try:
             verify_folder(folder)
-            return load_file(folder / "tensors.safetensors"), read_json(folder / "state.json")
+            return StoredTensors(folder / "tensors.safetensors"), read_json(folder / "state.json")
         except CheckpointError as error:
             say(f"checkpoint passed over: {error}")
     if found:

@@ -4,6 +4,7 @@ Dimensions: M supervised tokens, D hidden, V vocabulary.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -197,13 +198,16 @@ class Optimizer:
         return tensors, {"scaler": self.scaler.state_dict(), "skips_in_a_row": self.skips_in_a_row}
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], state: dict) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(placed(tensors[f"parameter.{name}"], parameter))
             if f"step.{name}" in tensors:
-                moments = {key: placed(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {
+                    key: torch.empty_like(parameter).copy_(placed(tensors[f"{key}.{name}"], parameter))
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
                 # torch keeps the step count on the CPU unless the fused kernel wants it on the device
-                self.adam.state[parameter] = moments | {"step": tensors[f"step.{name}"].to(parameter.device)}
+                self.adam.state[parameter] = moments | {"step": tensors[f"step.{name}"].to(parameter.device, copy=True)}
         self.scaler.load_state_dict(state["scaler"])
         self.skips_in_a_row = state["skips_in_a_row"]
 

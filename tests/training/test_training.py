@@ -1,6 +1,7 @@
 """One training step against plain formulas, and against transformers + peft + torch's own AdamW."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,6 +358,20 @@ def test_resumed_is_uninterrupted(method, loraplus, precision, updates, tmp_path
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert optimizer.state()[1] == other.state()[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what a process has mapped, on Linux alone")
+def test_a_resumed_optimizer_keeps_nothing_of_the_file(tmp_path):
+    """Pages of a mapped file count as the process's memory: of a rank of 128 on all of 7B, 3.7 GiB."""
+    model = trainee("lora")
+    optimizer = Optimizer(model, "fp32", CPU, 0.01, 1.0)
+    step(model, optimizer, 1e-2, "fp32")
+    save_checkpoint(tmp_path, 1, *optimizer.state(), keep=1)
+    mapped = load_checkpoint(tmp_path)[0]["parameter.model.layers.0.self_attn.q_proj.lora_A"]
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    del mapped
+    optimizer.load_state(*load_checkpoint(tmp_path))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 # ---- what never moves ----
