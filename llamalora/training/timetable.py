@@ -157,7 +157,7 @@ def table(model: Llama, settings: Settings, corpus: Corpus, card: str, links: Li
                 for rows in (1, settings.eval_batch)
             },
         },
-        "assumptions": assumptions(card, settings.precision, links),
+        "assumptions": assumptions(card, settings.precision, machine),
     }
 
 
@@ -166,9 +166,9 @@ def _evaluation(machine: Machine, work: Work, prompt: float, answer: float, sent
     return sentences / (machine.links.size * machine.sentences_a_second(work, rows, prompt, answer))
 
 
-def assumptions(card: str, precision: str, links: Links) -> list[tuple[str, str, str]]:
+def assumptions(card: str, precision: str, machine: Machine) -> list[tuple[str, str, str]]:
     """Each with its value and where that comes from."""
-    gpu = CARDS[card]
+    gpu, links = CARDS[card], machine.links
     rows = [
         (f"peak in {precision}", f"{gpu.teraflops[precision]:g} TFLOP/s", gpu.sheet),
         ("reached by large products", f"{duration.PRODUCTS:.0%}", "assumed"),
@@ -186,8 +186,9 @@ def assumptions(card: str, precision: str, links: Links) -> list[tuple[str, str,
         rows.append(("link of a GPU, each direction", f"{links.inside:,g} GB/s", sheet))
     if links.nodes > 1:
         rows.append(("network of a node, each direction", f"{links.network:,g} GB/s", "assumed; --network"))
-    if links.size > 1:
+    if links.size > 1 and not machine.sharded:
         rows.append(("of a micro-batch, beside which ddp sums", f"{duration.BACKWARD:.0%}", "assumed"))
+    if links.size > 1:
         rows.append(("reached of links", f"{duration.LINKS:.0%}", "assumed"))
         rows.append(("a collective waits", f"{duration.COLLECTIVE * 1e6:g} us", "assumed"))
     return rows

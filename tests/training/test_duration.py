@@ -286,7 +286,11 @@ def test_audit_prints_times_and_assumptions(capsys, monkeypatch):
     text = capsys.readouterr().out
     for words in ("planned, not measured", "4 x A100-40, bf16, ddp", "300 GB/s", "2.5 hours an epoch", "72% (assumed)"):
         assert words in text
-    assert "--network" not in text
+    assert "--network" not in text and "beside which ddp sums" in text
+    monkeypatch.setattr(timetable, "fit", lambda *_: replace(placement, parallel="fsdp"))
+    main(flags)
+    text = capsys.readouterr().out
+    assert "a collective waits" in text and "beside which ddp sums" not in text
 
 
 @pytest.mark.parametrize("flags, message", [
