@@ -28,6 +28,20 @@ RATES_FULL = (1e-4, 2e-4, 4e-4)
 PAPER = ("1", "2", "3", "4")  # the paper's own tables
 BEYOND = ("ablation", "methods")  # what it leaves open
 SHOWN = 8  # of the best recipes
+ENCODERS = {  # F1 on the test split, of Gu et al. 2021
+    "BioBERT-base": {"Chemical": 92.9, "Disease": 84.7},
+    "PubMedBERT-base": {"Chemical": 93.3, "Disease": 85.6},
+}
+READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low} and {high} are points
+    "Tagging beats extraction (all labels at once)": {
+        "holds": "Let the model copy the sentence and mark the mentions: that beats a list of them by {size} points "
+        "with one model for all labels",
+    },
+    "Tagging beats extraction (one model per label)": {"holds": "and by {size} with one for each label."},
+    "One model for all labels is as good as one per label": {
+        "holds": "One model for all labels is as good as one for each ({low} to {high}), at half the cost."
+    },
+}
 
 _TRIED = [(str(rank), those) for rank, those in RATES.items()] + [("full", RATES_FULL)]
 COMMANDS = f"""\
@@ -55,13 +69,26 @@ class Kept:
 
     @staticmethod
     def read(folder: Path) -> "Kept":
-        """All that is in a folder, with the rates that its trials found to be the best."""
-        by_runs = {}
+        """All that is in a folder, with the rates that its trials found to be the best.
+
+        Raises:
+            SystemExit: a result of another model or corpus than the others, or of a part of the corpus.
+        """
+        by_runs: dict[tuple[frozenset, str], dict] = {}
+        known: dict[str, object] = {}
         for path in sorted(folder.glob("*.json")):
             result = json.loads(path.read_text(encoding="utf-8"))
-            if "error" not in result:
-                result["name"] = path.stem
-                by_runs[frozenset(_decided(Settings(**run)) for run in result["runs"]), result["split"]] = result
+            if "error" in result:
+                continue
+            for run in result["runs"]:
+                if run["limit_train"] is not None or run["eval_limit"] is not None:
+                    raise SystemExit(f"{path}: is of a part of the corpus; only results on all of it are kept")
+                model = {"model": result["model"]} if "model" in result else {}  # joins have none
+                for name, value in ({"data": run["data"]} | model).items():
+                    if known.setdefault(name, value) != value:
+                        raise SystemExit(f"{path}: is of another {name} than the results before it")
+            result["name"] = path.stem
+            by_runs[frozenset(_decided(Settings(**run)) for run in result["runs"]), result["split"]] = result
         kept = Kept(by_runs)
         return Kept(by_runs, *best_rates(TRIALS, kept.results))
 
@@ -141,6 +168,7 @@ def document(kept: Kept, found: Mapping[str, dict]) -> str:
         "are not the paper's figures.",
         "",
         *verdicts(found),
+        *conclusion(found),
     ]
     for name in PAPER:
         parts += [report.trained(found[name]).markdown, ""]
@@ -186,6 +214,36 @@ def verdicts(found: Mapping[str, dict]) -> list[str]:
     ]
 
 
+def conclusion(found: Mapping[str, dict]) -> list[str]:
+    """What a reader should take from the verdicts, a paragraph a table, in the words of READINGS.
+
+    Raises:
+        SystemExit: a verdict has come out for which READINGS has no words.
+    """
+    parts = ["## What to conclude", ""]
+    for name in PAPER:
+        sentences = [reading(claim) for claim in found[name]["claims"] if "difference" in claim["by"]["exact"]]
+        if sentences:
+            parts += [f"**{found[name]['caption']}.** {' '.join(sentences)}", ""]
+    return parts
+
+
+def reading(claim: dict) -> str:
+    exact = claim["by"]["exact"]
+    if exact["verdict"] == "not decided":
+        times = findings.to_decide(claim["equal"], *(exact[key] for key in ("difference", "low", "high")))
+        return (
+            f"{claim['text']}: open; about {times:.1f} times as many documents would decide it, if the difference "
+            "stays what it is."
+        )
+    try:
+        words = READINGS[claim["text"]][exact["verdict"]]
+    except KeyError:
+        raise SystemExit(f"READINGS has no words for {claim['text']!r}, which {exact['verdict']}: write them") from None
+    low, high = (f"{100 * exact[end]:+.1f}" for end in ("low", "high"))
+    return words.format(size=f"{100 * abs(exact['difference']):.1f}", low=low, high=high)
+
+
 # ---- beyond the paper's tables ----
 
 
@@ -217,10 +275,16 @@ def best(kept: Kept) -> list[str]:
     key = frozenset(_decided(Settings(**run)) for run in chosen["runs"])
     if test := kept.by_runs.get((key, "test")):
         low, high = (report.percent(test["interval"][end]) for end in ("low", "high"))
+        own = ", ".join(f"{label} {report.percent(counts['f1'])}" for label, counts in test["types"].items())
         cited = "; ".join(f"{system} with {model} {f1}" for system, model, f1 in TABLE4)
+        encoders = "; ".join(
+            f"{name} {', '.join(f'{label} {f1}' for label, f1 in scores.items())}" for name, scores in ENCODERS.items()
+        )
         parts += [
             f"The first of them, scored once on the test split: **{report.percent(test['micro']['f1'])}** ({low} – "
-            f"{high}). The paper's Table 4 has {cited}.",
+            f"{high}; {own}). The paper's Table 4 has {cited}. Encoders of 110 million parameters that were "
+            f"pretrained on biomedical text and label tokens, a model per label, as published (BLURB, arXiv "
+            f"2007.15779): {encoders}.",
             "",
         ]
     return [*parts, *mistakes(chosen)]

@@ -42,7 +42,7 @@ def replace_file(path: Path, text: str) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with naming(path):
         try:
             with partial.open("w", encoding="utf-8") as file:

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 
@@ -12,7 +13,14 @@ from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..evaluation.answered import select_sentences
 from ..evaluation.page import Kind, Shown, html_page
-from ..evaluation.result import confidence_by_mention, gold_keys, predicted_keys, read_answers, read_result
+from ..evaluation.result import (
+    confidence_by_mention,
+    find_changes,
+    gold_keys,
+    predicted_keys,
+    read_answers,
+    read_result,
+)
 from ..files import replace_file
 from ..runs.folder import read_settings, read_task
 from ..task.errors import Match, string_of
@@ -60,10 +68,11 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     refuse_idle(arguments, {"split": arguments.gold is not None and "with --gold, which is one split already"})
     check_new_file(arguments, "html")
-    a, b = (
-        read_file(name, arguments.gold) if arguments.gold is not None else read_run(Path(name), arguments.split)
-        for name in (arguments.a, arguments.b)
-    )
+    names = arguments.a, arguments.b
+    if arguments.gold is not None:
+        a, b = read_files(names, arguments.gold)
+    else:
+        a, b = (read_run(Path(name), arguments.split) for name in names)
     if a.asked != b.asked:
         raise UsageError(
             f"{arguments.a} and {arguments.b} were scored on different sentences ({len(a.asked)} and {len(b.asked)}); "
@@ -82,21 +91,31 @@ def main(argv: list[str]) -> None:
 
 
 def read_run(folder: Path, split: str) -> Predictions:
-    """The answers that an evaluation or the training has left in a run."""
+    """The answers that an evaluation or the training has left in a run.
+
+    Raises:
+        UsageError: it is not scored on the split, its result is damaged, or its corpus has the split no more.
+        CorpusError: the corpus has other sentences now.
+    """
     settings, task = read_settings(folder), read_task(folder)
     if not (folder / f"eval-{split}.json").is_file():
         raise UsageError(f"{folder}: not scored on {split}; first run: {called('eval')} --run {folder} --split {split}")
-    result = read_result(folder, split)
-    documents, asked = select_sentences(read_documents(find_splits(settings.data)[split]), result["sentences"])
+    if changes := find_changes(folder, split):
+        raise UsageError("\n  ".join([*changes, f"score it again: {called('eval')} --run {folder} --split {split}"]))
+    result, splits = read_result(folder, split), find_splits(settings.data)
+    if split not in splits:
+        raise UsageError(f"{folder}: was scored on {split}, but {settings.data} has only {', '.join(splits)}")
+    documents, asked = select_sentences(read_documents(splits[split]), result["sentences"])
     answers = read_answers(folder, split, task, asked)
     return Predictions(documents, asked, task.labels, predicted_keys(answers), confidence_by_mention(answers))
 
 
-def read_file(path: str, gold_path: str) -> Predictions:
-    """Anyone's predictions about the gold."""
+def read_files(paths: Iterable[str], gold_path: str) -> list[Predictions]:
+    """Anyone's predictions about the gold. A label that it lacks is wrong wherever it is predicted."""
     gold = read_documents(gold_path)
-    predicted = span_keys(read_predictions(path, gold, gold_path))
-    return Predictions(gold, all_sentences(gold), labels_of(gold), predicted, {})
+    predicted = [read_predictions(path, gold, gold_path) for path in paths]
+    labels = labels_of(chain(gold, *predicted))
+    return [Predictions(gold, all_sentences(gold), labels, span_keys(documents), {}) for documents in predicted]
 
 
 def compare(a: Predictions, b: Predictions, labels: Sequence[str]) -> dict:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     corpora = {name: read_documents(path, form=read) for name, path in (splits or {"": source}).items()}
     outcomes = {}
     if splits:
-        with new_folder(target, replace=True) as folder:
+        with new_folder(target) as folder:
             for name, documents in corpora.items():
                 ending = "" if form.folder else f".{form.endings[0]}"
                 outcomes[name] = written(documents, folder / f"{name}{ending}", form)
@@ -99,7 +99,7 @@ def written(documents: Sequence[Document], target: Path, form: Format) -> tuple[
     """Writes documents; what is read again there, and what is not kept of them."""
     lost: Counter[str] = Counter()
     if form.folder:
-        with new_folder(target, replace=True) as folder:
+        with new_folder(target) as folder:
             form.write(documents, folder, lost)
     else:
         text = StringIO()

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
@@ -23,6 +22,7 @@ from ..mistakes import is_run
 from ..model.config import PRECISIONS, read_config
 from ..runs.folder import fingerprint, read_settings, read_task
 from ..runs.settings import Settings, check_constraint_format
+from ..runs.shared import other_base, recorded_task
 from ..runs.state import MANIFEST
 from ..task.definition import COPYING, FORMATS, listed_labels
 from ..task.error_tables import format_tables
@@ -90,9 +90,11 @@ def main(argv: list[str]) -> None:
         folder, note = choose_folder(arguments, scored)
 
         read = read_documents(splits[arguments.split])
-        for note in told(read.notes) if world.is_main else ():
-            print(f"{splits[arguments.split]}: {note}", file=sys.stderr)
+        for unread in told(read.notes):
+            world.warn(f"{splits[arguments.split]}: {unread}")
         documents, asked = select_sentences(read, arguments.limit)
+        if arguments.predictions is not None:
+            write_pubtator(documents, StringIO())  # what it refuses need not wait for the answers
         quiet = arguments.json or arguments.quiet
         if not quiet:
             world.say(wrapped(
@@ -108,6 +110,11 @@ def main(argv: list[str]) -> None:
         result |= scored
         if not world.is_main:
             return
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            written = write_result(result, answers, folder)
+            if is_run(folder):
+                update_card(folder)
         if arguments.predictions is not None:
             text = StringIO()
             write_pubtator(predicted_documents(documents, answers), text)
@@ -115,11 +122,6 @@ def main(argv: list[str]) -> None:
         if arguments.html is not None:
             title = f"Predictions of {', '.join(arguments.run) or arguments.adapter or arguments.model}"
             replace_file(Path(arguments.html), result_page(title, result, documents, answers, known))
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            written = write_result(result, answers, folder)
-            if is_run(folder):
-                update_card(folder)
         if arguments.json:
             print(json.dumps(result, indent=2))
         else:
@@ -146,9 +148,13 @@ def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
         read_config(arguments.model)  # what it refuses need not wait for torch
     check_least(arguments, limit=1, batch=1, shots=0)
     tasks = [read_task(Path(run)) for run in arguments.run]
-    formats = {task.format for task in tasks} or {arguments.format}
+    given = arguments.adapter if arguments.adapter is not None else arguments.model
+    recorded = recorded_task(given) if given is not None else None
+    formats = {task.format for task in (*tasks, *([recorded] if recorded else []))} or {arguments.format}
     refuse_idle(arguments, {
-        "adapter format labels instruction shots": arguments.run and "with --run, whose model is asked what it learnt",
+        "adapter": arguments.run and "with --run",
+        "format labels instruction shots": (arguments.run or recorded) and f"with {given or '--run'}, which is asked "
+        "what it learnt",
         "which": not arguments.run and "without --run",
         "order": len(tasks) < 2 and "unless several runs are joined",
         "quiet": arguments.json and "with --json, which prints nothing else",
@@ -183,6 +189,9 @@ def choose_folder(arguments: argparse.Namespace, scored: dict) -> tuple[Path | N
         return folder, ""
     if run is not None and run.resolve() == folder.resolve():
         reasons = foreign(scored, run, arguments.split)
+        settings = read_settings(run)
+        if settings.adapts and other_base(run / "best", settings.model):
+            reasons.append("the base model is not the one that it was trained on")
     else:
         reasons = ["it is not about that run alone"]
     if not reasons:

@@ -7,6 +7,7 @@ The arithmetic is `llamalora.merge`'s: fp32, rounded once to the dtype that the 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..cli import Parser, UsageError
@@ -14,7 +15,7 @@ from ..files import is_occupied
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..model.config import read_config
 from ..runs.folder import adapter_of
-from ..runs.shared import find_base
+from ..runs.shared import find_base, other_base
 from ..text_table import aligned, wrapped
 
 PROBE = (
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--out {out}: exists and is not an empty folder")
     read_config(model), read_peft_config(adapter / ADAPTER_CONFIG)  # what they refuse need not wait for torch
 
+    if doubt := other_base(adapter, model):
+        print(wrapped(doubt), file=sys.stderr)
     from .merging import merge_folders
 
     report = merge_folders(model, adapter, out, None if arguments.no_probe else arguments.probe)

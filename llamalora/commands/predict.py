@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
                 title = f"{name}, annotated by {arguments.run or arguments.adapter or arguments.model}"
                 print(predictions_page(title, whole, shown, mention_strings(system.known)), end="", flush=True)
             elif form.folder:
-                with new_folder(Path(arguments.out), replace=True) as folder:
+                with new_folder(Path(arguments.out)) as folder:
                     form.write(whole, folder, lost)
             elif form.whole:
                 form.write(whole, sys.stdout, lost)

@@ -44,12 +44,14 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
         if not beside:
             reading.notes["texts with no .ann beside them, read as without mentions"] += 1
         lines = [(where, line) for file in beside for where, line in read_lines(file) if line.strip()]
-        document, own = _document(id, text, lines)
-        if own.faults and "\r\n" in text:
-            unix, others = _document(id, text.replace("\r\n", "\n"), lines)
-            if not others.faults:
-                document, own = unix, others
-                reading.notes["texts whose line ends (CR LF) count as one character"] += 1
+        (usual, _), *others = _ways_to_count(text)
+        document, own = _document(id, usual, lines)
+        for counted, note in others if own.faults else ():
+            another, found = _document(id, counted, lines)
+            if not found.faults:
+                document, own = another, found
+                reading.notes[note] += 1
+                break
         reading.notes.update(own.notes)
         reading.faults += own.faults
         yield document
@@ -58,7 +60,8 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
 def brat_texts(folder: Path, reading: Reading) -> Iterator[Document]:
     """The texts alone."""
     for _, id, text in _texts(folder):
-        yield Document(id, text, (), sentence_bounds(text))
+        (usual, _), *_ = _ways_to_count(text)
+        yield Document(id, usual, (), sentence_bounds(usual))
 
 
 def _texts(folder: Path) -> Iterator[tuple[Path, str, str]]:
@@ -68,6 +71,16 @@ def _texts(folder: Path) -> Iterator[tuple[Path, str, str]]:
         raise CorpusError(f"{folder}: no text in it; a folder of brat's has a .txt file for each document")
     for path in paths:
         yield path, path.relative_to(folder).with_suffix("").as_posix(), _text(path)
+
+
+def _ways_to_count(text: str) -> Iterator[tuple[str, str]]:
+    """The text with what may count as its characters, the usual first, and a note on each of the others."""
+    plain = text.removeprefix("\ufeff")
+    yield plain, ""
+    if plain != text:
+        yield text, "texts whose byte order mark counts as a character"
+    if "\r\n" in text:
+        yield plain.replace("\r\n", "\n"), "texts whose line ends (CR LF) count as one character"
 
 
 def _document(id: str, text: str, lines: Iterable[tuple[str, str]]) -> tuple[Document, Reading]:

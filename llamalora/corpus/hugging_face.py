@@ -21,9 +21,10 @@ NAMES = (
 
 
 def is_tokens(lines: Iterable[str]) -> bool:
-    """Whether a file is of JSON lines that hold tokens, and not only beside a text."""
+    """Whether a file is of JSON lines that hold tokens, and not only beside a text, whose mentions are spans."""
     head = json_head(lines)
-    return bool(re.search(r'"tokens"\s*:\s*\[\s*("|\])', head))
+    tagged = re.search(rf'"({"|".join(_TAGS)})"\s*:\s*\[\s*("|-?\d|\])', head)
+    return bool(re.search(r'"tokens"\s*:\s*\[\s*("|\])', head) and (tagged or not re.search(r'"text"\s*:\s*"', head)))
 
 
 def token_documents(

@@ -17,7 +17,7 @@ from ..mistakes import wrong_folder
 from .bioc import BIOC, BIOC_JSON
 from .brat import BRAT, brat_texts, is_brat
 from .conll import CONLL, CONLL_NAME
-from .documents import CorpusError, Document, Documents, Reading, sentence_bounds
+from .documents import CorpusError, Document, Documents, Reading, sentence_bounds, told
 from .format import Format
 from .hugging_face import TOKENS
 from .lines import decoded_lines, read_lines
@@ -47,6 +47,8 @@ def read_documents(path: str | Path, reference: Sequence[Document] = (), form: F
     else:
         documents = list(form.read(read_lines(path), str(path), reading, reference))
     reading.check()
+    if not documents:
+        raise CorpusError(f"{path}: holds no document" + "".join(f"; {note}" for note in told(reading.notes)))
     return Documents(documents, reading.notes)
 
 

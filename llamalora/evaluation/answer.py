@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from ..corpus.documents import Sentence
+from ..corpus.tagged import tokenised
 from ..distributed.sharding import in_step
 from ..distributed.world import World
 from ..model.llama import Llama
@@ -152,9 +153,10 @@ def confidences(
 
 
 def new_tokens(tokenizer: Tokenizer, task: Task, text: str, room: int, constrain: bool = False) -> int:
-    """New tokens allowed for a sentence: enough for its answer even where every word is a mention, and under the
-    constraint even where a model spells the sentence byte by byte."""
+    """New tokens allowed for a sentence: enough for its answer even where every run of letters, or in scripts without
+    spaces every letter, is a mention, and under the constraint even where a model spells the sentence byte by byte."""
     pairs = (task.tags(label) for label in task.labels)
     tags = max(sum(len(tokenizer.encode_continuation(tag)) for tag in pair) for pair in pairs)
     plain = len(text.encode()) + 2 if constrain else len(tokenizer.encode_continuation(" " + text))
-    return min(plain + tags * (len(text.split()) + 1), room)
+    words = sum(text[start].isalnum() for start, _ in tokenised(text))
+    return min(plain + tags * (words + 1), room)

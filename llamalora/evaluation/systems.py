@@ -24,7 +24,7 @@ from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, choose_compiled, load_trained, make_task
-from ..runs.shared import RECORD, find_base, read_record, recorded_task, weights_fingerprint
+from ..runs.shared import RECORD, find_base, other_base, recorded_task
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, answer_sentences
@@ -47,6 +47,8 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     task = read_task(folder)
     settings = read_settings(folder)
+    if settings.adapts and (doubt := other_base(folder / which, settings.model)):
+        world.warn(doubt)
     with _loading(settings.model, DTYPES[precision], world.device):
         model, tokenizer = load_trained(folder, which, precision, world.device)
         model = _compiled(merge_for_good(model))
@@ -55,12 +57,14 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
 
 
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
-    """A model folder, perhaps with a PEFT adapter, that is asked as the settings say (model, data, format, labels,
-    instruction, shots)."""
+    """A model folder, perhaps with a PEFT adapter, that is asked what a record beside adapter or model says, else what
+    the settings say (model, data, format, labels, instruction, shots)."""
     assert settings.model is not None and settings.data is not None, "a system has a model and a corpus"
     tokenizer = _check_folders(settings.model, adapter)
     splits = read_splits(settings.data)
-    task = make_task(settings, splits)
+    task = recorded_task(adapter or settings.model) or make_task(settings, splits)
+    if adapter is not None and (doubt := other_base(adapter, settings.model)):
+        world.warn(doubt)
     check_tags(task, tokenizer, settings.model)
     model = _compiled(_load_merged(settings.model, adapter, DTYPES[precision], world.device))
     known = all_sentences(splits.get("train", ()))
@@ -117,13 +121,8 @@ def load_annotator(
         raise InputError(f"{given}: {RECORD} says what it is asked, which is another task than the one given")
     base = find_base(given) if model is None else Path(model)
     tokenizer = _check_folders(base, adapter)
-    trained_on = (read_record(given) or {}).get("base", {}).get("fingerprint")
-    if adapter is not None and trained_on not in (None, weights_fingerprint(base)):
-        warnings.warn(
-            f"{base}: not the files of weights that {given} was trained on; unless they hold the same numbers, it will "
-            "answer otherwise",
-            stacklevel=2,
-        )
+    if adapter is not None and (doubt := other_base(adapter, base)):
+        warnings.warn(doubt, stacklevel=2)
     asked = recorded or task
     if asked is None:
         raise InputError(f"{given}: has no {RECORD} that says what it is asked; give the task that it was trained on")

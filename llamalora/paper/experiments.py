@@ -127,7 +127,7 @@ def table3(ranks: Iterable[int]) -> Table:
             f"With all kinds the rank does not matter (r={most} against {least})", ("all", most), ("all", least), True
         ),
     ]
-    return Table("3", "Target layers and rank", ("targets", "r"), tuple(rows), tuple(claims))
+    return Table("3", "Target layers and rank", ("targets", "r"), tuple(rows), tuple(claims) if least != most else ())
 
 
 def table4() -> Table:

@@ -1,6 +1,7 @@
 """Runs the cells of tables that have not been run yet, one after the other or side by side, and finds their results."""
 
 import gc
+import hashlib
 import json
 import math
 import time
@@ -23,6 +24,8 @@ from ..runs.settings import Settings
 from .cells import Cell, alone, failure, is_busy, is_done, keep, on_every_process, run_by_itself
 from .experiments import BASE, Changes, Row, Table
 from .jobs import side_by_side, threads_of
+
+LONGEST = 200  # characters of a file's name, of which a file system has 255 bytes
 
 
 def rate(rank: int, rates: Mapping[int, float], default: float | None) -> float | None:
@@ -138,6 +141,8 @@ class Runner:
             return known[0]
         missing = [cell.folder for cell in cells if not cell.folder.is_dir()]
         name = "+".join(cell.path.stem for cell in cells)
+        if len(name) > LONGEST:
+            name = f"{cells[0].path.stem}+{len(cells) - 1}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
         path = cells[0].path.with_name(f"{name}.json" if split == "dev" else f"{name}.{split}.json")
         with alone(path, self.world):
             if self.world.from_main(path.exists()):

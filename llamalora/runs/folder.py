@@ -165,7 +165,7 @@ def fingerprint(paths: list[Path]) -> str:
 
 def _foreign(folder: Path) -> bool:
     """Whether a folder holds more than a run that was killed while it started."""
-    return any(path.name not in (LOCK, f"{RUN_CONFIG}.tmp") for path in folder.iterdir())
+    return any(path.name != LOCK and not path.name.startswith(f"{RUN_CONFIG}.tmp") for path in folder.iterdir())
 
 
 def find_obstacle(folder: Path) -> str | None:

@@ -87,6 +87,18 @@ def _candidates(name: str) -> Iterator[Path]:
                 yield config.parent
 
 
+def other_base(saved: str | Path, base: str | Path) -> str:
+    """What there is to say if the weights of a base model are not those that a saved model was trained on; nothing if
+    they are, or where no record says which those were."""
+    trained_on = (read_record(saved) or {}).get("base", {}).get("fingerprint")
+    if trained_on in (None, weights_fingerprint(Path(base))):
+        return ""
+    return (
+        f"{base}: not the files of weights that {saved} was trained on; unless they hold the same numbers, it will "
+        "answer otherwise"
+    )
+
+
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """The files of a model's tokenizer, beside what was trained; with a configuration for transformers, which a
     sentencepiece model alone leaves to guess."""

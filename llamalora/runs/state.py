@@ -143,8 +143,9 @@ def load_checkpoint(run: Path, say: Callable[[str], None] = print) -> "tuple[Map
 
 
 def find_leftovers(run: Path) -> list[Path]:
-    """What an interrupted save left behind: what it was writing (`.tmp`), what it was replacing (`.old`)."""
-    return sorted(path for suffix in ("tmp", "old") for place in (run, run / "checkpoints")
+    """What an interrupted save left behind: what it was writing (`.tmp`, of a file `.tmp-PID`), what it was replacing
+    (`.old`)."""
+    return sorted(path for suffix in ("tmp", "tmp-*", "old") for place in (run, run / "checkpoints")
                   for path in place.glob(f"*.{suffix}"))  # fmt: skip
 
 

@@ -91,8 +91,8 @@ def _occurrences(text: str, string: str) -> list[tuple[int, int]]:
     if not words or not all(word in text for word in words):  # spares a wrong string the regex
         return []
     body = r"\s+".join(map(re.escape, words))
-    before = r"(?<!\w)" if re.match(r"\w", string) else ""
-    after = r"(?!\w)" if re.search(r"\w$", string) else ""
+    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
+    after = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
     for pattern in (before + body + after, body):
         if found := [match.span() for match in re.finditer(pattern, text)]:
             return found

@@ -1,6 +1,7 @@
 """compare, on files whose differences are known."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,15 @@ def test_the_page_in_a_browser(files, tmp_path, opened):
     assert json.loads(dom.split("<title>")[1].split("</title>")[0]) == [
         ["9 mentions in 4 sentences", *counts], ["6 mentions in 3 sentences, of 9 in 4", *counts],
     ]  # fmt: skip
+
+
+def test_a_label_that_the_gold_lacks_is_wrong(files, tmp_path, capsys):
+    gold, a, _ = files
+    more = tmp_path / "more.PubTator.txt"
+    more.write_text(Path(a).read_text().replace("\n\n", "\n1\t0\t7\tAspirin\tDrug\t-1\n\n", 1))
+    result = compared(capsys, gold, a, str(more))
+    assert result["spurious"]["Drug"] == {"both": 0, "only_a": 0, "only_b": 1}
+    assert result["micro"]["b"]["fp"] == result["micro"]["a"]["fp"] + 1
 
 
 def test_bad_input_is_refused(files, tmp_path, capsys):

@@ -150,6 +150,26 @@ def test_refusals_leave_nothing(arguments, message, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_stands_beside_the_target_stays(tmp_path):
+    """Also under the names that a run's folder has while it is replaced."""
+    for name in ("x.old", "x.tmp", "x"):
+        (tmp_path / name).mkdir()
+    for name in ("x.old/mine", "x.tmp/mine", "x.xml.tmp", "x.xml.old"):
+        (tmp_path / name).write_text("mine")
+    for target in ("x", "x.xml"):
+        convert(SAMPLE / "dev.PubTator.txt", tmp_path / target, "--to", "brat" if target == "x" else "bioc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x",
+        "x.old",
+        "x.tmp",
+        "x.xml",
+        "x.xml.old",
+        "x.xml.tmp",
+    ]
+    for name in ("x.old/mine", "x.tmp/mine", "x.xml.tmp", "x.xml.old"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
 # ---- round trips of any text ----
 
 TEXTS = st.text(

@@ -224,3 +224,9 @@ def test_what_xml_cannot_hold(tmp_path):
     pytest.importorskip("bioc")
     with pytest.raises(CorpusError, match="a text that XML cannot hold"):
         write_bioc_xml([Document("1", "a\x01b", (), ((0, 3),))], sys.stdout, Counter())
+
+
+def test_no_document(tmp_path):
+    (tmp_path / "x.json").write_text('{"documents": []}')
+    with pytest.raises(CorpusError, match="x.json: holds no document"):
+        read_documents(tmp_path / "x.json")

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from llamalora.corpus.brat import BRAT, write_brat
-from llamalora.corpus.documents import CorpusError, Document, Span, sentence_bounds, sentences_of
+from llamalora.corpus.brat import BRAT, brat_texts, write_brat
+from llamalora.corpus.documents import CorpusError, Document, Reading, Span, sentence_bounds, sentences_of
 from llamalora.corpus.read import find_splits, read_documents, stream_documents
 from llamalora.runs.folder import fingerprint
 
@@ -139,6 +139,17 @@ def test_line_ends_of_windows_may_count_once(folder):
     assert document.text == TEXT.replace("\r\n", "\n")
     assert [document.text[span.start : span.end] for span in document.spans] == ["α-zorbamycin"]
     assert documents.notes == {"texts whose line ends (CR LF) count as one character": 1}
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_byte_order_mark_may_count(tmp_path, counts):
+    (tmp_path / "rat.txt").write_text("\ufeffFever.", encoding="utf-8")
+    (tmp_path / "rat.ann").write_text(f"T1\tDisease {0 + counts} {5 + counts}\tFever\n")
+    (document,) = documents = read_documents(tmp_path)
+    assert document.text == ("\ufeff" if counts else "") + "Fever."
+    assert [document.text[span.start : span.end] for span in document.spans] == ["Fever"]
+    assert documents.notes == ({"texts whose byte order mark counts as a character": 1} if counts else {})
+    assert [text.text for text in brat_texts(tmp_path, Reading())] == ["Fever."]
 
 
 def test_a_shared_task_has_two_files_of_annotations(folder):

@@ -54,6 +54,7 @@ SPELLINGS = {
         line(id="3", entities=PREDICTED, unread=[[0, 3]]),
         {"fields 'confidence' of mentions, not read": 3, "fields 'unread' not read": 1},
     ),
+    "with its tokens": (line(id="3", entities=LISTS, tokens=TEXT.split()), {"fields 'tokens' not read": 1}),
     "an array": (json.dumps([{"id": 3, "text": TEXT, "entities": LISTS}], indent=1), {}),
 }  # fmt: skip
 
@@ -88,6 +89,8 @@ def test_answers_of_prodigy(tmp_path):
         "examples whose answer is reject, left out": 1,
         "examples whose answer is ignore, left out": 2,
     }
+    with pytest.raises(CorpusError, match="x.jsonl: holds no document; examples whose answer is reject, left out: 1"):
+        read_documents(write(tmp_path / "x.jsonl", lines[0]))
 
 
 def test_labels_of_a_whole_text_are_no_mentions(tmp_path):

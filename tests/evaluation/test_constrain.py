@@ -11,7 +11,7 @@ from llamalora.cli import UsageError
 from llamalora.corpus.documents import Sentence, Span, sentences_of
 from llamalora.corpus.read import find_splits, read_documents
 from llamalora.distributed.world import join_world
-from llamalora.evaluation.answer import answer_sentences
+from llamalora.evaluation.answer import answer_sentences, new_tokens
 from llamalora.evaluation.constrain import Constraint, State
 from llamalora.evaluation.draft import SourceDrafter
 from llamalora.evaluation.generate import generate
@@ -182,6 +182,16 @@ def test_a_mention_that_the_model_gives_up_is_withdrawn(written, wanted, kept, t
     assert tokenizer.eos_id in constraint.moves(behind(rest, state)[-1])
     tagged = rest.replace("chills", "[Chemical]chills[/Chemical]")
     assert tokenizer.eos_id in constraint.moves(behind(tagged, state)[-1])
+
+
+@pytest.mark.parametrize("text", ["BRCA1/BRCA2/TP53 testing", "发热、头痛和皮疹", "a b.c"])
+@pytest.mark.parametrize("name", TASKS)
+def test_there_is_room_for_an_answer_in_which_every_word_is_marked(text, name, tokenizer):
+    task = TASKS[name]
+    spans = [Span(*word.span(), task.labels[0]) for word in re.finditer(r"[a-zA-Z0-9]+|[\u4e00-\u9fff]", text)]
+    answer = tokenizer.encode_continuation(" " + render_answer(task, text, spans))
+    assert len(answer) < new_tokens(tokenizer, task, text, 9999)
+    assert new_tokens(tokenizer, task, text, 9) == 9
 
 
 def test_a_vocabulary_that_cannot_spell_the_source_is_a_dead_end():

@@ -207,14 +207,24 @@ def test_compare_reads_what_eval_left_in_runs(runs, tmp_path, capsys):
     assert list(result["types"]) == ["Disease"]  # the label that both answer for
     for name, alone in zip("ab", scores, strict=True):
         assert result["micro"][name] == alone["types"]["Disease"]
-    few = shutil.copytree(runs / "Disease", tmp_path / "few")
-    (few / "eval-test.json").write_text(json.dumps(read_result(few, "test") | {"sentences": 3}))
-    answers = (few / "answers-test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (few / "answers-test.jsonl").write_text("".join(answers[:3]), encoding="utf-8")
-    different = f"different sentences ({len(answers)} and 3)"
+    few, damaged, without = (
+        shutil.copytree(runs / "Disease", tmp_path / name) for name in ("few", "damaged", "without")
+    )
+    run_eval(capsys, "--run", few, "--split", "test", "--limit", 3, "--out", tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        shutil.copy(path, few)
+    different = f"different sentences ({scores[0]['sentences']} and 3)"
+    (damaged / "answers-test.jsonl").write_text("{")
+    config = json.loads((without / "config.json").read_text())
+    config["settings"]["data"] = str(tmp_path / "data")
+    (without / "config.json").write_text(json.dumps(config))
+    (tmp_path / "data").mkdir()
+    shutil.copy(HOME / "data/sample/dev.PubTator.txt", tmp_path / "data")
     for argv, words in (
         ([*flags, "train"], "not scored on train"),
         ([*flags[:2], str(few), "--split", "test"], different),
+        ([*flags[:2], str(damaged), "--split", "test"], f"{damaged / 'answers-test.jsonl'}: changed since"),
+        ([*flags[:2], str(without), "--split", "test"], f"{tmp_path / 'data'} has only dev"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_command(command, argv)
@@ -300,6 +310,8 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     shutil.copytree(HOME / "data/sample", tmp_path / "data")
     with (tmp_path / "data/test.PubTator.txt").open("a") as file:
         file.write("\n9999|t|One more.\n")
+    dev = tmp_path / "data/dev.PubTator.txt"
+    dev.write_text(dev.read_text().replace("\t-1\n", "\tD1\n", 1))  # of which there is a note to tell
     places = {"OTHER": other, "DATA": str(tmp_path / "data")}
     flags = ["--run", str(run), *(places.get(flag, flag) for flag in FOREIGN[reason])]
     before = contents(run)
@@ -317,6 +329,44 @@ def test_a_run_keeps_its_own_results_alone(reason, run, tmp_path, capsys):
     code, output = verified(run, capsys)
     assert code == 1 and f"not the run's own result: {reason}" in output
     assert f"llamalora eval --run {run} --split dev --limit 2 --precision {read_settings(run).precision}" in output
+
+
+def test_another_base_model_than_the_runs_is_noticed(run, tmp_path, capsys):
+    base = shutil.copytree(HOME / "weights/tiny", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, base / "model.safetensors")
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["model"] = str(base)
+    (run / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    run_command(evaluation.main, ["--run", str(run), "--limit", "2"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "not kept, for it is not the run's own result: the base model is not the one" in told
+    assert f"{base}: not the files of weights that {run / 'best'} was trained on" in told
+    assert contents(run) == before
+    run_command(evaluation.main, [*MODEL[:1], str(base), *MODEL[2:], "--adapter", str(run / "best"), "--limit", "1"])
+    assert f"{base}: not the files of weights" in capsys.readouterr().err
+    run_command(command, ["merge", "--run", str(run), "--out", str(tmp_path / "merged")])
+    assert f"{base}: not the files of weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_adapter_is_asked_what_it_learnt(runs, capsys):
+    flags = (*MODEL, "--adapter", runs / "Disease/best", "--limit", 3)
+    assert list(run_eval(capsys, *flags)["types"]) == ["Disease"]
+    with pytest.raises(SystemExit) as refused:
+        run_eval(capsys, *flags, "--labels", "all")
+    assert refused.value.code == 2
+    assert f"--labels: no effect with {runs / 'Disease/best'}, which is asked" in capsys.readouterr().err
+
+
+def test_an_id_that_no_prediction_can_have_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "dev.jsonl").write_text('{"id": "PMC|1", "text": "Fever.", "entities": [[0, 5, "Disease"]]}\n')
+    flags = ["--model", "weights/tiny", "--data", str(tmp_path), "--predictions", str(tmp_path / "x"), "--out"]
+    with pytest.raises(SystemExit) as refused:
+        run_command(evaluation.main, [*flags, str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert refused.value.code == 2 and "'PMC|1': no PubTator id" in err and not out
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_scored_as_it_scores_itself(run, capsys):

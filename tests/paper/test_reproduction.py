@@ -41,8 +41,18 @@ def test_a_result_is_found_by_what_decided_it(kept):
     assert [*kept(seed=2).by_seed(ROW, "dev")] == [2]
     for free in ({"precision": "fp32"}, {"out": "elsewhere"}, {"eval_batch": 7}, {"compile": "off"}):
         assert kept(**free).by_seed(ROW, "dev")
-    for other in ({"limit_train": 400}, {"eval_limit": 20}, {"epochs": 3}, {"dropout": 0.1}, {"lr": 3e-3}):
+    for other in ({"epochs": 3}, {"dropout": 0.1}, {"lr": 3e-3}):
         assert not kept(**other).by_seed(ROW, "dev")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"limit_train": 400}, "is of a part of the corpus"),
+    ({"eval_limit": 20}, "is of a part of the corpus"),
+    ({"data": "sample"}, "is of another data"),
+])  # fmt: skip
+def test_results_that_cannot_stand_beside_the_others_are_refused(kept, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        kept(**changes)
 
 
 def test_every_rank_has_its_best_rate(kept, module):
@@ -64,3 +74,16 @@ def test_a_row_counts_the_seeds_that_all_rows_have(kept, module):
     table = module["table3"]((2, 8))
     rows = {tuple(row["title"]): row for row in found.summary(table)["rows"]}
     assert rows["all", "8"]["seeds"] == rows["all", "2"]["seeds"] == 1
+
+
+def claim(text: str, verdict: str) -> dict:
+    exact = {"difference": 0.012, "low": -0.008, "high": 0.032, "verdict": verdict}
+    return {"text": text, "equal": False, "by": {"exact": exact}}
+
+
+def test_a_verdict_is_read_in_words(module):
+    text = "One model for all labels is as good as one per label"
+    assert "(-0.8 to +3.2)" in module["reading"](claim(text, "holds"))
+    assert module["reading"](claim("B beats A", "not decided")).startswith("B beats A: open; about 2.8 times")
+    with pytest.raises(SystemExit, match="READINGS has no words for 'B beats A', which does not hold"):
+        module["reading"](claim("B beats A", "does not hold"))

@@ -1,7 +1,10 @@
 """`tables`: the paper's experiments as cells that are run once, kept, and put beside the paper's figures."""
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from llamalora.distributed.world import World
 from llamalora.lora.inject import count_parameters, make_trainable
 from llamalora.model.checkpoint import read_config, skeleton
 from llamalora.model.config import LlamaConfig
-from llamalora.paper import cells, counted, figures, findings, tables
+from llamalora.paper import cells, counted, figures, findings, runner, tables
 from llamalora.paper.experiments import (
     BASE,
     VARIED,
@@ -104,6 +107,10 @@ def test_rows_are_distinct_changes_of_the_base(table):
         assert {claim.a, claim.b} <= set(titles) and claim.a != claim.b
 
 
+def test_one_rank_is_compared_with_no_other():
+    assert table3((8,)).claims == () and len(table3((8, 2)).claims) == 4
+
+
 def test_full_fine_tuning_differs_from_lora_in_what_is_trained(tmp_path):
     runner = Runner(BASE_SETTINGS, (0,), tmp_path, World())
     lora, full = (asdict(runner.cells(row, 0)[0].settings) for row in table4().rows[:2])
@@ -154,6 +161,20 @@ def test_a_joined_row_is_what_eval_says_of_both_runs(done, capsys):
     alone = json.loads(next(out.glob("runs/extraction-all-*/eval-dev.json")).read_text())
     assert rows["extraction", "all"]["f1"] == alone["micro"]["f1"]
     assert joined["trainable"] == 2 * rows["tagging", "all"]["trainable"]
+
+
+def test_a_joined_result_of_many_labels_has_a_short_name(done, trained, monkeypatch, tmp_path):
+    """A file system takes 255 bytes."""
+    shutil.copytree(done[0], tmp_path / "out", symlinks=True)
+    for path in (tmp_path / "out/cells").glob("*+*.json"):
+        path.unlink()
+    monkeypatch.setattr(runner, "LONGEST", 50)
+    assert run_tables("2", out=tmp_path / "out")["tables"]["2"]["rows"] == done[1]["tables"]["2"]["rows"]
+    joined = sorted(path.name for path in (tmp_path / "out/cells").glob("*+*.json"))
+    assert len(joined) == 2 and all(
+        re.fullmatch(r"[\w-]+-s0-[0-9a-f]{10}\+1-[0-9a-f]{10}\.json", name) for name in joined
+    )
+    assert trained == []
 
 
 def test_what_is_written(done):
@@ -400,6 +421,18 @@ def test_bad_flags_are_refused(capsys, tmp_path):
 )  # fmt: skip
 def test_verdicts(equal, low, high, expected):
     assert findings.verdict(equal, low, high) == expected
+
+
+@pytest.mark.parametrize("equal, found, times", [
+    (False, (0.01, -0.01, 0.03), 4),
+    (False, (-0.01, -0.03, 0.01), 4),
+    (True, (0.0, -0.02, 0.02), 4),
+    (True, (0.005, -0.005, 0.015), 4),  # the interval has to keep below the margin
+    (True, (-0.03, -0.07, 0.01), 4),  # or beyond it
+    (True, (0.01, 0.0, 0.02), math.inf),  # at the margin none decides
+])  # fmt: skip
+def test_documents_that_would_decide_a_claim(equal, found, times):
+    assert findings.to_decide(equal, *found) == pytest.approx(times)
 
 
 def result(*counts):

@@ -359,6 +359,7 @@ def test_tags_that_the_source_holds_are_text(task, text, output, expected):
             (),
         ),
         (LIST_ONE, "pain, chest pain", "chest pain, chest", [("chest pain", "Disease")], ()),
+        (LIST_ONE, "painful pain, rash", "pain , rash", [("pain", "Disease"), ("rash", "Disease")], ()),
         (LIST_ONE, "painful, painless", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),  # inside words
         (LIST_ONE, "(pain) -pain- pain2", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),
         (LIST_ONE, "chest\n pain", "chest pain", [("chest\n pain", "Disease")], ()),
