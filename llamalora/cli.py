@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -256,19 +257,25 @@ def at_once() -> Iterator[None]:
 
 
 class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a number to look at where work can stop; a second one ends at once."""
+    """Turns SIGTERM and Ctrl-C into a number to look at where work can stop; a second one ends at once, if it comes
+    `APART` seconds later: torchrun passes on what a scheduler has sent to all processes already."""
+
+    APART = 1.0
 
     def __init__(self):
         self.signal = 0
+        self.since = 0.0
 
     def __enter__(self):
         self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number, frame):
-        if self.signal:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.since = number, now
+        elif now - self.since >= self.APART:
             sys.exit(128 + number)
-        self.signal = number
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -22,6 +22,7 @@ from ..training.cards import CARDS, NETWORK, REPORTED, USABLE
 if TYPE_CHECKING:
     from ..model.llama import Llama
 
+LEARNING = ("method", "targets", "rank", "dora")  # flags that say what learns
 EXAMPLES = """
 --rank 128
 --memory --rank 128 --gpus 4 --gpu-memory 16GB
@@ -127,9 +128,9 @@ def memory_plans(arguments: argparse.Namespace, model: "Llama", capacity: int) -
 
     from ..runs.resolve import step_tokens
     from ..training.memory import LENGTHS
-    from ..training.placement import fit
+    from ..training.placement import check_parallel, fit
 
-    names = ("method", "targets", "rank", "dora", "micro_tokens", "activation_checkpointing")
+    names = (*LEARNING, "micro_tokens", "activation_checkpointing")
     precision = arguments.precision or "fp16"
     gpus = arguments.gpus
     step = step_tokens(torch.device("cuda"), gpus)
@@ -144,7 +145,12 @@ def memory_plans(arguments: argparse.Namespace, model: "Llama", capacity: int) -
         assert (plan := placement.plan) is not None
         sums = {name: getattr(plan, name) for name in ("total", "evaluation_total", "peak", "usable", "spare", "fits")}
         result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
-    return result | {"auto": {"parallel": auto.parallel, "why": auto.why}}
+    refused = ""
+    try:
+        check_parallel(auto, settings)
+    except UsageError as error:
+        refused = str(error)
+    return result | {"auto": {"parallel": auto.parallel, "why": auto.why, "refused": refused}}
 
 
 def time_plan(arguments: argparse.Namespace, model: "Llama") -> dict:
@@ -165,7 +171,8 @@ def time_plan(arguments: argparse.Namespace, model: "Llama") -> dict:
     corpus = Corpus.read(arguments.data, arguments.model) if arguments.data else Corpus.bc5cdr()
     links = Links(arguments.gpus, arguments.nodes, arguments.link or card.link, arguments.network)
     step = arguments.batch_tokens or step_tokens(torch.device("cuda"), links.size)
-    settings = Settings(precision=arguments.precision or card.half, batch_tokens=step)
+    learning = {name: getattr(arguments, name) for name in LEARNING}
+    settings = Settings(precision=arguments.precision or card.half, batch_tokens=step, **learning)
     return timetable.table(model, settings, corpus, arguments.gpu, links) | {"paper": TABLE8}
 
 
@@ -242,9 +249,11 @@ def show_memory(result: dict) -> str:
     gpus = "1 GPU" if result["gpus"] == 1 else f"{result['gpus']} GPUs"
     gpus += f" of {result['capacity'] / GIB:.2f} GiB"
     step = f"{gpus}, {result['precision']}, steps of {result['batch_tokens']:,} tokens"
-    taken = wrapped("train --parallel auto takes {parallel}: {why}".format(**result["auto"]))
+    taken = "train --parallel auto takes {parallel}: {why}"
+    if result["auto"]["refused"]:
+        taken = "train --parallel auto would take {parallel}, but refuses it: {refused}"
     words = legend(used(WORDS, str(rows)))
-    found = "\n".join([*verdicts, taken])
+    found = "\n".join([*verdicts, wrapped(taken.format(**result["auto"]))])
     return f"{_setup(result)}\n{step}\n\n{aligned(rows)}\n\n{found}\n\n{words}"
 
 

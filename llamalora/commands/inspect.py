@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..drawing import need_matplotlib
+from ..errors import RunError
 from ..files import is_occupied, new_folder
 from ..inspection import report
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..mistakes import is_run
 from ..model.config import read_config
 from ..runs.folder import adapter_of
+from ..runs.state import verify_shared
 
 if TYPE_CHECKING:
     from ..lora.peft_format import Adapter
@@ -110,6 +112,7 @@ def sources(given: str) -> tuple[Path, str | None]:
     """
     folder = Path(given)
     if (folder / ADAPTER_CONFIG).is_file() or not is_run(folder):
+        verify_shared(folder)
         return folder, None
     return adapter_of(folder)
 
@@ -137,7 +140,7 @@ def write(result: dict, out: Path) -> None:
     """Writes JSON, page and heat maps into a new folder, all or nothing.
 
     Raises:
-        UsageError: it cannot be written.
+        RunError: it cannot be written.
     """
     metrics = [name for name in DRAWN if name in report.present(result)]
     if "ratio" in metrics:
@@ -150,4 +153,4 @@ def write(result: dict, out: Path) -> None:
             for metric in metrics:
                 report.save_heatmap(result, metric, folder / f"{metric}.png")
     except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+        raise RunError(f"--out {out}: cannot be written ({error.strerror or error})") from None

@@ -16,6 +16,7 @@ from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..model.config import read_config
 from ..runs.folder import adapter_of
 from ..runs.shared import find_base, other_base
+from ..runs.state import verify_shared
 from ..text_table import aligned, wrapped
 
 PROBE = (
@@ -65,6 +66,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """
     if arguments.run is None:
         adapter = Path(arguments.adapter)
+        verify_shared(adapter)
         return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
     adapter, base = adapter_of(Path(arguments.run))
     return adapter, Path(base if arguments.model is None else arguments.model)

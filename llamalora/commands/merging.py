@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import UsageError
+from ..errors import RunError
 from ..evaluation.card import merged_card
 from ..files import new_folder
 from ..lora.inject import adapt, lora_layers
@@ -52,8 +53,8 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         the largest logit difference and the share of positions whose most likely token changed.
 
     Raises:
-        CheckpointError: what `load_model` and `read_adapter` refuse, a merged weight that is not finite, or a folder
-            that cannot be written.
+        CheckpointError: what `load_model` and `read_adapter` refuse, or a merged weight that is not finite.
+        RunError: a folder that cannot be written.
         UsageError: a probe that is empty.
         TokenizerError: a probe, but no tokenizer beside the base model.
     """
@@ -74,7 +75,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
             _describe(adapter_folder, folder)
             compared = None if ids is None else _compare(model, adapter, files, folder, ids)
     except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error})") from None
+        raise RunError(f"{out}: cannot be written ({error})") from None
     return {
         "model": str(base),
         "adapter": str(adapter_folder),

@@ -95,7 +95,7 @@ def read_curves(run: Path, name: str) -> Curves:
         raise UsageError(f"{run}: the run has made no step yet")
     series = {}
     for figure in OF_STEPS:
-        known = [line for line in steps if line.get(figure) is not None]  # of a step that was skipped there is no norm
+        known = [line for line in steps if line.get(figure) is not None]  # a NaN is none
         series[figure] = [line["step"] for line in known], [line[figure] for line in known]
     scored = _records(run / "evaluations.jsonl", ("micro",))
     series["f1"] = [line["step"] for line in scored], [100 * line["micro"]["f1"] for line in scored]

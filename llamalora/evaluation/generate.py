@@ -102,8 +102,8 @@ def generate(
 
     Args:
         prompts: token ids of each, at least one.
-        eos_id: the end token, or several. With one of those that the model's configuration names, all of them end
-            an output.
+        eos_id: the end token, with which all that the model's configuration names end an output if it is one of
+            them; or all end tokens.
         max_new_tokens: the limit, one for all or one for each prompt.
         batch_size: prompts decoded side by side at most, as many as the memory allows (`room.Room`); the outputs do
             not depend on it.
@@ -120,9 +120,12 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not all(prompts) or min(limits, default=1) < 1:
         raise ValueError("every prompt needs a token and every limit must be at least 1")
-    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    if ends & model.config.end_ids:
-        ends |= model.config.end_ids
+    if isinstance(eos_id, int):
+        ends = frozenset([eos_id])
+        if ends & model.config.end_ids:
+            ends |= model.config.end_ids
+    else:
+        ends = frozenset(eos_id)
     requests = [
         _Row(index, list(prompt), limit, [grammar.start(index) if grammar else None])
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))

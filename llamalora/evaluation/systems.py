@@ -21,10 +21,11 @@ from ..model.config import read_config
 from ..model.elementwise import compile_formulas
 from ..model.llama import Llama
 from ..model.precision import DTYPES, choose_precision
-from ..runs.folder import read_settings, read_task
+from ..runs.folder import fingerprint, read_fingerprints, read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, choose_compiled, load_trained, make_task
 from ..runs.shared import RECORD, find_base, other_base, recorded_task
+from ..runs.state import verify_shared
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, answer_sentences
@@ -52,8 +53,7 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     with _loading(settings.model, DTYPES[precision], world.device):
         model, tokenizer = load_trained(folder, which, precision, world.device)
         model = _compiled(merge_for_good(model))
-    known = _training_sentences(settings.data)[: settings.limit_train]
-    return System(model, tokenizer, task, known)
+    return System(model, tokenizer, task, _training_sentences(folder, world)[: settings.limit_train])
 
 
 def load_system(settings: Settings, adapter: str | None, precision: str, world: World) -> System:
@@ -80,6 +80,9 @@ def _compiled(model: Llama) -> Llama:
 
 def _check_folders(model: str | Path, adapter: str | Path | None) -> Tokenizer:
     """The tokenizer. What is wrong with a folder is said before a model is loaded."""
+    for folder in (model, adapter):
+        if folder is not None:
+            verify_shared(Path(folder))
     config, tokenizer = read_config(model), load_tokenizer(model)
     check_fit(tokenizer, config.vocab_size, model)
     if adapter is not None:
@@ -142,13 +145,20 @@ def _loading(model: str | Path, dtype: torch.dtype, device: torch.device) -> Abs
     return explained("loading and merging the model", planned, device)
 
 
-def _training_sentences(data: str) -> list[Sentence]:
-    """The training sentences of a corpus folder; none if it is not there any more."""
+def _training_sentences(run: Path, world: World) -> list[Sentence]:
+    """What a run was trained on; nothing, with a word, if its corpus is not there any more, or is another one."""
+    data = read_settings(run).data
     try:
-        documents = read_documents(find_splits(data)["train"])
-    except (CorpusError, KeyError, OSError):
+        splits = find_splits(data)
+        if read_fingerprints(run).get("data") not in (None, fingerprint(sorted(splits.values()))):
+            raise CorpusError(f"{data}: is not the corpus that the run was trained on")
+        return all_sentences(read_documents(splits["train"]))
+    except (CorpusError, KeyError, OSError) as error:
+        world.warn(
+            f"{error}\nwithout the training sentences of {run} decoding is slower, and --constrain lets no mention "
+            "begin or end within a word"
+        )
         return []
-    return all_sentences(documents)
 
 
 def score_split(

@@ -194,6 +194,7 @@ def cast_factors(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         cast = [torch.empty_like(part, dtype=dtype) for part in fp32]
         if layers:
             torch._foreach_copy_(cast, fp32)  # a few kernels on a GPU, however many layers there are
+    del fp32  # which is no parameter where the scale is not 1
     for layer, A, B in zip(layers, cast[::2], cast[1::2], strict=True):
         layer.cast = A, B
     try:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..errors import RunError
 from .config import CheckpointError
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
@@ -191,7 +192,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     Sharded tensors are gathered from all processes, which must all call this; the first one writes.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, for one).
+        RunError: it cannot be written (a full disk, for one).
     """
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     only_gives = any(map(is_sharded, tensors.values())) and dist.get_rank() > 0
@@ -200,4 +201,4 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
             Path(os.devnull) if only_gives else path, entries, lambda name: whole(tensors[name].detach()).cpu()
         )
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from None
+        raise RunError(f"{path}: cannot be written ({error})") from None

@@ -100,7 +100,7 @@ class Cell:
                 "model": config["model"],
                 "trainable": config["parameters"]["trainable"],
                 "seconds": sum(step["seconds"] for step in steps) + trained["speed"]["seconds"],
-                "curve": [round(step["loss"], 5) for step in steps],
+                "curve": [round(step["loss"], 5) for step in steps if step["loss"] is not None],
             }
         if world.is_main:
             self.keep(result, world)

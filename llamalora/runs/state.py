@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ..errors import RunError
 from ..files import new_folder, sync
 from ..model.config import CheckpointError, read_json
 
@@ -31,7 +32,7 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], writes: bool = 
             it fills is thrown away.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, for one); the old one is as it was.
+        RunError: it cannot be written (a full disk, for one); the old one is as it was.
     """
     if not writes:
         with TemporaryDirectory() as scratch:
@@ -42,7 +43,7 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], writes: bool = 
             fill(partial)
             _seal(partial)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from None
+        raise RunError(f"{folder}: cannot be written ({error})") from None
 
 
 def _seal(folder: Path) -> None:
@@ -64,16 +65,32 @@ def find_damage(folder: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found = []
-    for name, expected in sums.items():
-        if name not in present:
-            found.append(f"{folder / name}: missing")
-        elif _sha256(present[name]) != expected:
-            found.append(f"{present[name]}: damaged, its SHA-256 differs from {MANIFEST}")
+    found = _differences(folder, sums)
     unlisted = present.keys() - {*sums, MANIFEST, CARD}
     if unlisted or not sums:
         found.append(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
     return found
+
+
+def _differences(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """Which files that a manifest lists are missing or damaged."""
+    found = []
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            found.append(f"{folder / name}: missing")
+        elif _sha256(folder / name) != expected:
+            found.append(f"{folder / name}: damaged, its SHA-256 differs from {MANIFEST}")
+    return found
+
+
+def verify_shared(folder: Path) -> None:
+    """Checks the files that the manifest of a saved model lists, if it has one; others may have come with a download.
+
+    Raises:
+        CheckpointError: those that are missing or damaged.
+    """
+    if (folder / MANIFEST).is_file() and (found := _differences(folder, read_json(folder / MANIFEST))):
+        raise CheckpointError("\n  ".join([*found, f"if they were changed on purpose, remove {MANIFEST}"]))
 
 
 def verify_folder(folder: Path) -> None:

@@ -64,13 +64,20 @@ class TextStream:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    def __init__(self, path: Path):
+    """
+    Args:
+        path: of `tokenizer.model`.
+        adds_bos: in front of a whole text.
+    """
+
+    def __init__(self, path: Path, adds_bos: bool = True):
         from sentencepiece import SentencePieceProcessor
 
         try:
             self._pieces = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path}: not a sentencepiece model ({error})") from None
+        self._adds_bos = adds_bos
         self.vocab_size = self._pieces.vocab_size()
         self.bos_id, self.eos_id = self._pieces.bos_id(), self._pieces.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -88,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         unknown = self._pieces.id_to_piece(self._pieces.unk_id())
         bos, eos = (self._pieces.id_to_piece(token) for token in (self.bos_id, self._pieces.eos_id()))
         names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
-        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
+        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self._adds_bos, "add_eos_token": False, **names}
 
     def _marks(self, token: int) -> bool:
         return self._pieces.is_control(token) or self._pieces.is_unknown(token)
@@ -105,20 +112,33 @@ class SentencePieceTokenizer(Tokenizer):
         return known | added == self.vocabulary and all(map(self._marks, added.values()))
 
     def encode(self, text: str) -> list[int]:
-        return [self.bos_id, *self._cut(text)]
+        return [self.bos_id, *self._cut(text)] if self._adds_bos else self._cut(text)
 
     def _cut(self, text: str) -> list[int]:
         return self._pieces.encode(text)
 
 
 class JsonTokenizer(Tokenizer):
-    def __init__(self, path: Path):
+    """
+    Args:
+        path: of `tokenizer.json`.
+        rows: of the model's embedding. Special tokens beyond it, like one for padding that was added later, are left
+            out.
+    """
+
+    def __init__(self, path: Path, rows: int | None = None):
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise TokenizerError(f"{path}: reading it needs: pip install 'llamalora[tokenizers]'") from None
+        parts = _read(path)
         try:
-            self._backend = Backend.from_file(str(path))
+            added = parts.get("added_tokens") or []
+            fitting = [one for one in added if rows is None or not one["special"] or one["id"] < rows]
+            if len(fitting) < len(added):
+                self._backend = Backend.from_str(json.dumps(parts | {"added_tokens": fitting}))
+            else:
+                self._backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
         self._backend.no_truncation()
@@ -128,7 +148,7 @@ class JsonTokenizer(Tokenizer):
             raise TokenizerError(f"{path}: has no tokens")
         self.vocab_size = max(self.vocabulary.values()) + 1
         pieces = self._backend.get_vocab(with_added_tokens=False)
-        parts = _read(path)  # Llama-2's pieces hold an ordinary Ġ, too
+        # Llama-2's pieces hold an ordinary Ġ, too
         byte_level = "ByteLevel" in json.dumps([parts.get(part) for part in ("pre_tokenizer", "decoder")])
         spell = _byte_level_spelling if byte_level else _spelling
         self.spellings = [None] * self.vocab_size
@@ -171,17 +191,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path, beside = folder / "tokenizer.model", folder / "tokenizer.json"
+    rows = _read(folder / "config.json").get("vocab_size")
+    rows = rows if isinstance(rows, int) else None
     tokenizer: Tokenizer
     if path.is_file():
-        tokenizer = pieces = SentencePieceTokenizer(path)
+        adds_bos = _read(folder / "tokenizer_config.json").get("add_bos_token") is not False
+        tokenizer = pieces = SentencePieceTokenizer(path, adds_bos)
         if beside.is_file() and not pieces.holds_all_of(beside):
-            tokenizer = JsonTokenizer(beside)
+            tokenizer = JsonTokenizer(beside, rows)
         elif beside.is_file() and find_spec("tokenizers"):
-            other = JsonTokenizer(beside)
+            other = JsonTokenizer(beside, rows)
             if any(pieces.encode(text) != other.encode(text) for text in PROBES):
                 tokenizer = other
     elif beside.is_file():
-        tokenizer = JsonTokenizer(beside)
+        tokenizer = JsonTokenizer(beside, rows)
     else:
         missing = f"{folder}: has neither tokenizer.model nor tokenizer.json"
         raise TokenizerError(wrong_folder(folder, "model folder", missing))

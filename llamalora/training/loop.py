@@ -73,7 +73,7 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
     with (
         explained(job.placement.plan, world.device),
         Interrupt() as interrupt,
-        StepLog(folder, world, len(steps), progress.cursor, progress.best) as log,
+        StepLog(folder, world, len(steps), progress.cursor, progress.evaluated, progress.best) as log,
     ):
         while True:
             if progress.evaluated < progress.cursor and job.is_evaluated(progress.cursor):

@@ -90,12 +90,20 @@ def capacity_of(device: torch.device) -> int:
     return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
 
 
-def _checked(placement: Placement, settings: Settings, model: Llama, world: World) -> Placement:
+def check_parallel(placement: Placement, settings: Settings) -> None:
+    """
+    Raises:
+        UsageError: fsdp with DoRA in half precision.
+    """
     if placement.parallel == "fsdp" and settings.dora and settings.precision != "fp32":
         raise UsageError(
             f"--dora: under fsdp ({placement.why}) its magnitudes, which need fp32, would be gathered in "
             f"{settings.precision}; use --parallel ddp, --precision fp32, or leave it out"
         )
+
+
+def _checked(placement: Placement, settings: Settings, model: Llama, world: World) -> Placement:
+    check_parallel(placement, settings)
     computes = world.device.type == "cpu"
     host = plan_host(model, placement.parallel, world.size, settings.precision, computes)
     return replace(placement, host=host)

@@ -71,17 +71,18 @@ class StepLog:
 
     Args:
         total, done: steps of the run, and those that were done before.
+        evaluated: the step of the last evaluation before.
         best: F1 of the best evaluation so far; negative before the first one.
     """
 
-    def __init__(self, folder: Path, world: World, total: int, done: int, best: float = -1.0):
+    def __init__(self, folder: Path, world: World, total: int, done: int, evaluated: int, best: float = -1.0):
         self.world = world
         if not world.is_main:
             return
         metrics, self.evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
-        for path in (metrics, self.evaluations):
+        for path, last in ((metrics, done), (self.evaluations, evaluated)):
             lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= done]  # later ones are done again
+            kept = [line for line in lines if _step_of(line) <= last]  # later ones are done again
             replace_file(path, "".join(line + "\n" for line in kept))
         self.path, self.file = metrics, metrics.open("a", buffering=1)
         self.bar = Bar("training", total, "step", done, hidden=world.terse, leave=not world.quiet)
@@ -113,9 +114,9 @@ class StepLog:
         record = {
             "step": step,
             "epoch": epoch,
-            "loss": loss,
+            "loss": _finite(loss),
             "lr": lr,
-            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+            "grad_norm": _finite(update.grad_norm),
             "skipped": update.skipped,
             "loss_scale": update.scale,
             "tokens": tokens,
@@ -138,6 +139,11 @@ class StepLog:
             self.best = max(self.best, result["micro"]["f1"])
             with self.bar.aside():
                 self.world.say(f"step {step}: dev F1 {100 * result['micro']['f1']:.2f}")
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

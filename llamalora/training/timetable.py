@@ -26,7 +26,7 @@ from .batch import encode_all, plan_epoch
 from .cards import CARDS, NETWORK, REPORTED, recognise
 from .duration import Links, Machine
 from .job import Job, default_epochs
-from .placement import fit
+from .placement import check_parallel, fit
 
 # tokens of the training examples of BC5CDR (tagging, all labels, Llama-2's tokenizer): percentile -> length
 PERCENTILES = {0: 12, 1: 24, 5: 40, 10: 50, 20: 64, 30: 75, 40: 86, 50: 97, 60: 108, 70: 123, 80: 144, 90: 175, 95: 208,
@@ -99,10 +99,10 @@ def table(model: Llama, settings: Settings, corpus: Corpus, card: str, links: Li
 
     Args:
         model: on the meta device, set up for training.
-        settings: of which precision and the tokens of a step matter.
+        settings: of which precision, the tokens of a step and what learns matter.
 
     Raises:
-        UsageError: the card has not got the precision, or there are too many of it.
+        UsageError: `train` would refuse it, the card has not got the precision, or there are too many of it.
     """
     if links.size > MOST_GPUS:
         raise UsageError(f"--gpus {links.gpus}, --nodes {links.nodes}: at most {MOST_GPUS:,} GPUs are planned for")
@@ -112,6 +112,7 @@ def table(model: Llama, settings: Settings, corpus: Corpus, card: str, links: Li
         raise UsageError(f"--precision {settings.precision}: a {card} has {' and '.join(gpu.teraflops)}")
     capacity = int(gpu.memory * GIB * REPORTED)
     placement = fit(model, settings, corpus.lengths, links.size, capacity)
+    check_parallel(placement, settings)
     steps = plan_epoch(corpus.lengths, settings.batch_tokens, seed=0, epoch=0)
     epochs = default_epochs(len(steps))
     machine = Machine(gpu, links, placement.parallel == "fsdp", placement.whole)

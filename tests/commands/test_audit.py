@@ -268,6 +268,14 @@ def test_without_a_choice_the_plan_is_what_parallel_auto_would_take(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_plan_that_train_refuses_says_so(capsys):
+    flags = ("--memory", "--model", "weights/tiny", "--rank", 128, "--gpu-memory", "0.44GiB")
+    assert audit(capsys, *flags)["auto"]["parallel"] == "fsdp" and not audit(capsys, *flags)["auto"]["refused"]
+    assert "train --parallel auto would take fsdp, but refuses it: --dora" in " ".join(
+        printed(capsys, *flags, "--dora").split()
+    )
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--targets", "q,x"], "unknown target 'x'"),
     (["--rank", "0"], "rank is 0"),

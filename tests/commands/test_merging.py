@@ -65,10 +65,10 @@ def merge_command(capsys, base: Path, adapter: Path, out: Path, *flags: str) -> 
     return json.loads(capsys.readouterr().out)
 
 
-def refused(capsys, message: str, *flags) -> None:
+def refused(capsys, message: str, *flags, code: int = 2) -> None:
     with pytest.raises(SystemExit) as ended:
         run_command(main, ["merge", *map(str, flags)])
-    assert ended.value.code == 2
+    assert ended.value.code == code
     assert message in capsys.readouterr().err
 
 
@@ -400,7 +400,8 @@ def test_a_full_disk_leaves_nothing_behind(folders, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(merging, "write_tensors", full)
     before = sorted(tmp_path.iterdir())
-    refused(capsys, "cannot be written", "--model", folders[0], "--adapter", folders[1], "--out", tmp_path / "out")
+    flags = ("--model", folders[0], "--adapter", folders[1], "--out", tmp_path / "out")
+    refused(capsys, "cannot be written", *flags, code=1)
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -350,6 +350,21 @@ def test_another_base_model_than_the_runs_is_noticed(run, tmp_path, capsys):
     assert f"{base}: not the files of weights" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_corpus_that_is_not_the_runs_is_told(there, run, tmp_path, capsys):
+    if there:
+        shutil.copytree(HOME / "data/sample", tmp_path / "data")
+        (tmp_path / "data/dev.PubTator.txt").unlink()
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["data"] = str(tmp_path / "data")
+    (run / "config.json").write_text(json.dumps(config))
+    with join_world() as world:
+        assert not load_run(run, "best", "fp32", world).known
+    told = capsys.readouterr().err
+    assert f"without the training sentences of {run}" in told
+    assert f"{tmp_path / 'data'}: is not the corpus" in told or not there
+
+
 def test_an_adapter_is_asked_what_it_learnt(runs, capsys):
     flags = (*MODEL, "--adapter", runs / "Disease/best", "--limit", 3)
     assert list(run_eval(capsys, *flags)["types"]) == ["Disease"]
@@ -454,6 +469,13 @@ def test_an_end_token_of_the_configuration_ends_an_answer(named, ended, tiny_byt
     with join_world() as world:
         (answer,), _ = answer_sentences(model, tokenizer, task, [Sentence("1", 0, "ab c", ())], world, quiet=True)
     assert answer.parsed.truncated != ended
+
+
+@pytest.mark.parametrize("ends, ended", [(1, True), ((1,), False), ((1, 0), True)])
+def test_several_end_tokens_are_all_that_there_are(ends, ended):
+    """With one of them alone, those of the configuration end an output, too."""
+    decoding = generate(uniform(8, eos_token_id=(0, 1)), [[2]], ends, 5)
+    assert decoding.truncated == [not ended]
 
 
 @pytest.mark.parametrize("constrain", [False, True])

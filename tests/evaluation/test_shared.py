@@ -28,6 +28,7 @@ from llamalora.evaluation.draft import prime
 from llamalora.evaluation.result import read_result
 from llamalora.evaluation.systems import System
 from llamalora.model.checkpoint import save_model
+from llamalora.model.config import CheckpointError
 from llamalora.runs.shared import RECORD, base_name, find_base, read_record, recorded_task
 from llamalora.runs.state import CARD
 from llamalora.task.definition import Task
@@ -128,6 +129,20 @@ def test_what_predict_refuses(flags, words, run, bare, texts, monkeypatch, capsy
         run_command(command, ["predict", *argv, str(texts)])
     assert stop.value.code == 2
     assert re.sub("RUN|BARE", lambda name: places[name[0]], words) in capsys.readouterr().err
+
+
+def test_a_damaged_adapter_is_refused_wherever_it_lies(adapter, tmp_path):
+    shared = Path(shutil.copytree(adapter, tmp_path / "shared"))
+    (shared / ".gitattributes").write_text("as a download has it")
+    llamalora.load_annotator(TINY, shared)
+    weights = bytearray((shared / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (shared / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors: damaged, its SHA-256 differs"):
+        llamalora.load_annotator(TINY, shared)
+    for argv in (["inspect", str(shared)], ["merge", "--adapter", str(shared), "--out", str(tmp_path / "merged")]):
+        with pytest.raises(CheckpointError, match="damaged"):
+            command([*argv, *(["--model", str(TINY)] if argv[0] == "merge" else [])])
 
 
 def test_other_weights_than_the_adapters_are_noticed(adapter, tmp_path):

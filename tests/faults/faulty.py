@@ -141,12 +141,13 @@ def _before(owner, name: str, strike: Callable[..., None]) -> None:
     setattr(owner, name, struck)
 
 
-def at_step(step: int, number: int, rank: int | None = None) -> None:
-    """A signal when this step has been made, before it is logged."""
+def at_step(step: int, number: int, rank: int | None = None, after: float = 0.0) -> None:
+    """A signal when this step has been made, before it is logged, and so many seconds later what was to come then."""
 
     def strike(log, made, *_, **__):
         if made == step and _struck(rank):
             send(number)
+            time.sleep(after)
 
     _before(StepLog, "step", strike)
 

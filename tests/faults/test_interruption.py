@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from faulty import STEPS, assert_same, at_step, at_write, cut_off, in_phase, kill, metrics, run, start
 
+from llamalora.cli import Interrupt
 from llamalora.runs.state import checkpoints_of, find_leftovers
 
 pytestmark = pytest.mark.slow
@@ -108,8 +109,23 @@ def test_a_second_signal_ends_at_once(tmp_path, flags, whole):
 
 
 def _twice():
+    at_step(7, signal.SIGINT, after=Interrupt.APART)
     at_step(7, signal.SIGINT)
-    at_step(7, signal.SIGINT)
+
+
+def test_one_signal_that_comes_twice(tmp_path, flags, whole):
+    """two SIGTERM at once, as torchrun passes on what a scheduler has sent to every process | exit code 143, the step
+    saved; resumed: bitwise"""
+    folder = tmp_path / "run"
+    code, output = run(tmp_path / "log", [*flags, "--out", folder], fault=_at_once)
+    assert code == 143 and "Traceback" not in output, output
+    assert checkpoints_of(folder)[0].name == "step-000008"
+    resume(folder, flags, whole)
+
+
+def _at_once():
+    at_step(7, signal.SIGTERM)
+    at_step(7, signal.SIGTERM)
 
 
 def test_two_writers(tmp_path, flags, whole):

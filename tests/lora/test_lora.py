@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llamalora.lora import inject
 from llamalora.lora.fused import FusedLinears
 from llamalora.lora.inject import (
     adapt,
@@ -406,6 +407,18 @@ def test_factors_cast_once_for_several_passes_change_nothing(alpha, recompute):
         assert torch.equal(actual, expected) and actual.dtype == expected.dtype
     embedding = 2 * 1  # its B, in each micro-batch, is left to autograd
     assert converted[1] <= embedding < 2 * 2 * 2 * len(layers) <= converted[0]
+
+
+def test_nothing_but_the_cast_factors_is_held(monkeypatch):
+    made = []
+
+    def scaled(tensor, scale):
+        made.append(weakref.ref(result := tensor * scale))
+        return result
+
+    monkeypatch.setattr(inject, "scaled", scaled)
+    with cast_factors(adapted("all", rank=4, alpha=8, dtype=torch.bfloat16), torch.bfloat16):
+        assert made and not any(one() is not None for one in made)
 
 
 def test_only_what_is_not_in_the_products_dtype_is_cast():

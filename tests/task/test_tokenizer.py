@@ -229,6 +229,30 @@ def test_only_special_added_tokens_have_no_spelling(enlarged):
     assert ours.spellings[theirs.convert_tokens_to_ids("<pad>")] is None
 
 
+def test_special_tokens_beyond_the_model_are_left_out(enlarged):
+    """A token for padding that was added later, for which the model got no row: without it, it is a text."""
+    folder, theirs = enlarged
+    beyond = theirs.convert_tokens_to_ids("<pad>")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": beyond}))
+    ours = load_tokenizer(folder)
+    check_fit(ours, beyond, folder)
+    assert max(ours.encode("a <pad> b")) < beyond and ours.decode(ours.encode_continuation(" a <pad> b")) == "a <pad> b"
+    assert ours.encode(TAGGED) == theirs.encode(TAGGED)
+
+
+@pytest.mark.parametrize("kind", ["tiny_sentencepiece", "llama2_tokenizer"])
+def test_bos_is_left_out_where_the_folder_says_so(kind, request, tmp_path):
+    usual = load_tokenizer(source := request.getfixturevalue(kind))
+    shutil.copy(source / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    ours = load_tokenizer(tmp_path)
+    for text in STRINGS:
+        assert ours.encode(text) == usual.encode(text)[1:]
+    if kind == "llama2_tokenizer":
+        theirs = pytest.importorskip("transformers").LlamaTokenizer.from_pretrained(source, add_bos_token=False)
+        assert all(ours.encode(text) == theirs.encode(text) for text in (TAGGED, "no bos"))
+
+
 @pytest.mark.parametrize("scheme", ["never", "first", "always"])
 def test_continuations_under_metaspace(scheme, tiny_sentencepiece, tmp_path):
     """As transformers 5 writes Llama's tokenizer.json; `always` puts a space behind every added token."""

@@ -291,6 +291,8 @@ def test_audit_prints_times_and_assumptions(capsys, monkeypatch):
     main(flags)
     text = capsys.readouterr().out
     assert "a collective waits" in text and "beside which ddp sums" not in text
+    with pytest.raises(UsageError, match="--dora: under fsdp"):
+        main([*flags, "--dora"])
 
 
 @pytest.mark.parametrize("flags, message", [

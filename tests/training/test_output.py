@@ -1,5 +1,7 @@
 """What train.py and eval.py print: in a log file, in 80 columns, and with --quiet."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,11 @@ import pytest
 import eval as evaluation
 import train as script
 from llamalora.cli import run_command
+from llamalora.distributed.world import World
 from llamalora.progress import Bar
+from llamalora.training.batch import Example
+from llamalora.training.step import Update
+from llamalora.training.steplog import StepLog
 
 HOME = Path(__file__).parents[2]
 SIZE = [
@@ -52,6 +58,25 @@ def test_a_log_and_how_little_is_left_of_it_if_quiet(ran, monkeypatch):
     quiet, err = ran(evaluation.main, *flags, "--quiet")
     assert "decoding" not in err and "not kept" in err
     assert quiet.strip().startswith("P ") and "mentions by kind" in quiet and "what the words mean" not in quiet
+
+
+def test_an_evaluation_that_is_repeated_is_logged_once(tmp_path):
+    """A crash between its line and the checkpoint that knows of it."""
+    result = {"micro": {"f1": 0.5}, "types": {}, "health": {}, "speed": {}}
+    world = World(quiet=True)
+    for evaluated in (0, 0, 2):
+        with StepLog(tmp_path, world, 4, 2, evaluated) as log:
+            if evaluated == 0:
+                log.evaluation(2, result)
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    with StepLog(tmp_path, World(quiet=True), 2, 0, 0) as log:
+        log.step(1, 0, math.nan, 0.1, Update(math.inf, True, 1.0), [Example((1, 2), 1)], 2, 1.0)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is line["grad_norm"] is None
 
 
 def test_quiet_json_is_refused(capsys, tmp_path, ran):
