@@ -124,9 +124,7 @@ def make_model(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> list[Pa
     folder.mkdir()
     stored = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(stored))
-    tiny = ROOT / "weights/tiny"
-    missing = range(load_tokenizer(tiny).vocab_size, config.vocab_size)
-    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes() + b"".join(map(unused, missing)))
+    write_tokenizer(folder, config.vocab_size)
     shards: list[dict] = [{}]
     used = 0
     for name, parameter in skeleton(config).named_parameters():
@@ -153,6 +151,13 @@ def make_model(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> list[Pa
     return paths
 
 
+def write_tokenizer(folder: Path, size: int) -> None:
+    """The built-in model's, filled up to so many pieces."""
+    tiny = ROOT / "weights/tiny"
+    missing = range(load_tokenizer(tiny).vocab_size, size)
+    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes() + b"".join(map(unused, missing)))
+
+
 def unused(number: int) -> bytes:
     """A further piece of a sentencepiece model (its protocol buffer may be written on): unused, so that no text has
     it."""
@@ -165,7 +170,7 @@ def measured(command: list[str], log: Path, until: Callable[[], bool] | None) ->
     """Runs a step, or until something is so and it is killed: its seconds, and its peaks of memory in bytes, all that
     is resident and what is no file's."""
     started, peak, own = time.perf_counter(), 0, 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, env=environment)
         killed = False

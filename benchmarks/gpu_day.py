@@ -28,6 +28,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from full_size import write_tokenizer
 from gpu import REACH, decode, peer, random_model, seconds_of
 
 from llamalora.cli import UsageError, run_command
@@ -38,7 +39,7 @@ from llamalora.model.checkpoint import save_model, skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.elementwise import compile_formulas
 from llamalora.model.llama import Llama
-from llamalora.model.precision import DTYPES, choose_precision
+from llamalora.model.precision import DTYPES, choose_precision, prepare_gpu
 from llamalora.runs.setup import choose_compiled
 from llamalora.training.arithmetic import FORMS, Batch, Work, micro_batches, model_flops
 from llamalora.training.batch import Example, MicroBatch, plan_epoch
@@ -93,6 +94,8 @@ class Day:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cpu" and not dry:
             raise UsageError("no GPU here; --dry tries the script without one")
+        if device.type == "cuda":
+            prepare_gpu(device)
         return Day(device, _card(device), choose_precision("auto", device)[0], dry)
 
     @property
@@ -141,13 +144,11 @@ def memory(day: Day) -> list[Figure]:
 def headline(day: Day) -> list[Figure]:
     """The headline command to its end: loading, steps, evaluation, saving; then eval.py."""
     with _folder() as folder:
-        model = str(ROOT / "weights/tiny")
-        if not day.dry:
-            model = f"{folder}/model"
-            save_model(random_model(SEVEN, torch.float16, day.device).cpu(), model)
+        model, config = f"{folder}/model", replace(day.config, vocab_size=SEVEN.vocab_size)
+        save_model(random_model(config, torch.float16, day.device).cpu(), model)
+        write_tokenizer(Path(model), config.vocab_size)
+        if day.device.type == "cuda":
             torch.cuda.empty_cache()
-            tokenizer = next((ROOT / "weights/tiny").glob("tokenizer*"))
-            Path(model, tokenizer.name).write_bytes(tokenizer.read_bytes())
         limits = ["--limit-train", "8" if day.dry else "256", "--epochs", "1", "--eval-limit", "2" if day.dry else "32"]
         train = ["train.py", "--model", model, "--data", str(ROOT / "data/sample"), "--out", f"{folder}/run", *limits]
         started = time.perf_counter()

@@ -6,7 +6,8 @@
 The peer is measured in the forms in which its users write it - batches of 8 in random order, padded to the longest,
 in fp32 and under bf16 autocast - and as we would tune it: batches of 16 of similar length, base model in bf16. Ours
 stands beside the former as it is by default, in steps of 8, and beside the latter in steps of 16 with `--compile on`.
-All sides run in processes of their own, in turn, several times; a ratio is of medians, its spread that of the repeats.
+All sides run in processes of their own on the CPU, in turn, several times; a ratio is the median of those of single
+rounds, its spread from the least to the most.
 """
 
 import argparse
@@ -92,6 +93,11 @@ def prepare(arguments: argparse.Namespace, work: Path) -> list[Example]:
     return found
 
 
+def on_cpu(arguments: argparse.Namespace) -> dict[str, str]:
+    """The environment of a side: no side sees a GPU."""
+    return os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "CUDA_VISIBLE_DEVICES": ""}
+
+
 # ---- ours: train.py itself ----
 
 
@@ -102,8 +108,7 @@ def ours(arguments: argparse.Namespace, side: str, out: Path) -> dict:
         "--warmup", "0", "--epochs", "1", "--limit-train", str(arguments.sentences), "--eval-limit", "1",
         *(("--batch-sentences", "16", "--compile", "on") if side == OURS["tuned"] else ("--batch-sentences", "8")),
     ]  # fmt: skip
-    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
-    subprocess.run(command, check=True, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=on_cpu(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         "tokens_per_second": sum(s["tokens"] for s in steps[WARM:]) / sum(s["seconds"] for s in steps[WARM:]),
@@ -121,8 +126,7 @@ def in_process(arguments: argparse.Namespace, side: str, out: Path) -> dict:
         sys.executable, __file__, "--side", side, "--work", str(out.parent), "--model", arguments.model,
         "--data", arguments.data, "--threads", str(arguments.threads), "--lr", str(arguments.lr),
     ]  # fmt: skip
-    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, check=True, env=os.environ | threads, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, env=on_cpu(arguments), capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

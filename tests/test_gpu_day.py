@@ -25,10 +25,10 @@ def script():
 @pytest.mark.slow
 def test_cheap_parts_run_dry_and_add_up(script, tmp_path, capsys):
     out = tmp_path / "day.json"
-    for part in ("training", "overflow"):
+    for part in ("headline", "training", "overflow"):
         script.main(["run", part, "--dry", "--out", str(out)])
     found = json.loads(out.read_text())
-    assert list(found) == ["training", "overflow"] and all(part["dry"] for part in found.values())
+    assert list(found) == ["headline", "training", "overflow"] and all(part["dry"] for part in found.values())
     speeds = {one["name"]: one["measured"] for one in found["training"]["figures"]}
     assert speeds["attention padded: speed"] > 0 and speeds["attention unpadded: speed"] > 0
     skipped, loss = found["overflow"]["figures"]

@@ -391,7 +391,8 @@ COMMANDS = {
               "max-steps patience"),
     "eval": (evaluation.main, "run model adapter labels shots order data split limit precision batch draft out"),
     "predict": (predict.main, "run which model adapter labels format to precision batch"),
-    "audit": (audit.main, "model targets rank world-size"),
+    "audit": (audit.main, "model targets rank gpus gpu-memory gpu nodes link network micro-tokens batch-tokens "
+              "memory time"),
     "tables": (tables.main, "seeds limit-eval ranks rates lr-full demonstrations predictions model data"),
     "merge": (merge.main, "run adapter model out probe"),
     "stats": (stats.main, "data"),

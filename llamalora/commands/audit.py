@@ -70,8 +70,10 @@ def main(argv: list[str]) -> None:
         "targets rank method dora": table and f"with --{table}",
         "targets": not method.targeted and f"with --method {arguments.method}",
         "rank dora": not method.adapts and f"with --method {arguments.method}",
-        "gpus gpu_memory precision micro_tokens activation_checkpointing": not planned and "without --memory",
-        "gpu_memory micro_tokens activation_checkpointing": arguments.time and "with --time, where the plan decides",
+        "gpus precision": not planned and "without --memory or --time",
+        "gpu_memory micro_tokens activation_checkpointing": not arguments.memory and (
+            "with --time, where the plan decides" if arguments.time else "without --memory"
+        ),
         "gpu nodes batch_tokens data link network": not arguments.time and "without --time",
         "link": arguments.gpus == 1 and "on one GPU of a node",
         "network": arguments.nodes == 1 and "on one node",

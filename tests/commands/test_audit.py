@@ -259,7 +259,7 @@ def test_without_a_choice_the_plan_is_what_parallel_auto_would_take(capsys):
     settings = Settings(rank=128, precision="fp16", batch_tokens=4096)  # 2,048 for each GPU
     model = make_trainable(skeleton(SEVEN), **settings.learning)
     taken = fit(model, settings, LENGTHS, 2, result["capacity"])
-    assert result["auto"] == {"parallel": taken.parallel, "why": taken.why}
+    assert result["auto"] == {"parallel": taken.parallel, "why": taken.why, "refused": ""}
     plan = result[taken.parallel]
     assert plan["activation_checkpointing"] == taken.recompute > 0
     assert plan["micro_tokens"] == taken.micro_tokens and plan["items"] == taken.plan.items
@@ -287,8 +287,8 @@ def test_a_plan_that_train_refuses_says_so(capsys):
     (["--table7", "--table8"], "not allowed with"),
     (["--rank", "99999999999999999999"], "--rank is 99999999999999999999; it must be below"),
     (["--memory", "--gpu-memory", "9" * 400 + "GB"], "write 16GB"),
-    (["--gpus", "4"], "--gpus: no effect without --memory"),
-    (["--gpu-memory", "16GB", "--precision", "fp16"], "--gpu-memory, --precision: no effect without --memory"),
+    (["--gpus", "4", "--precision", "fp16"], "--gpus, --precision: no effect without --memory or --time"),
+    (["--gpu-memory", "16GB", "--micro-tokens", "9"], "--gpu-memory, --micro-tokens: no effect without --memory"),
     (["--micro-tokens", "2048", "--activation-checkpointing"], "--micro-tokens, --activation-checkpointing: no effect"),
     (["--table7", "--rank", "8"], "--rank: no effect with --table7"),
     (["--table8", "--targets", "q", "--method", "full", "--dora"], "--targets, --method, --dora: no effect"),

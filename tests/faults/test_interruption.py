@@ -50,13 +50,13 @@ def test_killed_at_a_step(step, tmp_path, flags, whole):
     resume(folder, flags, whole)
 
 
-@pytest.mark.parametrize("moment", some(range(1, WRITES), (2, 14, 30, 47)))
+@pytest.mark.parametrize("moment", some(range(1, WRITES), (2, 14, 30, 44)))
 def test_killed_at_a_write(moment, begun, flags, whole):
     """SIGKILL before each write, fsync, rename and removal of steps 17 to 20, two checkpoints, an evaluation and the
     saved models among them | resumed: bitwise, the partial files cleared away"""
     fault = partial(at_write, moment, begun, kill)
     code, output = run(begun.with_name("log"), [*flags, "--out", begun, "--resume"], fault=fault)
-    if code == 0:
+    if code == 0 and moment > 40:
         pytest.skip("fewer writes")
     assert code == -signal.SIGKILL, output
     resume(begun, flags, whole)
@@ -105,12 +105,13 @@ def test_a_second_signal_ends_at_once(tmp_path, flags, whole):
     folder = tmp_path / "run"
     code, output = run(tmp_path / "log", [*flags, "--out", folder], fault=_twice)
     assert code == 130 and "Traceback" not in output, output
+    assert checkpoints_of(folder)[0].name == "step-000004"
     resume(folder, flags, whole)
 
 
 def _twice():
+    at_step(7, signal.SIGINT)  # the one set up last is the first to strike
     at_step(7, signal.SIGINT, after=Interrupt.APART)
-    at_step(7, signal.SIGINT)
 
 
 def test_one_signal_that_comes_twice(tmp_path, flags, whole):

@@ -11,6 +11,7 @@ from helpers import randomise_lora, tiny_model
 
 from llamalora.__main__ import main
 from llamalora.cli import UsageError
+from llamalora.errors import RunError
 from llamalora.inspection import report
 from llamalora.lora.adapter import save_adapter
 from llamalora.lora.inject import inject_lora
@@ -259,7 +260,7 @@ def test_nothing_is_left_of_an_output_that_fails(folders, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "save_heatmap", fail)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(RunError, match="No space left"):
         main(["inspect", str(folders / "one"), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 

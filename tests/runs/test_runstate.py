@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llamalora.errors import RunError
 from llamalora.model.tensors import CheckpointError
 from llamalora.runs.state import (
     MANIFEST,
@@ -123,7 +124,7 @@ def test_an_error_while_writing_leaves_the_old_one(error, tmp_path):
         (folder / "a.txt").write_text("two")
         raise error("no space left on device")
 
-    with pytest.raises(CheckpointError if error is OSError else error, match="no space left on device"):
+    with pytest.raises(RunError if error is OSError else error, match="no space left on device"):
         write_atomically(target, crash)
     assert tree(target) == before
     verify_folder(target)
