@@ -33,13 +33,39 @@ ENCODERS = {  # F1 on the test split, of Gu et al. 2021
     "PubMedBERT-base": {"Chemical": 93.3, "Disease": 85.6},
 }
 READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low} and {high} are points
+    "The prompt does not matter once the model is fine-tuned": {
+        "holds": "Leave instruction and demonstrations out: with them the score differs by {low} to {high}, and every "
+        "sentence costs several times as many tokens.",
+        "does not hold": "Instruction and demonstrations do matter here, by {size} ({low} to {high}). The model is "
+        "small, and has seen each sentence once; that may be why.",
+    },
     "Tagging beats extraction (all labels at once)": {
         "holds": "Let the model copy the sentence and mark the mentions: that beats a list of them by {size} points "
-        "with one model for all labels",
+        "with one model for all labels.",
     },
-    "Tagging beats extraction (one model per label)": {"holds": "and by {size} with one for each label."},
+    "Tagging beats extraction (one model per label)": {"holds": "With one model for each label it is {size}."},
     "One model for all labels is as good as one per label": {
-        "holds": "One model for all labels is as good as one for each ({low} to {high}), at half the cost."
+        "holds": "One model for all labels is as good as one for each ({low} to {high}), at half the cost.",
+    },
+    "q,k,v,o at r=2 beats q alone at r=128": {
+        "holds": "Where the updates are matters more than their rank: rank 2 on queries, keys, values and outputs "
+        "beats rank 128 on queries alone by {size}.",
+    },
+    "All kinds at r=2 beat q alone at r=128": {
+        "holds": "All nine kinds of layer at rank 2 beat queries alone at rank 128 by {size}."
+    },
+    "All kinds at r=2 beat q,k,v,o at r=128": {
+        "holds": "All nine kinds at rank 2 beat attention's four even at rank 128, by {size}.",
+        "does not hold": "But attention's four kinds at rank 128 are {size} better than all nine at rank 2. The "
+        "paper's model is fifty times larger, so that its rank 2 has many times as many values; that may be why.",
+    },
+    "With all kinds the rank does not matter (r=128 against 2)": {
+        "holds": "With all kinds the rank does not matter ({low} to {high}).",
+        "does not hold": "With all kinds the rank matters here: 128 is {size} better than 2 ({low} to {high}), each "
+        "with the learning rate that is the best for it.",
+    },
+    "LoRA on all kinds equals full fine-tuning": {
+        "holds": "LoRA on all kinds at rank 128 is as good as full fine-tuning on the test split ({low} to {high}).",
     },
 }
 
