@@ -17,7 +17,7 @@ from ..mistakes import wrong_folder
 from ..model.config import CheckpointError, read_json
 from ..task.definition import Task
 from .settings import ResolvedSettings, Settings
-from .state import verify_folder
+from .state import clean_partial, verify_folder
 
 if TYPE_CHECKING:
     from ..distributed.world import World
@@ -194,6 +194,7 @@ def start_folder(folder: Path, config: dict, world: "World") -> None:
                 if not problem and (folder / RUN_CONFIG).exists():
                     problem = f"--out {folder}: another process has just started a run there"
                 if not problem:
+                    clean_partial(folder)
                     replace_file(folder / RUN_CONFIG, json.dumps(config, indent=2) + "\n")
     problem = world.from_main(problem)
     if problem:

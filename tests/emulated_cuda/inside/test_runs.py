@@ -151,7 +151,7 @@ def test_predict_and_merge(home, run, on_cpu, tmp_path, capsys):
     assert on_device == capsys.readouterr().out != ""
 
     merge.main(["--run", str(run), "--out", str(tmp_path / "merged")])
-    data = ["--data", str(home / "data"), "--labels", "Disease", "--precision", "fp32", "--json"]
+    data = ["--data", str(home / "data"), "--precision", "fp32", "--json"]
     capsys.readouterr()
     evaluation.main(["--model", str(tmp_path / "merged"), *data])
     of_merged = json.loads(capsys.readouterr().out)
