@@ -152,16 +152,22 @@ def check_least(values: object, **least: int) -> None:
             raise UsageError(f"{flag(name)} is {value}; it must be {wanted}")
 
 
-def add_flags(parser: argparse._ActionsContainer, cls: type, names: Sequence[str] | None = None) -> None:
+def add_flags(
+    parser: argparse._ActionsContainer, cls: type, names: Sequence[str] | None = None, **defaults: object
+) -> None:
     """One `--flag` for each field of a dataclass, or for those named, in the groups of their options unless `parser`
-    is a group itself; `None` defaults say in their help what they stand for."""
+    is a group itself; `None` defaults say in their help what they stand for.
+
+    Args:
+        defaults: in place of those of the fields.
+    """
     group = parser
     for item in fields(cls):
         if item.metadata["group"] and isinstance(parser, argparse.ArgumentParser):
             group = parser.add_argument_group(item.metadata["group"])
         if names is not None and item.name not in names:
             continue
-        default, help = item.default, item.metadata["help"]
+        default, help = defaults.get(item.name, item.default), item.metadata["help"]
         assert default is not MISSING
         if item.type is bool:
             group.add_argument(flag(item.name), action="store_true", help=help)

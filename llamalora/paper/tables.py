@@ -53,14 +53,11 @@ def main(argv: list[str]) -> None:
         help="processes that run cells side by side, each with its share of the threads, or with a GPU of its own "
         "(default: 1)",
     )  # fmt: skip
-    # steps of so many tokens would give the formats, which differ in length, different numbers of steps
-    parser.add_argument(
-        "--batch-sentences", type=int, default=10, metavar="N", help="sentences of an optimizer step (default: 10)"
-    )
     parser.add_argument("--out", default="runs/tables", metavar="FOLDER", help="(default: runs/tables)")
+    # steps of so many tokens would give the formats, which differ in length, different numbers of steps
     own = (*VARIED, "eval_limit", "batch_tokens")
     common = [field.name for field in fields(Settings) if field.name not in own]
-    add_flags(parser, Settings, [name for name in common if name != "batch_sentences"])
+    add_flags(parser, Settings, common, batch_sentences=10)
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.which if name not in CHOICES]
     if unknown:

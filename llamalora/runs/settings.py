@@ -54,7 +54,7 @@ class Settings:
     batch_tokens: int | None = option(
         None, "tokens of an optimizer step, over all processes (default: 1,024; on GPUs 2,048 for each, up to 8,192)"
     )
-    batch_sentences: int | None = option(None, "sentences of an optimizer step, in place of --batch-tokens")
+    batch_sentences: int | None = option(None, "sentences of an optimizer step, however many tokens they have")
     seed: int = option(0, "of initial values, order of examples, demonstrations and dropout")
 
     precision: str = option("auto", "of the matrix products", ("auto", *PRECISIONS), group="memory and machine")
