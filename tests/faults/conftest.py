@@ -57,6 +57,8 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def pytest_collection_modifyitems(items) -> None:
+    if os.environ.get("RELIABILITY") and os.environ.get("PYTEST_XDIST_WORKER"):
+        raise pytest.UsageError("RELIABILITY: leave out -n, for a worker would write a table of its own cases alone")
     for item in items:
         words = " ".join((getattr(item.obj, "__doc__", None) or "").split())
         if " | " in words:
