@@ -150,7 +150,7 @@ def check_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
     tasks = [read_task(Path(run)) for run in arguments.run]
     given = arguments.adapter if arguments.adapter is not None else arguments.model
     recorded = recorded_task(given) if given is not None else None
-    formats = {task.format for task in (*tasks, *([recorded] if recorded else []))} or {arguments.format}
+    formats = {task.format for task in (*tasks, recorded) if task} or {arguments.format}
     refuse_idle(arguments, {
         "adapter": arguments.run and "with --run",
         "format labels instruction shots": (arguments.run or recorded) and f"with {given or '--run'}, which is asked "

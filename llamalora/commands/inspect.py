@@ -14,7 +14,7 @@ from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..mistakes import is_run
 from ..model.config import read_config
 from ..runs.folder import adapter_of
-from ..runs.state import verify_shared
+from ..runs.shared import verify_shared
 
 if TYPE_CHECKING:
     from ..lora.peft_format import Adapter

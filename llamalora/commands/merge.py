@@ -15,8 +15,7 @@ from ..files import is_occupied
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..model.config import read_config
 from ..runs.folder import adapter_of
-from ..runs.shared import find_base, other_base
-from ..runs.state import verify_shared
+from ..runs.shared import find_base, other_base, verify_shared
 from ..text_table import aligned, wrapped
 
 PROBE = (

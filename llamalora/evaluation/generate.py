@@ -120,12 +120,9 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not all(prompts) or min(limits, default=1) < 1:
         raise ValueError("every prompt needs a token and every limit must be at least 1")
-    if isinstance(eos_id, int):
-        ends = frozenset([eos_id])
-        if ends & model.config.end_ids:
-            ends |= model.config.end_ids
-    else:
-        ends = frozenset(eos_id)
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    if isinstance(eos_id, int) and eos_id in model.config.end_ids:
+        ends |= model.config.end_ids
     requests = [
         _Row(index, list(prompt), limit, [grammar.start(index) if grammar else None])
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))

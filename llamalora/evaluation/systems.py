@@ -24,8 +24,7 @@ from ..model.precision import DTYPES, choose_precision
 from ..runs.folder import fingerprint, read_fingerprints, read_settings, read_task
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, choose_compiled, load_trained, make_task
-from ..runs.shared import RECORD, find_base, other_base, recorded_task
-from ..runs.state import verify_shared
+from ..runs.shared import RECORD, find_base, other_base, recorded_task, verify_shared
 from ..task.definition import Task
 from ..task.tokenizer import Tokenizer, check_fit, load_tokenizer
 from .answer import DRAFT_TOKENS, answer_sentences

@@ -17,6 +17,7 @@ from ..task.definition import Task
 from ..task.tokenizer import SentencePieceTokenizer
 from .folder import RUN_CONFIG, TOKENIZER_FILES, fingerprint, read_settings, read_task
 from .settings import ResolvedSettings, Settings
+from .state import MANIFEST, find_differences
 
 RECORD = "llamalora.json"
 # of a machine or a folder, said by the task already, or of what is measured while a model learns
@@ -85,6 +86,18 @@ def _candidates(name: str) -> Iterator[Path]:
         for config in sorted(place.glob("weights/*/config.json")):
             if base_name(config.parent) == name:
                 yield config.parent
+
+
+def verify_shared(folder: Path) -> None:
+    """Checks the files that the manifest of a model saved here lists; others may have come with a download, and a
+    manifest without our record is another program's.
+
+    Raises:
+        CheckpointError: those that are missing or damaged.
+    """
+    ours = (folder / RECORD).is_file() and (folder / MANIFEST).is_file()
+    if ours and (found := find_differences(folder, read_json(folder / MANIFEST))):
+        raise CheckpointError("\n  ".join([*found, f"if they were changed on purpose, remove {MANIFEST}"]))
 
 
 def other_base(saved: str | Path, base: str | Path) -> str:

@@ -65,14 +65,14 @@ def find_damage(folder: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found = _differences(folder, sums)
+    found = find_differences(folder, sums)
     unlisted = present.keys() - {*sums, MANIFEST, CARD}
     if unlisted or not sums:
         found.append(f"{folder / MANIFEST}: does not list {', '.join(sorted(unlisted)) or 'any file'}")
     return found
 
 
-def _differences(folder: Path, sums: Mapping[str, str]) -> list[str]:
+def find_differences(folder: Path, sums: Mapping[str, str]) -> list[str]:
     """Which files that a manifest lists are missing or damaged."""
     found = []
     for name, expected in sums.items():
@@ -81,16 +81,6 @@ def _differences(folder: Path, sums: Mapping[str, str]) -> list[str]:
         elif _sha256(folder / name) != expected:
             found.append(f"{folder / name}: damaged, its SHA-256 differs from {MANIFEST}")
     return found
-
-
-def verify_shared(folder: Path) -> None:
-    """Checks the files that the manifest of a saved model lists, if it has one; others may have come with a download.
-
-    Raises:
-        CheckpointError: those that are missing or damaged.
-    """
-    if (folder / MANIFEST).is_file() and (found := _differences(folder, read_json(folder / MANIFEST))):
-        raise CheckpointError("\n  ".join([*found, f"if they were changed on purpose, remove {MANIFEST}"]))
 
 
 def verify_folder(folder: Path) -> None:

@@ -145,6 +145,12 @@ def test_a_damaged_adapter_is_refused_wherever_it_lies(adapter, tmp_path):
             command([*argv, *(["--model", str(TINY)] if argv[0] == "merge" else [])])
 
 
+def test_a_manifest_of_another_program_is_left_alone(tmp_path):
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (base / "manifest.json").write_text('{"name": "an app", "files": ["a"]}')
+    llamalora.load_annotator(base, task=Task("tagging", ("Disease",), True))
+
+
 def test_other_weights_than_the_adapters_are_noticed(adapter, tmp_path):
     other = Path(shutil.copytree(TINY, tmp_path / "other"))
     llamalora.load_annotator(other, adapter)

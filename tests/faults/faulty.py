@@ -142,7 +142,7 @@ def _before(owner, name: str, strike: Callable[..., None]) -> None:
 
 
 def at_step(step: int, number: int, rank: int | None = None, after: float = 0.0) -> None:
-    """A signal when this step has been made, before it is logged, and so many seconds later what was to come then."""
+    """A signal when this step has been made, before it is logged; after so many seconds the process goes on."""
 
     def strike(log, made, *_, **__):
         if made == step and _struck(rank):
