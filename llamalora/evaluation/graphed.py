@@ -8,7 +8,9 @@ to pass, tokens and where each row goes on, lie in a buffer on the device.
 Dimensions: R rows of the cache, T tokens of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +19,46 @@ from torch import Tensor
 from ..model.llama import Backbone, Llama
 from ..model.packing import FixedPacking, KVCache
 
-MOST = 128  # tokens of a pass: fewer cost no more than one, since a GPU takes the time to read the weights
-GRAIN = 128  # slots of the cache by which a graph's attention is longer than another's
+LAUNCHING = 1.1e-3  # seconds that the host of an H200 takes for a layer of a pass that it launches
+PRODUCTS = {7: 60e12, 8: 120e12, 9: 500e12}  # operations/s of large products at least, by compute capability
+MOST = 4096  # tokens of a pass, since its logits take memory
+
+
+def most_tokens(model: Llama, capability: int) -> int:
+    """Up to so many tokens a pass is sooner computed, padding and all, than launched by the host.
+
+    Args:
+        capability: of the GPU, the major version.
+    """
+    rate = PRODUCTS[max(known for known in PRODUCTS if known <= max(capability, min(PRODUCTS)))]
+    operations = 2 * sum(parameter.numel() for parameter in model.parameters())
+    return min(MOST, int(LAUNCHING * model.config.num_hidden_layers * rate / operations))
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which graphs are captured. torch's own is of the GPU that was current first; and of each new one cuBLAS keeps
+    32 MiB."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _recovering(device: torch.device, pool: Any) -> Iterator[None]:
+    """Undoes what torch leaves as it was during a capture that fails at its end: its stream is the current one, the
+    random generator draws no number, since it is in a graph, and the allocator frees nothing, for the pool may need it.
+    (Seen with torch 2.11 on an H200. The allocator has no public door for this.)"""
+    stream, index = torch.cuda.current_stream(device), device.index or 0
+    generator = torch.cuda.default_generators[index]
+    state = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(state)
+        with suppress(RuntimeError):  # it has ended if the failure was no fault of CUDA's
+            torch.cuda.memory._cuda_endAllocateToPool(index, pool)
+            torch.cuda.memory._cuda_releasePool(index, pool)
+        raise
 
 
 class Graphs:
@@ -31,25 +71,24 @@ class Graphs:
 
     def __init__(self, model: Llama, backbone: Backbone, cache: KVCache, tell: Callable[[str], None]):
         self.model, self.backbone, self.cache, self.tell = model, backbone, cache, tell
-        self.known: dict[tuple[int, int, int], _Graph] = {}
+        self.known: dict[tuple[int, int], _Graph] = {}
         self.sizes = cache.resized  # how often that was so when the graphs were captured
         self.able = True
         device = cache.keys[0].device
-        self.stream = torch.cuda.Stream(device)  # torch's own is of the GPU that was current first
-        self.pool: Any = None  # of memory: what is read at once may lie where others compute
+        self.stream, self.most = _stream(device), most_tokens(model, torch.cuda.get_device_capability(device)[0])
+        self.pool = torch.cuda.graph_pool_handle()  # of memory: what is read at once may lie where others compute
 
     def check(self) -> None:
         """Forgets graphs of a cache that has been resized since, and with the last one their pool."""
         if self.sizes != self.cache.resized:
             self.known.clear()
-            self.pool, self.sizes = None, self.cache.resized
+            self.pool, self.sizes = torch.cuda.graph_pool_handle(), self.cache.resized
 
-    @staticmethod
-    def width(feeds: Sequence[Sequence[int]]) -> int:
+    def width(self, feeds: Sequence[Sequence[int]]) -> int:
         """T of a pass, or 0 where the rows are too many or too long."""
         longest = max(map(len, feeds))
         width = 1 << (longest - 1).bit_length()
-        return width if width * len(feeds) <= MOST else 0
+        return width if width * len(feeds) <= self.most else 0
 
     def __call__(self, feeds: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The model's choice behind each token, and its log-probability, row by row.
@@ -60,18 +99,15 @@ class Graphs:
         """
         self.check()
         width = self.width(feeds)
-        slots = self.cache.slots
-        extent = min(slots, -(-(max(starts) + width) // GRAIN) * GRAIN)
-        shape = len(feeds), width, extent
+        shape = len(feeds), width
         graph = self.known.get(shape)
         if graph is None:
             graph = self.known[shape] = _Graph(self.model, self.backbone, self.cache, *shape)
         elif graph.captured is None and self.able:
-            usual = torch.cuda.current_stream(self.stream.device)
             try:
-                self.pool = graph.capture(self.stream, self.pool)
+                with _recovering(self.stream.device, self.pool):
+                    graph.capture(self.stream, self.pool)
             except RuntimeError as error:
-                torch.cuda.set_stream(usual)  # which torch leaves out where capturing fails at its end
                 self.able = False
                 self.tell(f"decoding without CUDA graphs, which is slower: {error}")
         picks, log_probs = graph.run(
@@ -82,24 +118,21 @@ class Graphs:
 
 
 class _Graph:
-    """A pass of R rows by T tokens, of which each sees at most so many slots of the cache."""
+    """A pass of R rows by T tokens."""
 
-    def __init__(self, model: Llama, backbone: Backbone, cache: KVCache, rows: int, width: int, extent: int):
-        self.model, self.backbone, self.cache, self.extent = model, backbone, cache, extent
+    def __init__(self, model: Llama, backbone: Backbone, cache: KVCache, rows: int, width: int):
+        self.model, self.backbone, self.cache = model, backbone, cache
         # of each row: where it goes on, and its tokens
         self.given = torch.zeros(rows, 1 + width, dtype=torch.long, device=cache.keys[0].device)
         self.captured: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
-    def capture(self, stream: torch.cuda.Stream, pool: Any) -> Any:
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Makes a graph of what `compute` launches, which must have run before: what is made then is kept.
 
         Args:
             stream: of the device.
-            pool: of memory, as torch names it; None for a new one.
-
-        Returns:
-            The pool.
+            pool: of memory, as torch names it.
         """
         graph = torch.cuda.CUDAGraph()
         # what other threads do with the GPU is none of the graph's business
@@ -109,7 +142,6 @@ class _Graph:
         ):
             self.result = self.compute()
         self.captured = graph
-        return graph.pool()
 
     def run(self, given: list[list[int]]) -> list[list[float]]:
         """Choices and log-probabilities, each (R * T)."""
@@ -121,7 +153,7 @@ class _Graph:
         return self.result.tolist()
 
     def compute(self) -> Tensor:
-        packing = FixedPacking(self.given[:, 0], self.given.shape[1] - 1, self.extent)
+        packing = FixedPacking(self.given[:, 0], self.given.shape[1] - 1)
         hidden = self.backbone(self.given[:, 1:].reshape(1, -1), packing, self.cache)[0]
         logits = self.model.lm_head(hidden)  # (R * T, V)
         best = logits.max(-1).indices

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.attention import KNOWING_LENGTHS, attention_kernel
 from ..model.llama import Backbone, Llama
 from ..model.packing import Packing, moved
 from .graphed import Graphs
@@ -43,7 +44,8 @@ class Passes:
 
     def __init__(self, model: Llama, backbone: Backbone, room: Room, tell: Callable[[str], None]):
         self.model, self.backbone, self.room = model, backbone, room
-        graphed = room.device.type == "cuda" and backbone is not model.model
+        kernel = attention_kernel(model.config.head_dim, model.model.norm.weight.dtype, room.device)
+        graphed = room.device.type == "cuda" and backbone is not model.model and kernel in KNOWING_LENGTHS
         self.graphs = Graphs(model, backbone, room.cache, tell) if graphed else None
 
     def __call__(

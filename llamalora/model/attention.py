@@ -5,12 +5,15 @@ heads, K key/value heads, G = H / K, E head size; B batch, T tokens.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .packing import KVCache, Packing
+
+KNOWING_LENGTHS = ("flash", "memory-efficient")  # kernels of a GPU that take sequences of any length
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,31 +27,55 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
     """Attention of sequences that go on, (N, H, E) packed into one row, over what the cache holds of each of them."""
-    if packing.reach is None:
+    kernel = attention_kernel(q.shape[2], q.dtype, q.device)
+    if kernel not in KNOWING_LENGTHS:
         return _attend_each_in_cache(q, cache, layer, packing)
-    k, v = cache.read(layer, packing.reach.extent)
-    groups, rectangle = q.shape[1] // k.shape[1], packing.reach.rectangle
-    # the queries of a group stand behind each other, so that keys and values are not copied for each head
-    x = rectangle.unpack(q).unflatten(2, (-1, groups))
-    x = x.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (batch, K, G * L, E)
-    y = F.scaled_dot_product_attention(x, k, v, attn_mask=_mask(packing, groups, q.dtype))
-    return rectangle.pack(y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
+    _, kv_heads, slots, size = cache.keys[layer].shape
+    sequences, places = _heads(packing, kv_heads, slots)
+    k, v = (each.view(-1, 1, size) for each in (cache.keys[layer], cache.values[layer]))  # (rows * K * S, 1, E)
+    x = q.reshape(-1, q.shape[1] // kv_heads, size)  # (N * K, G, E): the heads of a token that have one key
+    if places is not None:
+        x = torch.empty_like(x).index_copy_(0, places, x)
+    y = _attend_flash(x, k, v, sequences) if kernel == "flash" else _attend_efficient(x, k, v, sequences)
+    return (y if places is None else y.index_select(0, places)).view_as(q)
+
+
+class _Sequences(NamedTuple):
+    """What kernels for sequences of any length know of them.
+
+    Attributes:
+        queries, keys: (sequences + 1,) in int32: where each begins in its row, and where the last ends.
+        most_queries, most_keys: of one.
+        seen: (sequences,) in int32: how many of its keys there are already; None: all.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    seen: Tensor | None = None
 
 
 @lru_cache(maxsize=2)  # all layers have the same
-def _mask(packing: Packing, groups: int, dtype: torch.dtype) -> Tensor:
-    """(batch, 1, G * L, S), what is added to the scores: minus infinity where a query does not see a key, else 0. Of a
-    mask of booleans each layer would make that anew."""
-    assert packing.reach is not None, "sequences that go on, on a GPU"
-    hidden = packing.reach.hidden[:, None, None]
-    batch, _, _, length, extent = hidden.shape
-    mask = torch.zeros(batch, 1, groups, length, extent, dtype=dtype, device=hidden.device)
-    return mask.masked_fill_(hidden, -torch.inf).flatten(2, 3)
+def _heads(packing: Packing, heads: int, slots: int) -> tuple[_Sequences, Tensor | None]:
+    """Every head of every row of a cache as a sequence of its own, for that is how keys lie in it; and among their
+    queries the places (N * K,) of those that come token by token, if they are others."""
+    device, count, tokens = packing.device, heads * len(packing.lengths), len(packing.rows)
+    keys = torch.arange(0, (count + 1) * slots, slots, dtype=torch.int32, device=device)
+    seen = packing.ends.repeat_interleave(heads)
+    if packing.longest == 1 and count == heads * tokens:  # a token of each: they come in this order
+        return _Sequences(torch.arange(count + 1, dtype=torch.int32, device=device), keys, 1, slots, seen), None
+    head, first, lengths = torch.arange(heads, device=device), packing.bounds[:-1, None], packing.bounds.diff()[:, None]
+    queries = torch.cat(((heads * first + lengths * head).flatten(), heads * packing.bounds[-1:])).to(torch.int32)
+    most = max(2, packing.longest)  # 1 would promise a token of each
+    before = (heads - 1) * first[packing.rows] + torch.arange(tokens, device=device)[:, None]
+    places = (before + lengths[packing.rows] * head).flatten()
+    return _Sequences(queries, keys, most, slots, seen), places
 
 
 def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
-    """`attend_cached` for a CPU, sequence by sequence: no query is padded, and no keys and values are gathered from the
-    cache, which are most of what attention reads."""
+    """`attend_cached` sequence by sequence, which suits a CPU: no query is padded, and no keys and values, which are
+    most of what attention reads, are gathered from the cache."""
     keys, values = cache.keys[layer].split(1), cache.values[layer].split(1)
     kv_heads = keys[0].shape[1]
     groups = q.shape[1] // kv_heads
@@ -70,7 +97,7 @@ def _sequences(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[
             groups * length,
             row,
             start + length,
-            F.pad(_future(length, groups, dtype), (start, 0)) if length > 1 else None,
+            F.pad(_future(length, groups, dtype, packing.device), (start, 0)) if length > 1 else None,
         )
         for row, (length, start) in enumerate(zip(packing.lengths, packing.starts or (), strict=True))
         if length
@@ -78,18 +105,18 @@ def _sequences(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[
 
 
 @lru_cache(maxsize=256)
-def _future(length: int, groups: int, dtype: torch.dtype) -> Tensor:
+def _future(length: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(G * T, T): minus infinity where a key comes behind its query, else 0."""
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat_interleave(groups, 0)
+    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device)
+    return mask.triu(1).repeat_interleave(groups, 0)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Causal attention of every sequence of a packed row over itself: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
     kernel = attention_kernel(q.shape[2], q.dtype, q.device)
-    if kernel == "flash":
-        return _attend_flash(q, k, v, packing)
-    if kernel == "memory-efficient":
-        return _attend_efficient(q, k, v, packing)
+    if kernel in KNOWING_LENGTHS:
+        sequences = _Sequences(packing.bounds, packing.bounds, packing.longest, packing.longest)
+        return _attend_flash(q, k, v, sequences) if kernel == "flash" else _attend_efficient(q, k, v, sequences)
     if q.device.type == "cpu" and not torch.is_grad_enabled():
         return _attend_each(q, k, v, packing)
     if kernel == "products":
@@ -114,24 +141,26 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 # gradients' formulas behind them, have been the same from torch 2.8 to 2.13.
 
 
-def _attend_flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    bounds, longest = packing.bounds, max(packing.lengths)
-    return torch.ops.aten._flash_attention_forward(q, k, v, bounds, bounds, longest, longest, 0.0, True, False)[0]
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
+    *known, seen = sequences
+    return torch.ops.aten._flash_attention_forward(q, k, v, *known, 0.0, True, False, seqused_k=seen)[0]
 
 
-def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
+    *known, seen = sequences
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    if seen is not None:  # a cache's only head
+        k, v = k.expand(-1, groups, -1), v.expand(-1, groups, -1)
+    elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    bounds, longest = packing.bounds, max(packing.lengths)
     sums = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     rows = (x[None] for x in (q, k, v))
     return torch.ops.aten._efficient_attention_forward(
-        *rows, None, bounds, bounds, longest, longest, 0.0, CAUSAL, compute_log_sumexp=sums
+        *rows, None, *known, 0.0, UP_TO_ITSELF, compute_log_sumexp=sums, seqlen_k=seen
     )[0][0]
 
 
-CAUSAL = 1  # of the memory-efficient kernel's masks: a query sees keys up to its own place in the sequence
+UP_TO_ITSELF = 2  # of the memory-efficient kernel's masks: the last query sees all keys, that before it one less
 
 
 @lru_cache(maxsize=16)

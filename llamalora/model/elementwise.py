@@ -188,6 +188,15 @@ class Rotate(torch.autograd.Function):
         return *ctx.run(rotate_back)(grad_q, grad_k, *ctx.saved_tensors), None, None, None
 
 
+# ---- what a cache keeps ----
+
+
+def keep(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
+    """Writes k and v (N, K, E) into keys and values (all places, E), to the places (N, K)."""
+    keys[places] = k.to(keys.dtype)
+    values[places] = v.to(values.dtype)
+
+
 # ---- SwiGLU ----
 
 

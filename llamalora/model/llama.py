@@ -70,7 +70,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (1, N, H, E), and K for H
         q, k = Rotate.apply(q, k, *angles, self.run)
         if cache is not None:
-            cache.write(self.layer, k, v, packing)
+            cache.write(self.layer, k, v, packing, self.run)
         if packing.continues:
             assert cache is not None, "sequences that go on have a cache"
             y = attend_cached(q.squeeze(0), cache, self.layer, packing)

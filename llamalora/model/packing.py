@@ -5,11 +5,13 @@ K key/value heads, E head size.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from .elementwise import Run, keep
 
 
 class Rectangle:
@@ -54,7 +56,6 @@ class Packing:
         positions: (1, N) of each token in its sequence.
         rows: (N,) of the cache, of each token.
         bounds: (sequences + 1,) in int32: where each sequence begins in the row, and where the last ends.
-        reach: on a GPU, of sequences that go on: what they see of the cache.
     """
 
     def __init__(
@@ -66,46 +67,29 @@ class Packing:
     ):
         row, offset = _rows_and_offsets(lengths)
         first = torch.tensor(starts or [0] * len(lengths))
-        self.lengths, self.device = lengths, device
+        self.lengths, self.longest, self.device = lengths, max(lengths), device
         rows_of_tokens = row if rows is None else torch.tensor(rows)[row]
         bounds = torch.tensor([0, *accumulate(lengths)])
         positions, self.rows, bounds = moved(device, first[row] + offset, rows_of_tokens, bounds)
         self.positions = positions[None]
         self.bounds = bounds.to(torch.int32)
         self.starts = starts
-        self.reach = None if starts is None or device.type == "cpu" else Reach.of(lengths, starts, device)
 
     @property
     def continues(self) -> bool:
         return self.starts is not None
 
     @cached_property
+    def ends(self) -> Tensor:
+        """(sequences,) in int32: how many tokens each has after this pass, if it goes on."""
+        ends = [start + length for start, length in zip(self.starts or (), self.lengths, strict=True)]
+        return torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
+
+    @cached_property
     def rectangles(self) -> list[Rectangle]:
         """The sequences in their order, for kernels that want them side by side."""
         groups = _alike(self.lengths) if self.device.type == "cpu" else [self.lengths]
         return [Rectangle(lengths, self.device) for lengths in groups]
-
-
-class Reach:
-    """Sequences that go on in a cache, one for each of its rows, as a rectangle, and what their queries see of it.
-
-    Args:
-        extent: S, the cache's slots that matter.
-        last: (batch, L) of each query, the last slot that it sees.
-
-    Attributes:
-        hidden: (batch, L, S), true where a query does not see a slot.
-    """
-
-    def __init__(self, rectangle: Rectangle, extent: int, last: Tensor):
-        self.rectangle, self.extent = rectangle, extent
-        self.hidden = torch.arange(extent, device=last.device) > last[..., None]
-
-    @staticmethod
-    def of(lengths: list[int], starts: list[int], device: torch.device) -> "Reach":
-        last = torch.tensor(starts)[:, None] + torch.arange(max(lengths))
-        extent = max(map(sum, zip(starts, lengths, strict=True)))
-        return Reach(Rectangle(lengths, device), extent, last.to(device, non_blocking=True))
 
 
 class FixedPacking(Packing):
@@ -115,15 +99,16 @@ class FixedPacking(Packing):
     Args:
         starts: (batch,) on the device, the position at which each sequence goes on.
         width: T, tokens of each.
-        extent: S, the cache's slots that can matter.
     """
 
-    def __init__(self, starts: Tensor, width: int, extent: int):
-        self.lengths, self.device = [width] * len(starts), starts.device
+    def __init__(self, starts: Tensor, width: int):
+        self.lengths, self.longest, self.device = [width] * len(starts), width, starts.device
+        self.starts = None  # the host does not know them
         places = starts[:, None] + torch.arange(width, device=self.device)  # (batch, T)
         self.positions = places.reshape(1, -1)
         self.rows = torch.arange(len(starts), device=self.device)[:, None].expand_as(places).reshape(-1)
-        self.reach = Reach(Rectangle(self.lengths, self.device), extent, places)
+        self.bounds = torch.arange(0, places.numel() + 1, width, dtype=torch.int32, device=self.device)
+        self.ends = (starts + width).to(torch.int32)
 
     @property
     def continues(self) -> bool:
@@ -192,12 +177,14 @@ class KVCache:
                 tensors[layer] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
                 tensors[layer][: len(old), :, : old.shape[2]] = old[:rows, :, :slots]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing, run: Run) -> None:
         """Stores k, v (1, N, K, E) at the packing's rows and positions."""
-        place = (packing.rows, slice(None), packing.positions[0])
-        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
-            kept[place] = new[0].to(kept.dtype)
+        kept = (each[layer].view(-1, each[layer].shape[3]) for each in (self.keys, self.values))
+        run(keep)(*kept, k.squeeze(0), v.squeeze(0), _places(packing, k.shape[2], self.slots))
 
-    def read(self, layer: int, extent: int) -> tuple[Tensor, Tensor]:
-        """The keys and values (rows, K, S, E) of the first slots."""
-        return self.keys[layer][:, :, :extent], self.values[layer][:, :, :extent]
+
+@lru_cache(maxsize=2)  # all layers have the same
+def _places(packing: Packing, heads: int, slots: int) -> Tensor:
+    """(N, K): where the cache, rows and heads and slots behind each other, holds a head of each token."""
+    head = torch.arange(heads, device=packing.device)
+    return (packing.rows[:, None] * heads + head) * slots + packing.positions[0, :, None]

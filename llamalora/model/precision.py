@@ -1,5 +1,6 @@
 """The dtype that the matrix products run in, and what a GPU must have and is told for them."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,6 +49,9 @@ def prepare_gpu(device: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     # parts of a product in fp16 are summed in fp32: their sum may overflow where the product does not
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    # what torch tells its own developers: that a thread was new, that a kernel is compiled in another form
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
+    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled on the fly")
 
 
 def _check_kernels(name: str, capability: tuple[int, int]) -> None:

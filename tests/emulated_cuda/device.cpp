@@ -401,8 +401,8 @@ struct Arguments {
 };
 
 // (N, H, E) of one sequence as (1, H, T, E), its heads as many as of the queries.
-static Tensor sequence(const Tensor& t, const Tensor& bounds, int64_t i, int64_t heads) {
-  auto x = t.slice(0, bounds[i].item<int64_t>(), bounds[i + 1].item<int64_t>());
+static Tensor sequence(const Tensor& t, int64_t first, int64_t last, int64_t heads) {
+  auto x = t.slice(0, first, last);
   return x.repeat_interleave(heads / x.size(1), 1).transpose(0, 1).unsqueeze(0);
 }
 
@@ -413,11 +413,16 @@ static void attend_packed(const c10::OperatorHandle& op, torch::jit::Stack* stac
   at::AutoDispatchBelowADInplaceOrView below;
   auto q = given["query"].toTensor(), k = given["key"].toTensor(), v = given["value"].toTensor();
   auto bounds = on_host(given[flash ? "cum_seq_q" : "cu_seqlens_q"].toTensor());
+  auto starts = on_host(given[flash ? "cum_seq_k" : "cu_seqlens_k"].toTensor());
+  const auto& used = given[flash ? "seqused_k" : "seqlen_k"];
   const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
-  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 1;
+  const auto most_keys = given[flash ? "max_k" : "max_seqlen_k"].toInt();
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 2;
   const bool keeps_sums = flash || given["compute_log_sumexp"].toBool();
-  TORCH_CHECK(bounds.scalar_type() == at::kInt && given["dropout_p"].toDouble() == 0);
-  TORCH_CHECK(flash ? q.dim() == 3 : q.dim() == 4 && q.sizes() == k.sizes() && q.sizes() == v.sizes());
+  TORCH_CHECK(bounds.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && causal);
+  TORCH_CHECK(used.isNone() || used.toTensor().is_contiguous() && used.toTensor().numel() == bounds.numel() - 1);
+  TORCH_CHECK(given["dropout_p"].toDouble() == 0 && bounds.numel() == starts.numel() && k.sizes() == v.sizes());
+  TORCH_CHECK(flash ? q.dim() == 3 : q.dim() == 4 && q.size(2) == k.size(2));
   if (flash) TORCH_CHECK(q.scalar_type() != at::kFloat, "FlashAttention only support fp16 and bf16 data type");
   const int64_t heads = q.size(-2), count_ = bounds.numel() - 1, tokens = q.numel() / (heads * q.size(-1));
 
@@ -425,17 +430,30 @@ static void attend_packed(const c10::OperatorHandle& op, torch::jit::Stack* stac
   std::vector<int64_t> shape{heads, tokens};
   if (!flash) shape = {count_, heads, keeps_sums ? up(longest, 32) : 0};
   auto sums = at::empty(shape, q.options().dtype(at::kFloat));
-  auto rows = [](const Tensor& t) { return on_host(t).view({-1, t.size(-2), t.size(-1)}); };
+  // flash takes a longest of one for a promise that each has one
+  TORCH_CHECK(!flash || longest > 1 || heads == k.size(-2) || tokens == count_);
+  auto rows = [](const Tensor& t) {
+    auto x = on_host(t);
+    return t.dim() == 4 ? x.squeeze(0) : x;
+  };
   for (int64_t i = 0; i < count_; ++i) {
     const auto first = bounds[i].item<int64_t>(), last = bounds[i + 1].item<int64_t>();
-    TORCH_CHECK(last - first <= longest);
+    const auto begin = starts[i].item<int64_t>();
+    const auto end = used.isNone() ? starts[i + 1].item<int64_t>()
+                                   : begin + on_host(used.toTensor())[i].item<int64_t>();
+    TORCH_CHECK(last - first <= longest && end - begin <= most_keys);
     if (first == last) continue;
-    auto one_q = sequence(on_host(q).reshape({tokens, heads, -1}), bounds, i, heads);
-    auto one_k = sequence(on_host(k).reshape({tokens, k.size(-2), -1}), bounds, i, heads);
-    auto one_v = sequence(on_host(v).reshape({tokens, v.size(-2), -1}), bounds, i, heads);
-    auto found = at::scaled_dot_product_attention(one_q, one_k, one_v, std::nullopt, 0.0, causal, given.scale());
+    auto one_q = sequence(rows(q), first, last, heads);
+    auto one_k = sequence(rows(k), begin, end, heads), one_v = sequence(rows(v), begin, end, heads);
+    Tensor found;
+    if (first - last == begin - end) {  // the CPU's own values
+      found = at::scaled_dot_product_attention(one_q, one_k, one_v, std::nullopt, 0.0, true, given.scale());
+    } else {  // the last query sees all keys
+      auto seen = at::ones({last - first, end - begin}, at::kBool).tril(end - begin - last + first);
+      found = at::scaled_dot_product_attention(one_q, one_k, one_v, seen, 0.0, false, given.scale());
+    }
     rows(y).slice(0, first, last).copy_(found[0].transpose(0, 1));
-    if (!keeps_sums) continue;
+    if (!keeps_sums || !used.isNone()) continue;  // nobody needs those of a cache
     auto place = flash ? on_host(sums).slice(1, first, last) : on_host(sums)[i].slice(1, 0, last - first);
     place.copy_(scores(one_q, one_k, std::nullopt, causal, factor(q, given.scale())).logsumexp(-1)[0]);
   }
@@ -454,7 +472,7 @@ static void attend_packed_backward(const c10::OperatorHandle& op, torch::jit::St
   auto grad = given[flash ? "grad_out" : "grad_out_"].toTensor(), sums = given["logsumexp"].toTensor();
   auto bounds = on_host(given[flash ? "cum_seq_q" : "cu_seqlens_q"].toTensor());
   const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
-  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 1;
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 2;
   const int64_t heads = q.size(-2), count_ = bounds.numel() - 1, tokens = q.numel() / (heads * q.size(-1));
 
   std::array<Tensor, 3> inputs{q, k, v}, results;
@@ -472,7 +490,7 @@ static void attend_packed_backward(const c10::OperatorHandle& op, torch::jit::St
     std::array<Tensor, 4> one;
     int place = 0;
     for (const auto& t : {q, k, v, grad})
-      one[place++] = sequence(on_host(t).reshape({tokens, t.size(-2), -1}), bounds, i, heads);
+      one[place++] = sequence(on_host(t).reshape({tokens, t.size(-2), -1}), first, last, heads);
     auto of = flash ? on_host(sums).slice(1, first, last) : on_host(sums)[i].slice(1, 0, last - first);
     auto found = gradients(one[3], one[0], one[1], one[2], of, std::nullopt, causal, factor(q, given.scale()));
     for (int j = 0; j < 3; ++j) {

@@ -147,6 +147,8 @@ import torch.cuda.amp.common  # noqa: E402
 
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 torch.backends.cuda.is_flash_attention_available = lambda: True
+# they are the CPU's, which no capture leaves as they were in it
+torch.cuda.default_generators = [SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)] * 8
 
 
 # ---- graphs: what is launched while one is captured is run again with the same tensors ----
@@ -158,7 +160,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 REFUSED = "CUDA error: operation not permitted when stream is capturing"
 _graphs: "weakref.WeakSet[CUDAGraph]" = weakref.WeakSet()
-_pools = count(1)
+_pools, _used = count(1), set()
 
 
 class Stream:
@@ -184,9 +186,6 @@ class CUDAGraph:
     def __init__(self):
         self.calls, self.number = [], None
 
-    def pool(self) -> tuple[int, int]:
-        return 0, self.number
-
     def replay(self) -> None:
         as_one(self._run, "graph")()
 
@@ -209,16 +208,17 @@ class _Capture(TorchDispatchMode):
 
     def __init__(self, graph: CUDAGraph, pool=None, stream: "Stream | None" = None, capture_error_mode: str = "global"):
         super().__init__()
-        if pool is not None and pool[1] not in {other.number for other in _graphs}:
+        if pool is not None and pool[1] in _used - {other.number for other in _graphs}:
             raise RuntimeError("INTERNAL ASSERT FAILED: use_count > 0")
         self.graph, self.device = graph, (stream or _default).device
-        self.stream, self.before = stream or _default, current_stream((stream or _default).device)
+        self.capture_stream, self.before = stream or _default, current_stream((stream or _default).device)
         graph.number = next(_pools) if pool is None else pool[1]
+        _used.add(graph.number)
         _graphs.add(graph)
         self.fresh = []
 
     def __enter__(self):
-        set_stream(self.stream)
+        set_stream(self.capture_stream)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -246,5 +246,6 @@ class _Capture(TorchDispatchMode):
 
 _default = Stream(torch.device("cuda", 0))  # torch's own, of the GPU that was current first
 for _name, _replaced in (("CUDAGraph", CUDAGraph), ("graph", _Capture), ("Stream", Stream),
+                         ("graph_pool_handle", lambda: (0, next(_pools))),
                          ("current_stream", current_stream), ("set_stream", set_stream)):  # fmt: skip
     setattr(torch.cuda, _name, _replaced)

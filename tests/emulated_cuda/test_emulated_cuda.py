@@ -1,4 +1,6 @@
-"""What needs a CUDA device, on an emulated one: each file in inside/ is run by a pytest that has it (`emulated.py`)."""
+"""What needs a CUDA device: each file in inside/ is run by a pytest that has one, emulated on the CPU (`emulated.py`)
+or, where torch finds one, an actual one (`actual.py`).
+"""
 
 import os
 import subprocess
@@ -6,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from build import CannotBuild, build
 
 HERE = Path(__file__).parent
@@ -15,8 +18,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
-def library(request) -> Path:
-    """The emulated device, built once by the first worker that needs it."""
+def library(request) -> Path | None:
+    """The emulated device, built once by the first worker that needs it; None where there is an actual one."""
+    if torch.cuda.is_available():
+        return None
     try:
         return build(request.config.cache.mkdir("emulated_cuda"))
     except CannotBuild as reason:
@@ -25,14 +30,15 @@ def library(request) -> Path:
         pytest.skip(str(reason))
 
 
-def pytest_inside(library: Path, *arguments: str) -> None:
+def pytest_inside(library: Path | None, *arguments: str) -> None:
     path = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "LLAMALORA_EMULATED": str(library), "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    for name in [name for name in environment if name.startswith(("PYTEST_", "CUDA_"))]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    for name in [name for name in environment if name.startswith("PYTEST_") or library and name.startswith("CUDA_")]:
         del environment[name]
-    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    if library:
+        environment["LLAMALORA_EMULATED"] = str(library)
+    plugin = "emulated" if library else "actual"
+    command = [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

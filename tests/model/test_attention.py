@@ -133,9 +133,9 @@ def test_sums_of_the_softmax_are_asked_for_where_there_is_a_backward_pass(chosen
     asked = []
     operator = torch.ops.aten._efficient_attention_forward
 
-    def noted(*arguments, compute_log_sumexp):
+    def noted(*arguments, compute_log_sumexp, **others):
         asked.append(compute_log_sumexp)
-        return operator(*arguments, compute_log_sumexp=compute_log_sumexp)
+        return operator(*arguments, compute_log_sumexp=compute_log_sumexp, **others)
 
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", noted)
     chosen("memory-efficient")

@@ -8,6 +8,7 @@ import torch
 from helpers import random_ids, randomise_lora, tiny_model
 
 from llamalora.evaluation import generate as decoding
+from llamalora.evaluation.graphed import _Graph
 from llamalora.lora.inject import inject_lora, merge, restore
 from llamalora.model.elementwise import compile_formulas
 from llamalora.model.llama import Llama
@@ -92,6 +93,7 @@ def test_the_cache_grows_beyond_what_a_graph_sees(drafted, monkeypatch):
     assert found.outputs == expected.outputs
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_another_gpu_than_the_current_one():
     assert torch.cuda.current_device() == 0
     found = [decoding.generate(merged(device=torch.device("cuda", n)), PROMPTS, NEVER, NEW, 1) for n in (0, 1)]
@@ -111,14 +113,37 @@ def test_a_graph_that_cannot_be_captured_is_done_without(fails, monkeypatch):
 
         def __exit__(self, *error):
             super().__exit__(*error)
-            torch.cuda.set_stream(self.stream)  # as torch leaves it
+            torch.cuda.set_stream(self.capture_stream)  # as torch leaves it
             raise RuntimeError("CUDA error: previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "graph", Refusing)
     found = decoding.generate(model, PROMPTS, NEVER, NEW, 2, tell=said.append)
     assert found.outputs == expected.outputs
     assert len(said) == 1 and "without CUDA graphs" in said[0] and "previous error" in said[0]
-    assert torch.cuda.current_stream(DEVICE) is usual
+    assert torch.cuda.current_stream(DEVICE) == usual
+
+
+def test_after_a_capture_that_failed_all_goes_on(monkeypatch):
+    """The host waits in it, which CUDA refuses: memory is given back, numbers are drawn, others are captured."""
+    model, said, x = merged(), [], torch.ones(1000, device=DEVICE)
+    expected, compute = launched(model, monkeypatch), _Graph.compute
+
+    def waiting(graph):
+        result = compute(graph)
+        result.sum().item()
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Graph, "compute", waiting)
+        found = decoding.generate(model, PROMPTS, NEVER, NEW, 1, tell=said.append)
+    assert found.outputs == expected.outputs
+    assert len(said) == 1 and "without CUDA graphs" in said[0]
+    assert 300 < torch.nn.functional.dropout(x).count_nonzero().item() < 700
+    held = emulated.held()
+    del x, found
+    assert emulated.held() <= held - 4000
+    assert decoding.generate(model, PROMPTS, NEVER, NEW, 1).outputs == expected.outputs
+    assert emulated.counts()["graph"] >= 3
 
 
 def test_memory_that_suffices_for_decoding_suffices_for_its_end(monkeypatch):
@@ -142,24 +167,17 @@ def test_memory_that_suffices_for_decoding_suffices_for_its_end(monkeypatch):
         assert len(storages) == len(list(model.parameters()))
 
 
-def test_what_waits_for_the_device_cannot_be_captured():
-    x = torch.ones(2, device=DEVICE)
-    for work in (lambda: x.sum().item(), lambda: x + torch.ones(2).to(DEVICE), lambda: x[x > 0]):
-        with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            work()
-
-
 @pytest.mark.parametrize("targets", ["q", "all"])
 def test_a_restored_model_is_what_it_was_and_holds_as_much(targets):
     """Some layers of those that were joined get their own weights back, others keep what they had."""
     model = merged(targets)
     restore(model)
     before = {name: parameter.cpu() for name, parameter in model.named_parameters()}
-    decoding.generate(model, PROMPTS, NEVER, 2, 2)  # what the first pass makes, and keeps
-    held = emulated.held()
-    for _ in range(2):
+    held = []
+    for _ in range(3):
         merge(model)
         decoding.generate(model, PROMPTS, NEVER, NEW, 2)
         restore(model)
-    assert emulated.held() <= held + 4096
+        held.append(emulated.held())
+    assert held[2] == held[1]  # the first time makes what is kept
     assert all(torch.equal(parameter.cpu(), before[name]) for name, parameter in model.named_parameters())
