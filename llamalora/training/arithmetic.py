@@ -24,7 +24,7 @@ from .saved import learns, parameter_count
 # another parameter that learns; of embedding, norm, head and loss
 BLOCK, AGAIN, ADAPTED, LEARNING, ENDS = 160, 75, 14, 3, 88
 UNPADDED, COMPILED = 14, 50  # fewer in each block
-DECODING, GRAPHED, DECODING_ENDS = 41, 11, 21  # of a block of the merged model, and of the rest
+DECODING, GRAPHED, DECODING_ENDS = 40, 10, 39  # of a block of the merged model, and of the rest
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ class Part:
         flops: operations of matrix products.
         bytes: that are read and written.
         small: the products are attention's, which reach less of a GPU's peak.
+        few_rows: the products read weights for few rows, which reach less of its memory's bandwidth.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     kernels: float = 0.0
     small: bool = False
+    few_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,10 +268,15 @@ class Work:
         values = 2 * config.hidden_size * (7 * w + 28) + (heads + keys) * (2 * w + 36)
         values += 5 * w * config.intermediate_size + 4 * w * heads
         return {
-            "weights": Part(2 * weights * n, w * weights),
+            "weights": Part(2 * weights * n, w * weights, few_rows=True),
             "attention": Part(4 * blocks * heads * n * reach, blocks * 2 * w * keys * reach * rows, small=True),
             "all else": Part(bytes=blocks * values * n, kernels=blocks * (GRAPHED if graphed else DECODING)),
         }
+
+    @cached_property
+    def tensors(self) -> int:
+        """That learn."""
+        return len(trainable_parameters(self.model))
 
     @cached_property
     def launches(self) -> float:

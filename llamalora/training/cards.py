@@ -13,6 +13,7 @@ class Card:
 
     Attributes:
         memory: GB in its name.
+        capability: its compute capability, the major version.
         teraflops: dense matrix products by precision, sums in fp32; in half precision those of the tensor cores.
         bandwidth: of its memory, GB/s.
         link: to the other GPUs of its machine, GB/s in each direction: NVLink, or PCIe where there is none.
@@ -20,6 +21,7 @@ class Card:
     """
 
     memory: int
+    capability: int
     teraflops: dict[str, float]
     bandwidth: float
     link: float
@@ -37,13 +39,13 @@ def _both(half: float, fp32: float) -> dict[str, float]:
 
 _V100 = {"fp16": 125.0, "fp32": 15.7}
 CARDS = {
-    "V100-16": Card(16, _V100, 900, 150, "NVIDIA V100 data sheet, SXM2"),
-    "V100-32": Card(32, _V100, 900, 150, "NVIDIA V100 data sheet, SXM2"),
-    "RTX-4090": Card(24, _both(165.2, 82.6), 1008, 32, "NVIDIA Ada GPU architecture, appendix A; PCIe 4"),
-    "A100-40": Card(40, _both(312, 19.5), 1555, 300, "NVIDIA A100 data sheet, SXM"),
-    "A100-80": Card(80, _both(312, 19.5), 2039, 300, "NVIDIA A100 data sheet, SXM"),
-    "H100": Card(80, _both(989, 67), 3350, 450, "NVIDIA H100 data sheet, SXM, without sparsity"),
-    "H200": Card(141, _both(989, 67), 4800, 450, "NVIDIA H200 data sheet, SXM, without sparsity"),
+    "V100-16": Card(16, 7, _V100, 900, 150, "NVIDIA V100 data sheet, SXM2"),
+    "V100-32": Card(32, 7, _V100, 900, 150, "NVIDIA V100 data sheet, SXM2"),
+    "RTX-4090": Card(24, 8, _both(165.2, 82.6), 1008, 32, "NVIDIA Ada GPU architecture, appendix A; PCIe 4"),
+    "A100-40": Card(40, 8, _both(312, 19.5), 1555, 300, "NVIDIA A100 data sheet, SXM"),
+    "A100-80": Card(80, 8, _both(312, 19.5), 2039, 300, "NVIDIA A100 data sheet, SXM"),
+    "H100": Card(80, 9, _both(989, 67), 3350, 450, "NVIDIA H100 data sheet, SXM, without sparsity"),
+    "H200": Card(141, 9, _both(989, 67), 4800, 450, "NVIDIA H200 data sheet, SXM, without sparsity"),
 }
 OTHER_FORMS = {"PCIE", "NVL", "MIG", "D"}  # in a name: slower than the namesake, or a part of it
 

@@ -1,5 +1,5 @@
 """How long training and decoding take on GPUs that are known by their data sheets: what is counted (`arithmetic`) over
-rates of which some are assumed. A plan, no measurement; reading and saving files are not in it.
+rates, of which those below were found on one H200. A plan, no measurement; reading and saving files are not in it.
 """
 
 from collections.abc import Sequence
@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..distributed.gradients import STRETCH_BYTES
-from ..evaluation.graphed import MOST as GRAPHED_TOKENS
+from ..evaluation.graphed import most_tokens
 from .arithmetic import DECODING, DECODING_ENDS, Batch, Part, Work, model_flops
 from .cards import Card
 
-PRODUCTS, ATTENTION = 0.72, 0.36  # shares of peak that large products reach, and attention's small ones
-MEMORY, LINKS = 0.85, 0.80  # shares of the memory's and of a link's bandwidth
-KERNEL, COLLECTIVE = 2e-6, 25e-6  # seconds that the shortest kernel takes, and that a collective waits
-LAUNCH, TRAINING_LAUNCH = 6.6e-6, 9.2e-6  # seconds of the host for a kernel, without autograd and with it
+# found on an H200 and its host (docs/hardware.md, 2026-11-26)
+PRODUCTS, ATTENTION = 0.75, 0.05  # shares of peak that large products reach, and attention's of a hundred tokens
+MEMORY, FEW_ROWS = 0.85, 0.76  # shares of the memory's bandwidth, the second of products with few rows
+KERNEL = 3e-6  # seconds that the kernels of a graph take on average that read next to nothing
+LAUNCH, TRAINING_LAUNCH = 25e-6, 20e-6  # seconds of the host for a kernel, in decoding and in training
+UPDATE = 24e-6  # seconds of the host for a tensor that is updated
+
+# assumed
+LINKS, COLLECTIVE = 0.80, 25e-6  # share of a link's bandwidth, and seconds that a collective waits
 BACKWARD = 0.5  # share of a micro-batch's time, in which ddp sums gradients already
 WRITTEN, REJECTED = 11, 0.28  # tokens that a sentence gains in a pass with drafts; how many of the drafted are wrong
 
@@ -78,7 +83,8 @@ class Machine:
     def seconds(self, part: Part, precision: str) -> float:
         """The longest of its arithmetic, its bytes, and its kernels' shortest times."""
         peak = (ATTENTION if part.small else PRODUCTS) * self.card.teraflops[precision] * 1e12
-        return max(part.flops / peak, part.bytes / (MEMORY * self.card.bandwidth * 1e9), part.kernels * KERNEL)
+        share = FEW_ROWS if part.few_rows else MEMORY
+        return max(part.flops / peak, part.bytes / (share * self.card.bandwidth * 1e9), part.kernels * KERNEL)
 
     def micro_batch(self, work: Work, batch: Batch) -> dict[str, float]:
         """Seconds of each part of a micro-batch, and those that it waits beyond: for a host that is later with its
@@ -97,7 +103,8 @@ class Machine:
         """Seconds of what follows the micro-batches of a step."""
         shards = self.links.size if self.sharded else 1
         count = (40 + 8 * (work.precision == "fp16")) * work.trainable / shards  # norm, clipping, AdamW; unscaling
-        taken = {"optimizer": self.seconds(Part(bytes=count), work.precision)}
+        host = UPDATE * work.tensors
+        taken = {"optimizer": max(host, self.seconds(Part(bytes=count), work.precision))}
         # gradients are summed stretch by stretch: scattered, and gathered again
         size = 4 * work.trainable
         return taken | {"links": 0.0 if self.sharded else self.links.seconds(2 * size, ceil(size / STRETCH_BYTES))}
@@ -138,7 +145,7 @@ class Machine:
             prompt, answer: tokens of a sentence.
         """
         tokens = round(WRITTEN / (1 - REJECTED))
-        graphed = not self.sharded and rows * tokens <= GRAPHED_TOKENS
+        graphed = not self.sharded and rows * tokens <= most_tokens(work.model, self.card.capability)
         read = self.decoding(work, rows, round(prompt), prompt / 2)
         written = self.decoding(work, rows, tokens, prompt + answer / 2, graphed)
         return rows / (read + max(1.0, answer / WRITTEN) * written)
