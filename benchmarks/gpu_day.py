@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.util import find_spec
@@ -30,10 +31,11 @@ from unittest.mock import patch
 import torch
 from full_size import write_tokenizer
 from gpu import REACH, decode, peer, random_model, seconds_of
+from work import product_rate
 
 from llamalora.cli import UsageError, run_command
 from llamalora.distributed.world import World
-from llamalora.lora.inject import inject_lora, make_trainable, merge, trainable_parameters
+from llamalora.lora.inject import cast_factors, inject_lora, make_trainable, merge, trainable_parameters
 from llamalora.model import attention
 from llamalora.model.checkpoint import save_model, skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
@@ -44,7 +46,7 @@ from llamalora.runs.setup import choose_compiled
 from llamalora.training.arithmetic import FORMS, Batch, Work, micro_batches, model_flops
 from llamalora.training.batch import Example, MicroBatch, plan_epoch
 from llamalora.training.cards import CARDS, recognise
-from llamalora.training.duration import Machine
+from llamalora.training.duration import KERNEL, LAUNCH, MEMORY, PRODUCTS, Machine
 from llamalora.training.step import Optimizer, backward
 from llamalora.training.timetable import Corpus
 
@@ -52,6 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/hardware.md"
 MARKS = ("<!-- gpu_day: written by benchmarks/gpu_day.py render -->", "<!-- gpu_day: end -->")
 SEVEN = LLAMA_2["llama-2-7b"]
+KERNELS = 1000  # launched in a row to time one
 TINY = replace(SEVEN, num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2,
                num_key_value_heads=2, head_dim=32, vocab_size=512)  # fmt: skip
 
@@ -122,13 +125,50 @@ def _card(device: torch.device) -> str | None:
 # ---- the parts ----
 
 
+def tests(day: Day) -> list[Figure]:
+    """The tests that need a CUDA device, on this one: answers and losses beside the CPU's."""
+    home = ROOT / "tests/emulated_cuda"
+    which = [str(home), "-k", "test_device"] if day.dry else ["-p", "actual", "-n", "4", str(home / "inside")]
+    *_, last = _run([sys.executable, "-m", "pytest", "-rs", *which], home)
+    counted = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", last)}
+    return [Figure(what, counted.get(what, 0), "") for what in ("passed", "skipped")]
+
+
+def rates(day: Day) -> list[Figure]:
+    """What plans of time assume of a GPU: its shares of peak and of bandwidth, and what a short kernel takes."""
+    layer = replace(day.config, num_hidden_layers=1, vocab_size=512)
+    weights = [one for one in random_model(layer, DTYPES[day.precision], day.device).parameters() if one.dim() > 1]
+    products = product_rate([one for one in weights if one.shape[0] != 512], 64 if day.dry else 4096)
+    whole = torch.empty((1 << 20) if day.dry else (1 << 30), dtype=torch.bfloat16, device=day.device).normal_()
+    other, few = torch.empty_like(whole), torch.zeros(64, device=day.device)
+    copying = statistics.median(seconds_of(lambda _: other.copy_(whole), day.repeats))
+
+    def launch(_: int = 0) -> None:
+        for _ in range(KERNELS):
+            few.add_(1)
+
+    launched = statistics.median(seconds_of(launch, day.repeats)) / KERNELS
+    figures = [Figure("launching a kernel", 1e6 * launched, "us", 1e6 * LAUNCH)]
+    if day.machine:
+        card, graph = day.machine.card, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        graphed = statistics.median(seconds_of(lambda _: graph.replay(), day.repeats)) / KERNELS
+        figures += [
+            Figure("a short kernel in a graph", 1e6 * graphed, "us", 1e6 * KERNEL),
+            Figure("products of 4,096 rows, of peak", products / card.teraflops[day.precision] / 1e12, "%", PRODUCTS),
+            Figure("copying, of the bandwidth", 2 * whole.nbytes / copying / card.bandwidth / 1e9, "%", MEMORY),
+        ]
+    return figures
+
+
 def memory(day: Day) -> list[Figure]:
     """Peak against plan: four emulated V100 of 16 GB, and one process on the whole GPU."""
     if day.dry:
         runs = {"one process": ["--model", "tiny", "--steps", "1"]}
     else:
         large = ["--precision", day.precision, "--rank", "128", "--batch-tokens", "4096"]
-        share = ["--share", "15.41GiB", "--precision", "fp16", "--rank", "128"]
+        share = ["--share", "15.41GiB", "--precision", "fp16", "--rank", "128", "--steps", "2"]
         runs = {"four cards of 16 GB": share, "one process": large,
                 "one process, every block recomputed": [*large, "--activation-checkpointing", "1"]}  # fmt: skip
     figures = []
@@ -162,42 +202,53 @@ def headline(day: Day) -> list[Figure]:
 
 
 def training(day: Day) -> list[Figure]:
-    """LoRA of rank 128 on all layers, one typical micro-batch of BC5CDR's lengths: its share of peak, with attention
-    over a padded rectangle and over sequences as they are, and with norms, rotary embedding and SwiGLU compiled."""
+    """LoRA of rank 128 on all layers, micro-batches of BC5CDR's lengths, each another: its share of peak, with
+    attention over a padded rectangle and over sequences as they are, and with norms, rotary embedding and SwiGLU
+    compiled; the last with fewer and with more tokens, too."""
     model = inject_lora(random_model(day.config, DTYPES[day.precision], day.device), "all", 8 if day.dry else 128)
-    tokens = 200 if day.dry else 2048 if day.card == "V100-16" else 4096
+    usual = 200 if day.dry else 2048 if day.card == "V100-16" else 4096
     corpus, figures = Corpus.bc5cdr(), []
-    step = plan_epoch(corpus.lengths, tokens, seed=0, epoch=0)[0]
-    lengths = [corpus.lengths[index] for index in step]
-    for name, form in FORMS.items():
+    *forms, (last, compiled) = FORMS.items()
+    for name, form, tokens in [*((name, form, usual) for name, form in forms),
+                               *((last, compiled, n) for n in (usual // 2, usual, 2 * usual))]:  # fmt: skip
         if form.compiled:
             compile_formulas(model)
+        steps = plan_epoch(corpus.lengths, tokens, seed=0, epoch=0)[: day.repeats + 1]
+        lengths = [[corpus.lengths[index] for index in step] for step in steps]
         with patch.object(attention, "attention_kernel", lambda *_: "rectangles") if form.padded else _folder():
-            seconds = statistics.median(_steps(model, lengths, corpus.supervised, day))
-        speed, flops = sum(lengths) / seconds, model_flops(model, Batch.of(lengths, corpus.supervised))
-        planned, least = None, 0.57 if form.compiled else None
+            seconds = _steps(model, lengths, corpus.supervised, day)
+        done = list(zip(lengths[1:], seconds, strict=True))
+        speed = statistics.median(sum(of_step) / taken for of_step, taken in done)
+        title = f"{name}, {tokens:,} tokens"
+        planned, planned_speed = None, None
         if day.machine:
-            dealt = micro_batches(lengths, corpus.supervised, [range(len(lengths))], 1, tokens)
+            dealt = micro_batches(corpus.lengths, corpus.supervised, steps[1:], 1, tokens)
             planned = day.machine.training(Work(model, day.precision, form=form), dealt)
-            peak = day.machine.card.teraflops[day.precision] * 1e12
-            figures.append(Figure(f"{name}: MFU", flops / seconds / peak, "%", planned.mfu, least))
-        planned_speed = sum(lengths) / planned.seconds if planned else None
-        figures.append(Figure(f"{name}: speed", speed, "tokens/s", planned_speed))
+            planned_speed = sum(map(sum, lengths[1:])) / planned.seconds
+            flops = statistics.median(
+                model_flops(model, Batch.of(of_step, corpus.supervised)) / taken for of_step, taken in done
+            )
+            share = flops / day.machine.card.teraflops[day.precision] / 1e12
+            least = 0.57 if form.compiled and tokens == usual else None
+            figures.append(Figure(f"{title}: MFU", share, "%", planned.mfu, least))
+        figures.append(Figure(f"{title}: speed", speed, "tokens/s", planned_speed))
     return figures
 
 
-def _steps(model: Llama, lengths: list[int], supervised: float, day: Day) -> list[float]:
-    """Seconds of each of several steps."""
+def _steps(model: Llama, lengths: Sequence[Sequence[int]], supervised: float, day: Day) -> list[float]:
+    """Seconds of each of several steps but the first."""
     generator = torch.Generator().manual_seed(0)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(3, model.config.vocab_size, (length + 1,), generator=generator).tolist()
-        examples.append(Example(tuple(ids), max(1, round((1 - supervised) * length))))
+    batches = []
+    for of_step in lengths:
+        ids = (torch.randint(3, model.config.vocab_size, (n + 1,), generator=generator).tolist() for n in of_step)
+        batches.append([Example(tuple(one), max(1, round((1 - supervised) * (len(one) - 1)))) for one in ids])
     optimizer = Optimizer(model.train(), day.precision, day.device, weight_decay=0.0, clip=1.0)
-    batch, counted = MicroBatch.of(examples, day.device), sum(example.supervised for example in examples)
 
-    def step(_: int) -> None:
-        backward(model, batch, counted, optimizer.scaler, day.precision)
+    def step(number: int) -> None:
+        examples = batches[number]
+        with cast_factors(model, DTYPES[day.precision]):
+            counted = sum(example.supervised for example in examples)
+            backward(model, MicroBatch.of(examples, day.device), counted, optimizer.scaler, day.precision)
         optimizer.step(1e-4, World(device=day.device))
 
     return seconds_of(step, day.repeats)
@@ -220,6 +271,7 @@ def decoding(day: Day) -> list[Figure]:
         Figure("base", base["tokens_per_second"], "tokens/s", planned),
         Figure("merged", merged["tokens_per_second"], "tokens/s", planned),
         Figure("merged by base", ratio, "", 1.0, 0.97, 1.03),
+        Figure("merged, a whole answer of 256 tokens", merged["whole_answer_tokens_per_second"], "tokens/s"),
     ]
     if day.machine:
         figures.append(Figure("merged, of the memory's bandwidth", merged["of_bandwidth"], "%", None, 0.70))
@@ -308,7 +360,7 @@ def reproduction(day: Day) -> list[Figure]:
 
 
 PARTS = {part.__name__: part for part in (
-    memory, headline, training, decoding, overflow, resume, peers, reproduction)}  # fmt: skip
+    tests, memory, headline, training, decoding, rates, overflow, resume, peers, reproduction)}  # fmt: skip
 
 
 # ---- what they share ----
@@ -324,14 +376,19 @@ def _launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
 
 
-def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+def _environment(*modules: Path) -> dict[str, str]:
+    path = [str(ROOT), *map(str, modules), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def _run(command: list[str]) -> list[str]:
-    """The lines that a command printed; its errors are ours."""
+def _run(command: list[str], *modules: Path) -> list[str]:
+    """The lines that a command printed; its errors are ours.
+
+    Args:
+        modules: further folders of its Python path.
+    """
     print("$", " ".join(command), flush=True)
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(*modules), stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     done.check_returncode()
     return done.stdout.splitlines()

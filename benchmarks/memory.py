@@ -35,7 +35,7 @@ from llamalora.model.precision import DTYPES, prepare_gpu
 from llamalora.model.tensors import is_sharded
 from llamalora.runs.settings import Settings
 from llamalora.training.batch import Example, MicroBatch, deal
-from llamalora.training.memory import CONTEXT_BYTES, GIB, LENGTHS, explained, micro_batch
+from llamalora.training.memory import CONTEXT_BYTES, GIB, LENGTHS, Plan, explained, micro_batch, plan_memory
 from llamalora.training.placement import Placement, fit
 from llamalora.training.step import Optimizer, backward
 
@@ -115,7 +115,8 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     if world.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(world.device)
         reserved = torch.cuda.max_memory_reserved(world.device)
-    tensors = chosen.plan.total - chosen.plan.items["overhead"]
+    plan = plan_of(settings, config, chosen, world, capacity)
+    tensors = plan.total - plan.items["overhead"]
     measured = world.gather({"loaded": loaded, "peak": peak, "reserved": reserved})
     return {
         "model": arguments.model,
@@ -124,7 +125,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
         "share": arguments.share,
         "settings": {name: getattr(settings, name) for name in same},
         "placement": {name: value for name, value in asdict(chosen).items() if name != "plan"},
-        "plan": {"items": chosen.plan.items, "tensors": tensors},
+        "plan": {"items": plan.items, "tensors": tensors},
         "measured": measured,  # bytes, of each process
         "measured_of_planned": max(each["peak"] for each in measured) / tensors,
         "losses": losses,
@@ -132,6 +133,17 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
         "parameters": count_parameters(model),
         "torch": torch.__version__,
     }
+
+
+def plan_of(settings: Settings, config: LlamaConfig, chosen: Placement, world: World, capacity: int) -> Plan:
+    """The plan of the largest micro-batch that the steps have, which is smaller than the largest that is allowed."""
+    lengths = micro_batch(settings.batch_tokens, LENGTHS)
+    shares = deal(range(len(lengths)), lengths, world.size, chosen.micro_tokens)
+    tokens = max(sum(lengths[index] for index in batch) for share in shares for batch in share)
+    model = make_trainable(skeleton(config), **settings.learning)
+    return plan_memory(
+        model, chosen.parallel, world.size, capacity, settings.precision, tokens, chosen.recompute, LENGTHS
+    )
 
 
 def random_model(config: LlamaConfig, settings: Settings, world: World, parallel: str):
