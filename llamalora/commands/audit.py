@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     what.add_argument("--table7", action="store_true", help="trainable parameters of the paper's targets and ranks")
     what.add_argument("--table8", action="store_true", help="trainable parameters and storage of both methods")
     what.add_argument("--memory", action="store_true", help="GPU memory of a training step, item by item")
-    what.add_argument("--hardware", action="store_true", help="which cards train which Llama-2, as Markdown (a minute)")
+    what.add_argument("--hardware", action="store_true", help="which cards train which Llama-2, as Markdown")
     what.add_argument("--time", action="store_true", help="hours of training, and decoding, planned for known GPUs")
     planned = parser.add_argument_group("for --memory and --time")
     planned.add_argument("--gpus", type=int, default=4, help="processes, one on each; of each node (default: 4)")
@@ -145,8 +145,9 @@ def memory_plans(arguments: argparse.Namespace, model: "Llama", capacity: int) -
         if parallel != auto.parallel:
             placement = fit(model, replace(settings, parallel=parallel), LENGTHS, gpus, capacity)
         assert (plan := placement.plan) is not None
-        sums = {name: getattr(plan, name) for name in ("total", "evaluation_total", "peak", "usable", "spare", "fits")}
-        result[parallel] = {"activation_checkpointing": placement.recompute} | asdict(plan) | sums
+        result[parallel] = {name: getattr(plan, name) for name in PLANNED} | {
+            "activation_checkpointing": placement.recompute
+        }
     refused = ""
     try:
         check_parallel(auto, settings)
@@ -188,6 +189,8 @@ def parse_capacity(text: str) -> int:
 
 # ---- for people ----
 
+PLANNED = ("parallel", "micro_tokens", "items", "capacity", "evaluation", "rows", "largest_micro_tokens", "total",
+           "evaluation_total", "peak", "usable", "spare", "fits")  # fmt: skip
 USABLE_ROW = f"{USABLE:.0%} of what it reports"
 WORDS = {
     "buckets or gathered layers": "layers that fsdp has whole while they compute",

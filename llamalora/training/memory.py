@@ -1,8 +1,9 @@
 """How much GPU memory training and its evaluations take, item by item, known before it is run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -36,7 +37,8 @@ class Plan:
         capacity: bytes that the GPU reports.
         evaluation: bytes by item; they add up to the peak of an evaluation that decodes one sentence at a time.
         rows: sentences, each as long as the longest example, that have room side by side in an evaluation.
-        largest_micro_tokens: the largest micro-batch that fits; 0 if not even the longest example does.
+        longest: tokens of the longest example.
+        of_others: the plan with micro-batches of so many tokens.
     """
 
     parallel: str
@@ -45,7 +47,21 @@ class Plan:
     capacity: int
     evaluation: dict[str, int] = field(default_factory=dict)
     rows: int = 0
-    largest_micro_tokens: int = 0
+    longest: int = 0
+    of_others: Callable[[int], "Plan"] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def largest_micro_tokens(self) -> int:
+        """The largest micro-batch that fits, within a sixty-fourth; 0 if not even the longest example does."""
+        if self.of_others is None or not self.of_others(self.longest).fits:
+            return 0
+        fitting, failing = self.longest, 2 * self.longest
+        while self.of_others(failing).fits:
+            fitting, failing = failing, 2 * failing
+        while failing - fitting > fitting // 64:
+            middle = (fitting + failing) // 2
+            fitting, failing = (middle, failing) if self.of_others(middle).fits else (fitting, middle)
+        return fitting
 
     @property
     def total(self) -> int:
@@ -112,19 +128,10 @@ def plan_memory(
         packing = Packing(filled_up(micro_batch(tokens, lengths)), torch.device("meta"))
         step = Step(model, precision, packing, recompute, sharded)
         peaks = {"activations": step.activations, "logits": step.logits, "backward": step.backward}
-        return Plan(parallel, tokens, held | peaks | {"overhead": CONTEXT_BYTES}, capacity, deciding, rows)
+        items = held | peaks | {"overhead": CONTEXT_BYTES}
+        return Plan(parallel, tokens, items, capacity, deciding, rows, max(lengths), at)
 
-    chosen = at(max(micro_tokens, max(lengths)))
-    fitting = max(lengths)
-    if not at(fitting).fits:
-        return chosen
-    failing = 2 * fitting
-    while at(failing).fits:
-        fitting, failing = failing, 2 * failing
-    while failing - fitting > fitting // 64:
-        middle = (fitting + failing) // 2
-        fitting, failing = (middle, failing) if at(middle).fits else (fitting, middle)
-    return replace(chosen, largest_micro_tokens=fitting)
+    return at(max(micro_tokens, max(lengths)))
 
 
 def typical(lengths: Sequence[int]) -> tuple[int, ...]:
