@@ -35,6 +35,7 @@ from work import drawn_lengths  # noqa: E402
 from llamalora.distributed import sharding  # noqa: E402
 from llamalora.distributed.sharding import in_step, merged  # noqa: E402
 from llamalora.distributed.world import World  # noqa: E402
+from llamalora.evaluation import graphed  # noqa: E402
 from llamalora.evaluation.generate import generate  # noqa: E402
 from llamalora.lora.inject import make_trainable  # noqa: E402
 from llamalora.model import checkpoint, tensors  # noqa: E402
@@ -202,7 +203,8 @@ shapes: dict[str, tuple] = {}  # of what is read
 
 @contextmanager
 def unreal():
-    """Files are read as tensors without values and written nowhere; positions in a packed row are real."""
+    """Files are read as tensors without values and written nowhere; positions in a packed row are real; passes are
+    launched, for a graph holds what its pass does."""
     make = Packing.__init__
 
     def make_real(*arguments, **named):
@@ -218,6 +220,7 @@ def unreal():
         (torch.cuda, "Stream", Stream), (torch.cuda, "Event", Stream),
         (torch.cuda, "current_stream", Stream), (torch.cuda, "default_stream", Stream),
         (torch.cuda, "stream", lambda stream: nullcontext()),
+        (graphed, "most_tokens", lambda *_: 0),
     ]  # fmt: skip
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, value in places:

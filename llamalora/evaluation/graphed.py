@@ -74,8 +74,9 @@ class Graphs:
         self.known: dict[tuple[int, int], _Graph] = {}
         self.sizes = cache.resized  # how often that was so when the graphs were captured
         self.able = True
-        device = cache.keys[0].device
-        self.stream, self.most = _stream(device), most_tokens(model, torch.cuda.get_device_capability(device)[0])
+        self.device = cache.keys[0].device
+        self.stream = _stream(self.device)
+        self.most = most_tokens(model, torch.cuda.get_device_capability(self.device)[0])
         self.pool = torch.cuda.graph_pool_handle()  # of memory: what is read at once may lie where others compute
 
     def check(self) -> None:
@@ -105,7 +106,7 @@ class Graphs:
             graph = self.known[shape] = _Graph(self.model, self.backbone, self.cache, *shape)
         elif graph.captured is None and self.able:
             try:
-                with _recovering(self.stream.device, self.pool):
+                with _recovering(self.device, self.pool):
                     graph.capture(self.stream, self.pool)
             except RuntimeError as error:
                 self.able = False
