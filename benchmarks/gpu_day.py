@@ -46,7 +46,7 @@ from llamalora.runs.setup import choose_compiled
 from llamalora.training.arithmetic import FORMS, Batch, Work, micro_batches, model_flops
 from llamalora.training.batch import Example, MicroBatch, plan_epoch
 from llamalora.training.cards import CARDS, recognise
-from llamalora.training.duration import KERNEL, LAUNCH, MEMORY, PRODUCTS, Machine
+from llamalora.training.duration import MEMORY, PRODUCTS, Machine
 from llamalora.training.step import Optimizer, backward
 from llamalora.training.timetable import Corpus
 
@@ -135,7 +135,7 @@ def tests(day: Day) -> list[Figure]:
 
 
 def rates(day: Day) -> list[Figure]:
-    """What plans of time assume of a GPU: its shares of peak and of bandwidth, and what a short kernel takes."""
+    """Beside what plans of time assume of a GPU: its shares of peak and of bandwidth, and what a short kernel takes."""
     layer = replace(day.config, num_hidden_layers=1, vocab_size=512)
     weights = [one for one in random_model(layer, DTYPES[day.precision], day.device).parameters() if one.dim() > 1]
     products = product_rate([one for one in weights if one.shape[0] != 512], 64 if day.dry else 4096)
@@ -148,14 +148,14 @@ def rates(day: Day) -> list[Figure]:
             few.add_(1)
 
     launched = statistics.median(seconds_of(launch, day.repeats)) / KERNELS
-    figures = [Figure("launching a kernel", 1e6 * launched, "us", 1e6 * LAUNCH)]
+    figures = [Figure("launching a kernel", 1e6 * launched, "us")]
     if day.machine:
         card, graph = day.machine.card, torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             launch()
         graphed = statistics.median(seconds_of(lambda _: graph.replay(), day.repeats)) / KERNELS
         figures += [
-            Figure("a short kernel in a graph", 1e6 * graphed, "us", 1e6 * KERNEL),
+            Figure("a short kernel in a graph", 1e6 * graphed, "us"),
             Figure("products of 4,096 rows, of peak", products / card.teraflops[day.precision] / 1e12, "%", PRODUCTS),
             Figure("copying, of the bandwidth", 2 * whole.nbytes / copying / card.bandwidth / 1e9, "%", MEMORY),
         ]

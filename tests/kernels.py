@@ -98,7 +98,7 @@ def _flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_
 def _efficient_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
                        custom_mask_type, compute_log_sumexp=False, *, scale=None, seqlen_k=None, window_size=None):
     CALLS.append("efficient forward")
-    assert bias is None and dropout_p == 0 and custom_mask_type == 2 and query.shape[0] == 1
+    assert bias is None and dropout_p == 0 and custom_mask_type == 1 and query.shape[0] == 1
     assert query.shape == key.shape == value.shape  # it knows no groups of queries
     y, sums = _forward(query[0], key[0], value[0], cu_seqlens_q, max_seqlen_q, scale)
     width = -(-max_seqlen_q // 32) * 32 if compute_log_sumexp else 0
@@ -113,7 +113,7 @@ def _efficient_backward(grad_out_, query, key, value, bias, out, cu_seqlens_q, c
                         logsumexp, dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *,
                         scale=None, num_splits_key=None, window_size=None, shared_storage_dqdkdv=False):
     CALLS.append("efficient backward")
-    assert max_seqlen_q == max_seqlen_k and custom_mask_type == 2 and logsumexp.shape[-1] % 32 == 0
+    assert max_seqlen_q == max_seqlen_k and custom_mask_type == 1 and logsumexp.shape[-1] % 32 == 0
     sums = [row[:, :size] for row, size in zip(logsumexp, cu_seqlens_q.diff().tolist(), strict=True)]
     grads = _backward(grad_out_[0], query[0], key[0], value[0], out[0], sums, cu_seqlens_q, scale)
     return *(x[None] for x in grads), query.new_zeros(())

@@ -29,6 +29,9 @@ EXAMPLES = """
 --time --rank 128 --gpus 4 --gpu H100
 """
 
+PLANNED = ("parallel", "micro_tokens", "items", "capacity", "evaluation", "rows", "largest_micro_tokens", "total",
+           "evaluation_total", "peak", "usable", "spare", "fits")  # fmt: skip
+
 
 def main(argv: list[str]) -> None:
     parser = Parser("audit", EXAMPLES, usage="%(prog)s [FLAG ...]", description=__doc__)
@@ -189,8 +192,6 @@ def parse_capacity(text: str) -> int:
 
 # ---- for people ----
 
-PLANNED = ("parallel", "micro_tokens", "items", "capacity", "evaluation", "rows", "largest_micro_tokens", "total",
-           "evaluation_total", "peak", "usable", "spare", "fits")  # fmt: skip
 USABLE_ROW = f"{USABLE:.0%} of what it reports"
 WORDS = {
     "buckets or gathered layers": "layers that fsdp has whole while they compute",

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from ..distributed.sharding import is_spread
+from ..model.attention import MOST_SEQUENCES
 from ..model.llama import Llama
 from ..model.prepared import prepared
 from .passes import Passes
@@ -131,7 +132,8 @@ def generate(
     device = model.model.norm.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     rows: list[_Row | None] = []  # one for each of the cache's
-    cache, most = model.make_cache(0, 0, autocast), min(batch_size, len(requests))
+    cache = model.make_cache(0, 0, autocast)
+    most = min(batch_size, len(requests), MOST_SEQUENCES // model.config.num_key_value_heads)
     room = Room(model.config, cache, most, [row.need for row in requests], tell)
     few, short = WORTH_PREPARING
     new = sum(row.need - row.slots for row in requests)

@@ -1,5 +1,4 @@
-"""Passes of few tokens as CUDA graphs: the GPU repeats its kernels without Python, which would launch them more slowly
-than they run.
+"""Passes as CUDA graphs, if they are sooner computed than launched: the GPU repeats their kernels without Python.
 
 A graph has one shape. So a pass is a rectangle of the cache's rows by a power of two of tokens, padded on the right:
 what padding writes to the cache stands where no query looks before it is written again. Numbers that differ from pass
@@ -20,17 +19,22 @@ from ..model.llama import Backbone, Llama
 from ..model.packing import FixedPacking, KVCache
 
 LAUNCHING = 1.1e-3  # seconds that the host of an H200 takes for a layer of a pass that it launches
-PRODUCTS = {7: 60e12, 8: 120e12, 9: 500e12}  # operations/s of large products at least, by compute capability
+# operations/s that large products in half precision reach, roughly, from a compute capability on: of 8, 10 and 12 there
+# are small cards, too
+RATES = {7: 60e12, 8: 120e12, 9: 500e12, 10: 120e12}
+IN_FP32 = 1 / 8
 MOST = 4096  # tokens of a pass, since its logits take memory
 
 
-def most_tokens(model: Llama, capability: int) -> int:
+def most_tokens(model: Llama, width: int, capability: int) -> int:
     """Up to so many tokens a pass is sooner computed, padding and all, than launched by the host.
 
     Args:
+        width: bytes of a value in the products' precision.
         capability: of the GPU, the major version.
     """
-    rate = PRODUCTS[max(known for known in PRODUCTS if known <= max(capability, min(PRODUCTS)))]
+    rate = RATES[max(known for known in RATES if known <= max(capability, min(RATES)))]
+    rate *= IN_FP32 if width == 4 else 1
     operations = 2 * sum(parameter.numel() for parameter in model.parameters())
     return min(MOST, int(LAUNCHING * model.config.num_hidden_layers * rate / operations))
 
@@ -76,7 +80,8 @@ class Graphs:
         self.able = True
         self.device = cache.keys[0].device
         self.stream = _stream(self.device)
-        self.most = most_tokens(model, torch.cuda.get_device_capability(self.device)[0])
+        width, capability = cache.keys[0].itemsize, torch.cuda.get_device_capability(self.device)[0]
+        self.most = most_tokens(model, width, capability)
         self.pool = torch.cuda.graph_pool_handle()  # of memory: what is read at once may lie where others compute
 
     def check(self) -> None:
@@ -89,7 +94,7 @@ class Graphs:
         """T of a pass, or 0 where the rows are too many or too long."""
         longest = max(map(len, feeds))
         width = 1 << (longest - 1).bit_length()
-        return width if width * len(feeds) <= self.most else 0
+        return width if self.able and width * len(feeds) <= self.most else 0
 
     def __call__(self, feeds: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The model's choice behind each token, and its log-probability, row by row.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.attention import KNOWING_LENGTHS, attention_kernel
+from ..model.attention import cached_kernel
 from ..model.llama import Backbone, Llama
 from ..model.packing import Packing, moved
 from .graphed import Graphs
@@ -44,8 +44,8 @@ class Passes:
 
     def __init__(self, model: Llama, backbone: Backbone, room: Room, tell: Callable[[str], None]):
         self.model, self.backbone, self.room = model, backbone, room
-        kernel = attention_kernel(model.config.head_dim, model.model.norm.weight.dtype, room.device)
-        graphed = room.device.type == "cuda" and backbone is not model.model and kernel in KNOWING_LENGTHS
+        kernel = cached_kernel(model.config.head_dim, model.model.norm.weight.dtype, room.device)
+        graphed = backbone is not model.model and kernel is not None
         self.graphs = Graphs(model, backbone, room.cache, tell) if graphed else None
 
     def __call__(

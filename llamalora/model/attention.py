@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .packing import KVCache, Packing
 
-KNOWING_LENGTHS = ("flash", "memory-efficient")  # kernels of a GPU that take sequences of any length
+VARLEN = ("flash", "memory-efficient")  # kernels of a GPU that take sequences of any length
+MOST_SEQUENCES = 65_535  # that they take, since CUDA numbers no more
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,21 +28,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_cached(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
     """Attention of sequences that go on, (N, H, E) packed into one row, over what the cache holds of each of them."""
-    kernel = attention_kernel(q.shape[2], q.dtype, q.device)
-    if kernel not in KNOWING_LENGTHS:
+    kernel = cached_kernel(q.shape[2], q.dtype, q.device)
+    if kernel is None:
         return _attend_each_in_cache(q, cache, layer, packing)
     _, kv_heads, slots, size = cache.keys[layer].shape
-    sequences, places = _heads(packing, kv_heads, slots)
+    heads, places = _heads(packing, kv_heads, slots)
     k, v = (each.view(-1, 1, size) for each in (cache.keys[layer], cache.values[layer]))  # (rows * K * S, 1, E)
     x = q.reshape(-1, q.shape[1] // kv_heads, size)  # (N * K, G, E): the heads of a token that have one key
     if places is not None:
         x = torch.empty_like(x).index_copy_(0, places, x)
-    y = _attend_flash(x, k, v, sequences) if kernel == "flash" else _attend_efficient(x, k, v, sequences)
+    y = _attend_flash(x, k, v, heads) if kernel == "flash" else _attend_efficient(x, k, v, heads)
     return (y if places is None else y.index_select(0, places)).view_as(q)
 
 
-class _Sequences(NamedTuple):
-    """What kernels for sequences of any length know of them.
+class _Varlen(NamedTuple):
+    """Sequences as kernels for any length know them.
 
     Attributes:
         queries, keys: (sequences + 1,) in int32: where each begins in its row, and where the last ends.
@@ -57,20 +58,20 @@ class _Sequences(NamedTuple):
 
 
 @lru_cache(maxsize=2)  # all layers have the same
-def _heads(packing: Packing, heads: int, slots: int) -> tuple[_Sequences, Tensor | None]:
+def _heads(packing: Packing, heads: int, slots: int) -> tuple[_Varlen, Tensor | None]:
     """Every head of every row of a cache as a sequence of its own, for that is how keys lie in it; and among their
     queries the places (N * K,) of those that come token by token, if they are others."""
     device, count, tokens = packing.device, heads * len(packing.lengths), len(packing.rows)
     keys = torch.arange(0, (count + 1) * slots, slots, dtype=torch.int32, device=device)
     seen = packing.ends.repeat_interleave(heads)
     if packing.longest == 1 and count == heads * tokens:  # a token of each: they come in this order
-        return _Sequences(torch.arange(count + 1, dtype=torch.int32, device=device), keys, 1, slots, seen), None
+        return _Varlen(torch.arange(count + 1, dtype=torch.int32, device=device), keys, 1, slots, seen), None
     head, first, lengths = torch.arange(heads, device=device), packing.bounds[:-1, None], packing.bounds.diff()[:, None]
     queries = torch.cat(((heads * first + lengths * head).flatten(), heads * packing.bounds[-1:])).to(torch.int32)
     most = max(2, packing.longest)  # 1 would promise a token of each
     before = (heads - 1) * first[packing.rows] + torch.arange(tokens, device=device)[:, None]
     places = (before + lengths[packing.rows] * head).flatten()
-    return _Sequences(queries, keys, most, slots, seen), places
+    return _Varlen(queries, keys, most, slots, seen), places
 
 
 def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packing) -> Tensor:
@@ -80,16 +81,16 @@ def _attend_each_in_cache(q: Tensor, cache: KVCache, layer: int, packing: Packin
     kv_heads = keys[0].shape[1]
     groups = q.shape[1] // kv_heads
     x = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)[None]  # (1, K, N * G, E): a token's group together
-    sequences = _sequences(packing, groups, q.dtype)
+    going_on = _going_on(packing, groups, q.dtype)
     parts = [
         F.scaled_dot_product_attention(part, keys[row].narrow(2, 0, end), values[row].narrow(2, 0, end), attn_mask=mask)
-        for part, (_, row, end, mask) in zip(x.split([size for size, *_ in sequences], 2), sequences, strict=True)
+        for part, (_, row, end, mask) in zip(x.split([size for size, *_ in going_on], 2), going_on, strict=True)
     ]
     return torch.cat(parts, 2)[0].unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
 
 
 @lru_cache(maxsize=2)  # all layers have the same
-def _sequences(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor | None]]:
+def _going_on(packing: Packing, groups: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor | None]]:
     """Of each sequence that goes on: its queries, G for each token; its row of the cache; where it ends there; and what
     is added to its scores (G * T, end), nothing if its only token sees all."""
     return [
@@ -114,8 +115,8 @@ def _future(length: int, groups: int, dtype: torch.dtype, device: torch.device) 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Causal attention of every sequence of a packed row over itself: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
     kernel = attention_kernel(q.shape[2], q.dtype, q.device)
-    if kernel in KNOWING_LENGTHS:
-        sequences = _Sequences(packing.bounds, packing.bounds, packing.longest, packing.longest)
+    if kernel in VARLEN:
+        sequences = _Varlen(packing.bounds, packing.bounds, packing.longest, packing.longest)
         return _attend_flash(q, k, v, sequences) if kernel == "flash" else _attend_efficient(q, k, v, sequences)
     if q.device.type == "cpu" and not torch.is_grad_enabled():
         return _attend_each(q, k, v, packing)
@@ -141,12 +142,12 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 # gradients' formulas behind them, have been the same from torch 2.8 to 2.13.
 
 
-def _attend_flash(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, sequences: _Varlen) -> Tensor:
     *known, seen = sequences
     return torch.ops.aten._flash_attention_forward(q, k, v, *known, 0.0, True, False, seqused_k=seen)[0]
 
 
-def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
+def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, sequences: _Varlen) -> Tensor:
     *known, seen = sequences
     groups = q.shape[1] // k.shape[1]
     if seen is not None:  # a cache's only head
@@ -156,11 +157,19 @@ def _attend_efficient(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) ->
     sums = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     rows = (x[None] for x in (q, k, v))
     return torch.ops.aten._efficient_attention_forward(
-        *rows, None, *known, 0.0, UP_TO_ITSELF, compute_log_sumexp=sums, seqlen_k=seen
+        *rows, None, *known, 0.0, CAUSAL if seen is None else CAUSAL_FROM_END, compute_log_sumexp=sums, seqlen_k=seen
     )[0][0]
 
 
-UP_TO_ITSELF = 2  # of the memory-efficient kernel's masks: the last query sees all keys, that before it one less
+# of the memory-efficient kernel's masks: the first query sees the first key alone; the last one sees all
+CAUSAL, CAUSAL_FROM_END = 1, 2
+
+
+def cached_kernel(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Of those that take sequences of any length the one for rows of a cache; None where there is none, as on a CPU or
+    with ROCm, whose kernels know no sequences that are shorter than their room."""
+    kernel = attention_kernel(head_dim, dtype, device)
+    return kernel if kernel in VARLEN and not torch.version.hip else None
 
 
 @lru_cache(maxsize=16)

@@ -1,7 +1,8 @@
-"""What a block computes value by value: norms, rotary embedding, SwiGLU. Their backward passes save little.
+"""What a block computes value by value: norms, rotary embedding, SwiGLU; and the writing of a cache.
 
-Each is a formula, a plain function of tensors, within an autograd function that says what is saved. `run` is what
-computes formulas: as they stand, operation by operation; or compiled, one kernel that reads its tensors once.
+Each is a formula, a plain function of tensors; where something learns within an autograd function that saves little.
+`run` is what computes formulas: as they stand, operation by operation; or compiled, one kernel that reads its tensors
+once.
 
 They are compiled rather than whole blocks, since they hold nearly all that fusing can spare: products stay what they
 are. They compile in seconds; what is saved, which the memory plan counts, stays what it is; and neither FSDP's hooks
@@ -191,7 +192,7 @@ class Rotate(torch.autograd.Function):
 # ---- what a cache keeps ----
 
 
-def keep(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
+def write_slots(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor) -> None:
     """Writes k and v (N, K, E) into keys and values (all places, E), to the places (N, K)."""
     keys[places] = k.to(keys.dtype)
     values[places] = v.to(values.dtype)

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .elementwise import Run, keep
+from .elementwise import Run, write_slots
 
 
 class Rectangle:
@@ -180,7 +180,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, packing: Packing, run: Run) -> None:
         """Stores k, v (1, N, K, E) at the packing's rows and positions."""
         kept = (each[layer].view(-1, each[layer].shape[3]) for each in (self.keys, self.values))
-        run(keep)(*kept, k.squeeze(0), v.squeeze(0), _places(packing, k.shape[2], self.slots))
+        run(write_slots)(*kept, k.squeeze(0), v.squeeze(0), _places(packing, k.shape[2], self.slots))
 
 
 @lru_cache(maxsize=2)  # all layers have the same

@@ -274,11 +274,6 @@ class Work:
         }
 
     @cached_property
-    def tensors(self) -> int:
-        """That learn."""
-        return len(trainable_parameters(self.model))
-
-    @cached_property
     def launches(self) -> float:
         """Kernels of a micro-batch."""
         block = BLOCK - UNPADDED * (not self.form.padded) - COMPILED * self.form.compiled + AGAIN * (self.forward - 1)

@@ -15,7 +15,7 @@ from .cards import Card
 PRODUCTS, ATTENTION = 0.75, 0.05  # shares of peak that large products reach, and attention's of a hundred tokens
 MEMORY, FEW_ROWS = 0.85, 0.76  # shares of the memory's bandwidth, the second of products with few rows
 KERNEL = 3e-6  # seconds that the kernels of a graph take on average that read next to nothing
-LAUNCH, TRAINING_LAUNCH = 25e-6, 20e-6  # seconds of the host for a kernel, in decoding and in training
+LAUNCH, TRAINING_LAUNCH = 25e-6, 35e-6  # seconds of the host for a kernel, in decoding and in training
 UPDATE = 24e-6  # seconds of the host for a tensor that is updated
 
 # assumed
@@ -103,7 +103,7 @@ class Machine:
         """Seconds of what follows the micro-batches of a step."""
         shards = self.links.size if self.sharded else 1
         count = (40 + 8 * (work.precision == "fp16")) * work.trainable / shards  # norm, clipping, AdamW; unscaling
-        host = UPDATE * work.tensors
+        host = UPDATE * len(work.learning)
         taken = {"optimizer": max(host, self.seconds(Part(bytes=count), work.precision))}
         # gradients are summed stretch by stretch: scattered, and gathered again
         size = 4 * work.trainable
@@ -145,9 +145,10 @@ class Machine:
             prompt, answer: tokens of a sentence.
         """
         tokens = round(WRITTEN / (1 - REJECTED))
-        graphed = not self.sharded and rows * tokens <= most_tokens(work.model, self.card.capability)
+        padded = 1 << (tokens - 1).bit_length()
+        graphed = not self.sharded and rows * padded <= most_tokens(work.model, work.width, self.card.capability)
         read = self.decoding(work, rows, round(prompt), prompt / 2)
-        written = self.decoding(work, rows, tokens, prompt + answer / 2, graphed)
+        written = self.decoding(work, rows, padded if graphed else tokens, prompt + answer / 2, graphed)
         return rows / (read + max(1.0, answer / WRITTEN) * written)
 
 

@@ -42,7 +42,7 @@ def _needed(model, precision: str) -> dict[int, int]:
     """Number of GPUs -> bytes on each; on 1 with ddp, which takes as much on each of several."""
     needed = {}
     for gpus in (1, *GPUS):
-        # of no capacity: the items do not depend on it, and the largest micro-batch is not sought
+        # of no capacity, on which the items do not depend
         needed[gpus] = plan_memory(model, "fsdp" if gpus > 1 else "ddp", gpus, 0, precision, 1, recompute=1).peak
     return needed
 

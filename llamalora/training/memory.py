@@ -53,7 +53,8 @@ class Plan:
     @cached_property
     def largest_micro_tokens(self) -> int:
         """The largest micro-batch that fits, within a sixty-fourth; 0 if not even the longest example does."""
-        if self.of_others is None or not self.of_others(self.longest).fits:
+        assert self.of_others is not None, "a plan made by hand has no others"
+        if not self.of_others(self.longest).fits:
             return 0
         fitting, failing = self.longest, 2 * self.longest
         while self.of_others(failing).fits:

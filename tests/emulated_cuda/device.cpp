@@ -417,7 +417,7 @@ static void attend_packed(const c10::OperatorHandle& op, torch::jit::Stack* stac
   const auto& used = given[flash ? "seqused_k" : "seqlen_k"];
   const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
   const auto most_keys = given[flash ? "max_k" : "max_seqlen_k"].toInt();
-  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 2;
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() > 0;
   const bool keeps_sums = flash || given["compute_log_sumexp"].toBool();
   TORCH_CHECK(bounds.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && causal);
   TORCH_CHECK(used.isNone() || used.toTensor().is_contiguous() && used.toTensor().numel() == bounds.numel() - 1);
@@ -449,6 +449,7 @@ static void attend_packed(const c10::OperatorHandle& op, torch::jit::Stack* stac
     if (first - last == begin - end) {  // the CPU's own values
       found = at::scaled_dot_product_attention(one_q, one_k, one_v, std::nullopt, 0.0, true, given.scale());
     } else {  // the last query sees all keys
+      TORCH_CHECK(flash || given["custom_mask_type"].toInt() == 2);
       auto seen = at::ones({last - first, end - begin}, at::kBool).tril(end - begin - last + first);
       found = at::scaled_dot_product_attention(one_q, one_k, one_v, seen, 0.0, false, given.scale());
     }
@@ -472,7 +473,7 @@ static void attend_packed_backward(const c10::OperatorHandle& op, torch::jit::St
   auto grad = given[flash ? "grad_out" : "grad_out_"].toTensor(), sums = given["logsumexp"].toTensor();
   auto bounds = on_host(given[flash ? "cum_seq_q" : "cu_seqlens_q"].toTensor());
   const auto longest = given[flash ? "max_q" : "max_seqlen_q"].toInt();
-  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() == 2;
+  const bool causal = flash ? given["is_causal"].toBool() : given["custom_mask_type"].toInt() > 0;
   const int64_t heads = q.size(-2), count_ = bounds.numel() - 1, tokens = q.numel() / (heads * q.size(-1));
 
   std::array<Tensor, 3> inputs{q, k, v}, results;
