@@ -69,6 +69,11 @@ READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low
     },
 }
 
+ONE_RATE = (
+    "Each method has the learning rate that is the best for LoRA at its rank. At that rate rsLoRA's updates are larger "
+    "by the root of the rank, and LoRA+'s B learns faster, so that a lower score of theirs may say no more than that "
+    "the rate is too high for them."
+)
 PICTURE = [
     "`eval.py --run RUN --data data/sample --split test --html FILE` shows its errors, here in the sample's invented "
     "text, since BC5CDR's belongs to others; it was trained on none of it:",
@@ -214,6 +219,7 @@ def document(kept: Kept, found: Mapping[str, dict]) -> str:
             report.trained(found[name]).markdown if _begun(found[name]) else f"## {name.capitalize()}: not run",
             "",
         ]
+    parts += [ONE_RATE, ""]
     parts += [*best(kept), *how_it_was_run(kept), *rates(found["recipe"])]
     parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(found)]
     return "\n".join(parts)
