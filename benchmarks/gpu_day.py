@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import torch
 from full_size import write_tokenizer
-from gpu import REACH, decode, peer, random_model, seconds_of
+from gpu import NEW, REACH, decode, peer, random_model, seconds_of
 from work import product_rate
 
 from llamalora.cli import UsageError, run_command
@@ -136,9 +136,9 @@ def tests(day: Day) -> list[Figure]:
 
 def rates(day: Day) -> list[Figure]:
     """Beside what plans of time assume of a GPU: its shares of peak and of bandwidth, and what a short kernel takes."""
-    layer = replace(day.config, num_hidden_layers=1, vocab_size=512)
-    weights = [one for one in random_model(layer, DTYPES[day.precision], day.device).parameters() if one.dim() > 1]
-    products = product_rate([one for one in weights if one.shape[0] != 512], 64 if day.dry else 4096)
+    model = random_model(replace(day.config, num_hidden_layers=1), DTYPES[day.precision], day.device)
+    weights = [one for one in model.model.layers.parameters() if one.dim() > 1]
+    products = product_rate(weights, 64 if day.dry else 4096)
     whole = torch.empty((1 << 20) if day.dry else (1 << 30), dtype=torch.bfloat16, device=day.device).normal_()
     other, few = torch.empty_like(whole), torch.zeros(64, device=day.device)
     copying = statistics.median(seconds_of(lambda _: other.copy_(whole), day.repeats))
@@ -271,7 +271,7 @@ def decoding(day: Day) -> list[Figure]:
         Figure("base", base["tokens_per_second"], "tokens/s", planned),
         Figure("merged", merged["tokens_per_second"], "tokens/s", planned),
         Figure("merged by base", ratio, "", 1.0, 0.97, 1.03),
-        Figure("merged, a whole answer of 256 tokens", merged["whole_answer_tokens_per_second"], "tokens/s"),
+        Figure(f"merged, a whole answer of {NEW} tokens", merged["whole_answer_tokens_per_second"], "tokens/s"),
     ]
     if day.machine:
         figures.append(Figure("merged, of the memory's bandwidth", merged["of_bandwidth"], "%", None, 0.70))

@@ -70,11 +70,11 @@ READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low
 }
 
 ONE_RATE = (
-    "Each method has the learning rate that is the best for LoRA at its rank. At that rate rsLoRA's updates are larger "
-    "by the root of the rank, and LoRA+'s B learns faster, so that a lower score of theirs may say no more than that "
-    "the rate is too high for them."
+    "Each variant of LoRA has the learning rate that is the best for LoRA at its rank. At that rate rsLoRA's updates "
+    "are larger by the root of the rank, and LoRA+'s B learns faster, so that a lower score of theirs may say no more "
+    "than that the rate is too high for them."
 )
-PICTURE = [
+PICTURE = [  # of the system that is the best today: to be made again when it is another
     "`eval.py --run RUN --data data/sample --split test --html FILE` shows its errors, here in the sample's invented "
     "text, since BC5CDR's belongs to others; it was trained on none of it:",
     "",

@@ -39,6 +39,11 @@ def most_tokens(model: Llama, width: int, capability: int) -> int:
     return min(MOST, int(LAUNCHING * model.config.num_hidden_layers * rate / operations))
 
 
+def padded(tokens: int) -> int:
+    """Of each row in a pass whose longest row has so many: the next power of two."""
+    return 1 << (tokens - 1).bit_length()
+
+
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """On which graphs are captured. torch's own is of the GPU that was current first; and of each new one cuBLAS keeps
@@ -92,8 +97,7 @@ class Graphs:
 
     def width(self, feeds: Sequence[Sequence[int]]) -> int:
         """T of a pass, or 0 where the rows are too many or too long."""
-        longest = max(map(len, feeds))
-        width = 1 << (longest - 1).bit_length()
+        width = padded(max(map(len, feeds)))
         return width if self.able and width * len(feeds) <= self.most else 0
 
     def __call__(self, feeds: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[int], list[float]]:

@@ -67,7 +67,7 @@ class Packing:
     ):
         row, offset = _rows_and_offsets(lengths)
         first = torch.tensor(starts or [0] * len(lengths))
-        self.lengths, self.longest, self.device = lengths, max(lengths), device
+        self.lengths, self.device = lengths, device
         rows_of_tokens = row if rows is None else torch.tensor(rows)[row]
         bounds = torch.tensor([0, *accumulate(lengths)])
         positions, self.rows, bounds = moved(device, first[row] + offset, rows_of_tokens, bounds)
@@ -78,6 +78,10 @@ class Packing:
     @property
     def continues(self) -> bool:
         return self.starts is not None
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     @cached_property
     def ends(self) -> Tensor:
@@ -102,7 +106,7 @@ class FixedPacking(Packing):
     """
 
     def __init__(self, starts: Tensor, width: int):
-        self.lengths, self.longest, self.device = [width] * len(starts), width, starts.device
+        self.lengths, self.device = [width] * len(starts), starts.device
         self.starts = None  # the host does not know them
         places = starts[:, None] + torch.arange(width, device=self.device)  # (batch, T)
         self.positions = places.reshape(1, -1)

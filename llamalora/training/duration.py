@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..distributed.gradients import STRETCH_BYTES
-from ..evaluation.graphed import most_tokens
+from ..evaluation.graphed import most_tokens, padded
 from .arithmetic import DECODING, DECODING_ENDS, Batch, Part, Work, model_flops
 from .cards import Card
 
@@ -145,10 +145,11 @@ class Machine:
             prompt, answer: tokens of a sentence.
         """
         tokens = round(WRITTEN / (1 - REJECTED))
-        padded = 1 << (tokens - 1).bit_length()
-        graphed = not self.sharded and rows * padded <= most_tokens(work.model, work.width, self.card.capability)
+        graphed = not self.sharded and rows * padded(tokens) <= most_tokens(
+            work.model, work.width, self.card.capability
+        )
         read = self.decoding(work, rows, round(prompt), prompt / 2)
-        written = self.decoding(work, rows, padded if graphed else tokens, prompt + answer / 2, graphed)
+        written = self.decoding(work, rows, padded(tokens) if graphed else tokens, prompt + answer / 2, graphed)
         return rows / (read + max(1.0, answer / WRITTEN) * written)
 
 

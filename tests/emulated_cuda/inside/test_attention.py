@@ -12,6 +12,7 @@ from llamalora.model.elementwise import plain
 from llamalora.model.packing import FixedPacking, KVCache, Packing
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
+KERNELS = {"flash": (torch.float16, (9, 0)), "memory-efficient": (torch.float32, (7, 0))}  # of a dtype and a card
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +21,6 @@ def known_anew():
     attention_kernel.cache_clear()
     yield
     attention_kernel.cache_clear()
-
-
-KERNELS = {"flash": (torch.float16, (9, 0)), "memory-efficient": (torch.float32, (7, 0))}  # of a dtype and a card
 
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient"])
