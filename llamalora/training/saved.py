@@ -190,7 +190,7 @@ class Step:
         if self._linear(kept, attention, ("o",), heads) or reached:
             reached = True
             if self.kernel != "rectangles" and (f"{attention}.o_proj", "input") in kept:
-                del kept[attention, "output"]  # which is that
+                kept.pop((attention, "output"), None)  # which is that; not there where nothing before it learns
             kept |= self._norm(f"{name}.post_attention_layernorm")
         if self._linear(kept, mlp, ("gate", "up"), config.hidden_size) or reached:
             reached = True

@@ -12,6 +12,7 @@ from llamalora.distributed.sharding import merged
 from llamalora.distributed.world import World
 from llamalora.evaluation.generate import generate
 from llamalora.lora.inject import cast_factors, make_trainable
+from llamalora.lora.kinds import KINDS
 from llamalora.model.checkpoint import skeleton
 from llamalora.model.config import LlamaConfig
 from llamalora.model.llama import Llama
@@ -38,6 +39,7 @@ METHODS = {
     "dora": {"method": "lora", "targets": "all", "rank": 16, "dora": True},
     "partial": {"method": "partial", "targets": "q,v", "rank": 0},
     "full": {"method": "full", "targets": "all", "rank": 0},
+    **{f"lora on {kind} alone": {"method": "lora", "targets": kind, "rank": 16} for kind in KINDS},
 }
 
 
@@ -56,6 +58,7 @@ class Case:
 SHORT = (
     Case(), Case(recompute=1), Case(lengths="even"), Case(recompute=1, lengths="very uneven"), Case("dora", "bf16"),
     Case("full", "bf16", 1), Case(shape="grouped"), Case(shape="wide", recompute=2), Case("dropout", "fp32"),
+    *(Case(f"lora on {kind} alone") for kind in KINDS),
 )  # fmt: skip
 ALL = (
     *product(METHODS, ("fp16", "fp32"), (0, 1), LENGTHS, ("deep",)),
