@@ -14,14 +14,16 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that a process may still take on a device: of a GPU what the driver and torch's allocator have free; of the
-    host, which the processes of a run share evenly, what can be had without swapping, within the limits of the
-    process's control groups. Where a system does not tell, nothing seems limited."""
+    """Bytes that a process may still take on a device: of a GPU what the driver and torch's allocator have free, within
+    the fraction that torch may take; of the host, which the processes of a run share evenly, what can be had without
+    swapping, within the limits of the process's control groups. Where a system does not tell, nothing seems limited."""
     if device.type == "cuda":
         import torch
 
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(_available(), *_left_in_groups()) // processes
 

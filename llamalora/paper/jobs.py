@@ -1,4 +1,4 @@
-"""Work side by side, in several processes, each with its share of the cores, or with a GPU of its own."""
+"""Work side by side, in several processes, each with its share of the cores, and of the GPUs if there are any."""
 
 import os
 import signal
@@ -13,23 +13,21 @@ import torch
 
 from ..cli import UsageError, run_command
 from ..distributed.world import World
+from ..training.memory import CONTEXT_BYTES
 
 T = TypeVar("T")
 
 
 def check_jobs(jobs: int, world: World) -> None:
-    """Refuses more pieces of work at once than can be.
-
+    """
     Raises:
-        UsageError: under torchrun, or with more of them than GPUs.
+        UsageError: several pieces of work at once, under torchrun.
     """
     if jobs > 1 and world.size > 1:
         raise UsageError(
             f"--jobs {jobs}: not under torchrun, whose processes train one cell together; without it every job is a "
-            "process, with a GPU of its own if there are any"
+            "process, with a GPU or a share of one if there are any"
         )
-    if world.device.type == "cuda" and jobs > (gpus := torch.cuda.device_count()):
-        raise UsageError(f"--jobs {jobs}: every job needs a GPU of its own, and {gpus} can be seen")
 
 
 def threads_of(jobs: int) -> int:
@@ -110,7 +108,9 @@ class _Worker:
 def _serve(work: Callable[[T], None], link: connection.Connection, place: int, jobs: int, threads: int) -> None:
     """What a process does."""
     os.setpgrp()  # Ctrl-C on a terminal is for the parent alone, or training would take its SIGTERM for a second signal
-    os.environ |= {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(jobs)}  # its GPU, its share of the memory
+    os.environ |= {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(jobs)}  # its GPU, its share of the host's memory
+    if gpus := torch.cuda.device_count():
+        _take_gpu(place, jobs, gpus)
     torch.set_num_threads(threads)
 
     def in_turn(_: list[str]) -> None:
@@ -124,3 +124,13 @@ def _serve(work: Callable[[T], None], link: connection.Connection, place: int, j
                 link.send(None)
 
     run_command(in_turn, [])
+
+
+def _take_gpu(place: int, jobs: int, gpus: int) -> None:
+    """A GPU, or an even share of one's memory where there are more jobs than GPUs: what a small model gives a GPU to do
+    is so little that several of them hardly slow each other down."""
+    gpu = place % gpus
+    os.environ["LOCAL_RANK"] = str(gpu)
+    if (together := len(range(gpu, jobs, gpus))) > 1:
+        total = torch.cuda.mem_get_info(gpu)[1]
+        torch.cuda.set_per_process_memory_fraction(max(0.0, 1 / together - CONTEXT_BYTES / total), gpu)

@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--jobs", type=int, default=1,
-        help="processes that run cells side by side, each with its share of the threads, or with a GPU of its own "
-        "(default: 1)",
+        help="processes that run cells side by side, each with its share of the threads, and with a GPU or a share of "
+        "one if there are any (default: 1)",
     )  # fmt: skip
     parser.add_argument("--out", default="runs/tables", metavar="FOLDER", help="(default: runs/tables)")
     # steps of so many tokens would give the formats, which differ in length, different numbers of steps

@@ -11,7 +11,7 @@ from ..distributed.world import World
 from ..lora.inject import make_trainable
 from ..model.checkpoint import skeleton
 from ..model.config import LlamaConfig
-from ..model.free_memory import GIB
+from ..model.free_memory import GIB, free_memory
 from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..runs.settings import ResolvedSettings, Settings
@@ -86,8 +86,8 @@ def place(settings: ResolvedSettings, config: LlamaConfig, lengths: Sequence[int
 
 def capacity_of(device: torch.device) -> int:
     """Bytes that a GPU has for this process, CUDA's own part included, and what other programs hold left out."""
-    free, total = torch.cuda.mem_get_info(device)
-    return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
+    total = torch.cuda.mem_get_info(device)[1]
+    return min(total, free_memory(device) + torch.cuda.memory_allocated(device) + CONTEXT_BYTES)
 
 
 def check_parallel(placement: Placement, settings: Settings) -> None:

@@ -29,12 +29,14 @@ class Card:
     Attributes:
         memory: bytes that it reports.
         tenants: bytes that other programs hold.
+        fraction: of the memory that torch may take.
     """
 
     name: str = "Emulated V100"
     memory: int = int(15.77 * 2**30)
     capability: tuple[int, int] = (7, 0)
     tenants: int = 0
+    fraction: float = 1.0
 
 
 CARD = Card()
@@ -129,6 +131,8 @@ _FACTS = {
     "get_arch_list": lambda: ["sm_70", "sm_80", "sm_90"],
     "is_bf16_supported": lambda including_emulation=True: including_emulation or CARD.capability >= (8, 0),
     "mem_get_info": lambda device=None: (CARD.memory - CARD.tenants - held(), CARD.memory),
+    "get_per_process_memory_fraction": lambda device=None: CARD.fraction,
+    "set_per_process_memory_fraction": lambda fraction, device=None: setattr(CARD, "fraction", fraction),
     "memory_allocated": lambda device=None: held(),
     "memory_reserved": lambda device=None: held(),
     "max_memory_allocated": lambda device=None: peak(),

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from llamalora.paper import cells, figures, findings, jobs, runner
 from llamalora.paper.experiments import recipe
 from llamalora.paper.runner import Runner
 from llamalora.runs.settings import Settings
+from llamalora.training.memory import CONTEXT_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -111,13 +111,22 @@ def test_what_another_command_is_at_comes_last_and_is_not_repeated(monkeypatch, 
     assert said.out.rstrip().rpartition("\n")[2].startswith("  F1 25.00; ")
 
 
-def test_jobs_that_cannot_be(monkeypatch):
+def test_jobs_that_cannot_be():
     jobs.check_jobs(1, World(size=2))
     jobs.check_jobs(64, World())
     with pytest.raises(UsageError, match="--jobs 2: not under torchrun"):
         jobs.check_jobs(2, World(size=2))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    gpu = replace(World(), device=torch.device("cuda", 0))
-    jobs.check_jobs(2, gpu)
-    with pytest.raises(UsageError, match="--jobs 3: every job needs a GPU of its own, and 2 can be seen"):
-        jobs.check_jobs(3, gpu)
+    jobs.check_jobs(64, World(device=torch.device("cuda", 0)))
+
+
+def test_every_gpu_has_as_many_jobs(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**33, 2**33))
+    shares = {}
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, gpu: shares.update({gpu: share}))
+    given = []
+    for place in range(5):
+        jobs._take_gpu(place, 5, 3)
+        given.append(os.environ["LOCAL_RANK"])
+    assert given == ["0", "1", "2", "0", "1"]
+    assert shares == dict.fromkeys((0, 1), 1 / 2 - CONTEXT_BYTES / 2**33)

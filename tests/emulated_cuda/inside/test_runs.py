@@ -17,6 +17,9 @@ import eval as evaluation
 import train
 from llamalora.commands import merge, predict
 from llamalora.model.checkpoint import save_model
+from llamalora.model.free_memory import free_memory
+from llamalora.paper.jobs import _take_gpu
+from llamalora.training.memory import CONTEXT_BYTES
 from llamalora.training.placement import capacity_of
 from llamalora.training.steplog import StepLog
 
@@ -182,3 +185,18 @@ def test_what_other_programs_hold_is_not_planned_with(monkeypatch):
     assert capacity_of(torch.device("cuda", 0)) == 16 * 2**30
     monkeypatch.setattr(emulated.CARD, "tenants", context + 6 * 2**30)
     assert capacity_of(torch.device("cuda", 0)) == pytest.approx(10 * 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_jobs_share_a_gpu_evenly(jobs, monkeypatch):
+    """So that what all of them plan with is there."""
+    card, size = torch.device("cuda", 0), 16 * 2**30
+    monkeypatch.setattr(emulated.CARD, "memory", size)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    try:
+        _take_gpu(place=jobs - 1, jobs=jobs, gpus=1)
+        assert os.environ["LOCAL_RANK"] == "0"
+        assert capacity_of(card) == pytest.approx(size / jobs, rel=1e-4)
+        assert free_memory(card) == pytest.approx(size / jobs - (jobs > 1) * CONTEXT_BYTES, rel=1e-4)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
