@@ -114,7 +114,10 @@ class Constraint:
             if token not in following:
                 return None
             unopened = following[token]
-        return outside, states[outside]._replace(shut=states[-1].shut.union(reading.edge for reading in opened))
+        shut = states[-1].shut.union(reading.edge for reading in opened)
+        # the bracket that is written may be the source's own, but no longer the beginning of that mention
+        readings = frozenset(r for r in states[outside].readings if not (r.closer and r.edge in shut))
+        return outside, states[outside]._replace(readings=readings, shut=shut)
 
     def _steps(self, source: "_Source", reading: _Reading, state: State) -> list[tuple[int, _Reading]]:
         """The legal next bytes, each with the reading behind it."""
@@ -122,7 +125,7 @@ class Constraint:
         if rest:
             return [(rest[0], _Reading(position, rest[1:], closer, edge))]
         steps = []
-        if position < len(source.text):
+        if position < (source.last if closer else len(source.text)):
             steps.append((source.text[position], _Reading(position + 1, b"", closer, edge)))
         if closer and position in source.ends and position > edge:
             steps.append((closer[0], _Reading(position, closer[1:], b"", position)))
@@ -148,3 +151,4 @@ class _Source:
             if not character.isspace():
                 self.starts |= {start} if place in places else set()
                 self.ends |= {end} if place + 1 in places else set()
+        self.last = max(self.ends, default=0)  # a mention that is open is closed there: behind it are only spaces

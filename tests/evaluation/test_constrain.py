@@ -184,6 +184,32 @@ def test_a_mention_that_the_model_gives_up_is_withdrawn(written, wanted, kept, t
     assert tokenizer.eos_id in constraint.moves(behind(tagged, state)[-1])
 
 
+@pytest.mark.parametrize("text", [*SOURCES, "gave ([-]-[5aR,11bS]-4,5-propyl) and [ASA]), at once"])
+@pytest.mark.parametrize("seed", range(5))
+def test_who_gives_up_one_mention_after_another_comes_to_an_end(text, seed, tokenizer, task):
+    """No mention is opened again where one was withdrawn, also where the bracket may be the source's own."""
+    constraint = Constraint(tokenizer, task, [text], [9 * len(text.encode())])
+    opening = [token for spelling, tokens in constraint.tokens.items() for token in tokens if spelling.strip() == b"["]
+    states, output = [constraint.start(0)], []
+    for _ in range(20_000):
+        moves = constraint.moves(states[-1])
+        draw = random.Random(f"{seed} {output}")  # as greedy decoding would, it always wants the same behind the same
+        wanted = draw.choice([*sorted(moves), *opening, tokenizer.eos_id])
+        if wanted not in moves and (back := constraint.withdraw(states, output, wanted)):
+            length, state = back
+            del output[length:], states[length:]
+            states.append(state)
+            continue
+        token = wanted if wanted in moves else draw.choice(sorted(moves))
+        if token == tokenizer.eos_id:
+            break
+        output.append(token)
+        states.append(moves[token])
+    else:
+        pytest.fail(f"still at {tokenizer.decode(output)!r}")
+    assert parse(task, text, tokenizer.decode(output)).exact_copy
+
+
 @pytest.mark.parametrize("text", ["BRCA1/BRCA2/TP53 testing", "发热、头痛和皮疹", "a b.c"])
 @pytest.mark.parametrize("name", TASKS)
 def test_there_is_room_for_an_answer_in_which_every_word_is_marked(text, name, tokenizer):
