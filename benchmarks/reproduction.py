@@ -7,24 +7,22 @@ cp runs/tables/cells/*.json docs/results/cells/ && python benchmarks/reproductio
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
+from kept import BUDGET, RATES, RATES_FULL, RATES_METHODS, TRIALS, Kept, runs_of
+
+from llamalora.cli import flag
 from llamalora.model.config import LlamaConfig
 from llamalora.paper import figures, findings, report
 from llamalora.paper.cells import deciding
-from llamalora.paper.experiments import Row, Table, ablation, methods, recipe, table1, table2, table3, table4
+from llamalora.paper.experiments import Table, ablation, methods, table1, table2, table3, table4
 from llamalora.paper.printed import RANKS, TABLE4
-from llamalora.paper.runner import runs
-from llamalora.paper.tables import best_rates
 from llamalora.runs.settings import Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "results"
 LABELS, SHOTS = ("Disease", "Chemical"), 2
-BUDGET = {"epochs": 1, "batch_sentences": 10}  # of every table
-RATES = {2: (2e-3, 4e-3, 8e-3, 1.6e-2), 8: (1e-3, 2e-3, 4e-3, 8e-3), 128: (5e-4, 1e-3, 2e-3)}  # tried, of LoRA by rank
-RATES_FULL = (1e-4, 2e-4, 4e-4)
 PAPER = ("1", "2", "3", "4")  # the paper's own tables
 BEYOND = ("ablation", "methods")  # what it leaves open
 SHOWN = 8  # of the best recipes
@@ -69,11 +67,6 @@ READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low
     },
 }
 
-ONE_RATE = (
-    "Each variant of LoRA has the learning rate that is the best for LoRA at its rank. At that rate rsLoRA's updates "
-    "are larger by the root of the rank, and LoRA+'s B learns faster, so that a lower score of theirs may say no more "
-    "than that the rate is too high for them."
-)
 PICTURE = [  # of the system that is the best today: to be made again when it is another
     "`eval.py --run RUN --data data/sample --split test --html FILE` shows its errors, here in the sample's invented "
     "text, since BC5CDR's belongs to others; it was trained on none of it:",
@@ -83,101 +76,27 @@ PICTURE = [  # of the system that is the best today: to be made again when it is
 ]
 
 _TRIED = [(str(rank), those) for rank, those in RATES.items()] + [("full", RATES_FULL)]
+_METHODS = "\n".join(
+    f"llamalora tables methods --lr {lr:g} --lr-full {full:g} $BUDGET" for lr, full in RATES_METHODS.items()
+)
 COMMANDS = f"""\
 RATES="{" ".join(f"--rates {rank}={','.join(f'{rate:g}' for rate in those)}" for rank, those in _TRIED)}"
 BUDGET="--model weights/smollm2-135m --data data/bc5cdr --epochs {BUDGET["epochs"]}
         --batch-sentences {BUDGET["batch_sentences"]} --eval-batch 64 --compile on --jobs 2"
-llamalora tables recipe 4 methods $RATES $BUDGET
+llamalora tables recipe 4 $RATES $BUDGET
 llamalora tables recipe 1 2 $RATES $BUDGET --seeds 0,1,2
 llamalora tables recipe 3 $RATES $BUDGET --ranks {",".join(map(str, RATES))}
-llamalora tables recipe ablation $RATES $BUDGET"""
-
-
-@dataclass
-class Kept:
-    """Results of cells, found by the settings that decided them.
-
-    Attributes:
-        by_runs: by the runs that a result is of, and the split.
-        rates, lr_full: peak learning rates, as in `llamalora.paper.runner.Runner`.
-    """
-
-    by_runs: Mapping[tuple[frozenset, str], dict]
-    rates: Mapping[int, float] = field(default_factory=dict)
-    lr_full: float | None = None
-
-    @staticmethod
-    def read(folder: Path) -> "Kept":
-        """All that is in a folder, with the rates that its trials found to be the best.
-
-        Raises:
-            SystemExit: a result of another model or corpus than the others, or of a part of the corpus.
-        """
-        by_runs: dict[tuple[frozenset, str], dict] = {}
-        known: dict[str, object] = {}
-        for path in sorted(folder.glob("*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if "error" in result:
-                continue
-            for run in result["runs"]:
-                if run["limit_train"] is not None or run["eval_limit"] is not None:
-                    raise SystemExit(f"{path}: is of a part of the corpus; only results on all of it are kept")
-                model = {"model": result["model"]} if "model" in result else {}  # joins have none
-                for name, value in ({"data": run["data"]} | model).items():
-                    if known.setdefault(name, value) != value:
-                        raise SystemExit(f"{path}: is of another {name} than the results before it")
-            result["name"] = path.stem
-            by_runs[frozenset(_decided(Settings(**run)) for run in result["runs"]), result["split"]] = result
-        kept = Kept(by_runs)
-        return Kept(by_runs, *best_rates(TRIALS, kept.results))
-
-    def by_seed(self, row: Row, split: str) -> dict[int, dict]:
-        """What is known about a row with each seed."""
-        known = {}
-        for seed in range(10):
-            wanted = runs(row, seed, self.rates, None, self.lr_full)
-            key = frozenset(_decided(Settings(**{**BUDGET, **one})) for one in wanted)
-            if wanted and (result := self.by_runs.get((key, split))):
-                known[seed] = result
-        return known
-
-    def results(self, row: Row, split: str) -> list[dict]:
-        return [*self.by_seed(row, split).values()] or [{"error": "it has not been run"}]
-
-    def summary(self, table: Table) -> dict:
-        """`findings.summarise`, each row with the seeds that all rows have which have been run."""
-        known = {row.title: self.by_seed(row, table.split) for row in table.rows}
-        seeds = set.intersection(*([set(found) for found in known.values() if found] or [set()]))
-        results = {title: [found[seed] for seed in sorted(seeds & found.keys())] for title, found in known.items()}
-        return findings.summarise(table, results)
-
-    def curves(self, tables: Iterable[Table]) -> dict[str, dict]:
-        """The losses of each cell, as `figures.save` wants them."""
-        curves: dict[str, dict] = {}
-        for table in tables:
-            for row in table.rows:
-                for found in self.by_seed(row, "dev").values():
-                    if "curve" in found:
-                        curve = curves.setdefault(found["name"], {"rows": [], "loss": found["curve"]})
-                        curve["rows"].append([table.name, row.name])
-        return curves
-
-
-def _decided(settings: Settings) -> frozenset:
-    """What decided a result, less the precision that a machine chose."""
-    return frozenset((name, value) for name, value in deciding(settings).items() if name != "precision")
-
-
-TRIALS = recipe(RATES, RATES_FULL)
+llamalora tables recipe ablation $RATES $BUDGET
+{_METHODS}"""
 
 
 def main() -> None:
-    kept = Kept.read(DOCS / "results" / "cells")
+    kept = Kept.read(RESULTS / "cells")
     tables = defined(kept)
     found = {table.name: kept.summary(table) for table in tables}
     (DOCS / "reproduction.md").write_text(document(kept, found), encoding="utf-8")
     begun = [table for table in tables if _begun(found[table.name])]
-    figures.save({"tables": found, "curves": kept.curves(begun)}, DOCS / "results")
+    figures.save({"tables": found, "curves": kept.curves(begun)}, RESULTS)
     print(f"written: {DOCS / 'reproduction.md'}")
 
 
@@ -190,7 +109,8 @@ def defined(kept: Kept) -> list[Table]:
     """The tables that the page has."""
     config = next(result["model"] for result in kept.by_runs.values() if "model" in result)  # joins have none
     tables = [table1(LABELS, SHOTS, None), table2(LABELS), table3(RATES), table4()]
-    return [*tables, TRIALS, ablation(LlamaConfig.from_dict(config), 8), methods()]
+    beyond = (ablation(LlamaConfig.from_dict(config), 8), kept.at_own_rates(methods())[0])
+    return [*tables, TRIALS, *map(kept.begun, beyond)]
 
 
 def document(kept: Kept, found: Mapping[str, dict]) -> str:
@@ -215,11 +135,8 @@ def document(kept: Kept, found: Mapping[str, dict]) -> str:
             parts += ["![F1 against trainable parameters](results/table3.png)", ""]
     parts += ["# What the paper leaves open", ""]
     for name in BEYOND:
-        parts += [
-            report.trained(found[name]).markdown if _begun(found[name]) else f"## {name.capitalize()}: not run",
-            "",
-        ]
-    parts += [ONE_RATE, ""]
+        parts += [report.trained(found[name]).markdown, ""]
+        parts += of_kinds(found[name]) if name == "ablation" else of_methods(kept)
     parts += [*best(kept), *how_it_was_run(kept), *rates(found["recipe"])]
     parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(found)]
     return "\n".join(parts)
@@ -287,6 +204,38 @@ def reading(claim: dict) -> str:
 # ---- beyond the paper's tables ----
 
 
+def of_kinds(table: dict) -> list[str]:
+    """What the ablation says in a paragraph."""
+    f1 = {row["title"][0]: row["f1"] for row in table["rows"]}
+    alone = sorted((value, title.removesuffix(" alone")) for title, value in f1.items() if title.endswith(" alone"))
+    (least, worst), (most, strongest) = alone[0], alone[-1]
+    by_verdict: dict[str, list[str]] = {}
+    for claim in table["claims"]:
+        by_verdict.setdefault(claim["by"]["exact"]["verdict"], []).append(claim["a"][0].removeprefix("all but "))
+    words = {
+        "holds": "Nothing is lost if one of these is left out and the others have its parameters: {}.",
+        "does not hold": "Something is lost without {}.",
+        "not decided": "Open is what is lost without {}.",
+    }
+    return [
+        f"With as many parameters as all nine have together, which reach {report.percent(f1['all nine'])}, a kind "
+        f"alone reaches {report.percent(least)} ({worst}) to {report.percent(most)} ({strongest}). "
+        + " ".join(words[verdict].format(", ".join(by_verdict[verdict])) for verdict in words if verdict in by_verdict),
+        "",
+    ]
+
+
+def of_methods(kept: Kept) -> list[str]:
+    """The learning rates that were tried of each method."""
+    return [
+        "Each method has the learning rate, of those below, that is the best for it.",
+        "",
+        *_by_rate({name: {lr: 100 * f1 for lr, f1 in tried.items()} for name, tried in
+                   kept.at_own_rates(methods())[1].items()}),
+        "",
+    ]  # fmt: skip
+
+
 def best(kept: Kept) -> list[str]:
     """The search for the best recipe: all that was tried with one model for both labels, the best ones shown."""
     tried = [
@@ -295,12 +244,15 @@ def best(kept: Kept) -> list[str]:
         if split == "dev" and len(key) == 1 and result["runs"][0]["labels"] == "all"
     ]
     tried.sort(key=lambda result: -result["micro"]["f1"])
-    chosen = tried[0]
-    lines = ["| what differs from the defaults | F1 | 95 % interval | trainable |", "| --- | ---: | ---: | ---: |"]
+    chosen, test = next((pair for result in tried for pair in scored(kept, result)), (tried[0], None))
+    by_epochs: dict[int, float] = {}
+    for result in tried:
+        by_epochs.setdefault(result["runs"][0]["epochs"], result["micro"]["f1"])
+    lines = ["| flags of `llamalora train` | F1 | 95 % interval | trainable |", "| --- | ---: | ---: | ---: |"]
     for result in tried[:SHOWN]:
         low, high = (report.percent(result["interval"][end]) for end in ("low", "high"))
         lines.append(
-            f"| {_words(result['runs'][0])} | {report.percent(result['micro']['f1'])} | {low} – {high} | "
+            f"| {_flags(result['runs'][0])} | {report.percent(result['micro']['f1'])} | {low} – {high} | "
             f"{result['trainable']:,} |"
         )
     parts = [
@@ -311,23 +263,40 @@ def best(kept: Kept) -> list[str]:
         "",
         *lines,
         "",
+        "The best by number of epochs: "
+        + ", ".join(f"{epochs}: {report.percent(f1)}" for epochs, f1 in sorted(by_epochs.items()))
+        + ".",
+        "",
     ]
-    key = frozenset(_decided(Settings(**run)) for run in chosen["runs"])
-    if test := kept.by_runs.get((key, "test")):
+    if test:
         low, high = (report.percent(test["interval"][end]) for end in ("low", "high"))
         own = ", ".join(f"{label} {report.percent(counts['f1'])}" for label, counts in test["types"].items())
         cited = "; ".join(f"{system} with {model} {f1}" for system, model, f1 in TABLE4)
         encoders = "; ".join(
             f"{name} {', '.join(f'{label} {f1}' for label, f1 in scores.items())}" for name, scores in ENCODERS.items()
         )
+        which = "The first of them" if runs_of(chosen) == runs_of(tried[0]) else _flags(chosen["runs"][0])
+        if chosen.get("constrained"):
+            which += f", with `--constrain` ({report.percent(chosen['micro']['f1'])} on the development split)"
         parts += [
-            f"The first of them, scored once on the test split: **{report.percent(test['micro']['f1'])}** ({low} – "
-            f"{high}; {own}). The paper's Table 4 has {cited}. Encoders of 110 million parameters that were "
-            f"pretrained on biomedical text and label tokens, a model per label, as published (BLURB, arXiv "
-            f"2007.15779): {encoders}.",
+            f"{which}, scored once on the test split: "
+            f"**{report.percent(test['micro']['f1'])}** ({low} – {high}; {own}). The paper's Table 4 has {cited}. "
+            "Encoders of 110 million parameters that were pretrained on biomedical text and label tokens, a model per "
+            f"label, as published (BLURB, arXiv 2007.15779): {encoders}.",
             "",
         ]
     return [*parts, *mistakes(chosen), *PICTURE]
+
+
+def scored(kept: Kept, result: dict) -> list[tuple[dict, dict]]:
+    """A result on the development split with the one on the test split, if there is one; both as the system was chosen,
+    free or with constrained answers."""
+    key = runs_of(result)
+    return [
+        (kept.by_runs[key, f"dev{how}"], test)
+        for how in (", constrained", "")
+        if (test := kept.by_runs.get((key, f"test{how}")))
+    ]
 
 
 def mistakes(result: dict) -> list[str]:
@@ -356,30 +325,34 @@ def mistakes(result: dict) -> list[str]:
     ]
 
 
-def _words(run: Mapping) -> str:
-    """The settings of a run that decide its result, as flags."""
-    chosen = {name: value for name, value in deciding(Settings(**run)).items() if name not in ("precision", "seed")}
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
-    )
+def _flags(run: Mapping) -> str:
+    """The settings of a run that decide its result, as flags of `train`."""
+    flags = []
+    for name, value in deciding(Settings(**run)).items():
+        if name not in ("precision", "seed"):
+            flags.append(flag(name) if value is True else f"{flag(name)} {value:g}" if isinstance(value, float)
+                         else f"{flag(name)} {value}")  # fmt: skip
+    return f"`{' '.join(flags)}`"
 
 
 # ---- how ----
 
 
 def how_it_was_run(kept: Kept) -> list[str]:
-    made_by = [result["made_by"] for result in kept.by_runs.values()]
-    machines = sorted(
-        {
-            f"{made['machine']['device']} ({made['machine']['cores']} cores), torch {made['machine']['torch']}"
-            for made in made_by
-        }
+    own = [result for (key, split), result in kept.by_runs.items() if split == "dev" and len(key) == 1]
+    by_machine: dict[str, list[dict]] = {}
+    for result in own:
+        machine = result["made_by"]["machine"]
+        name = f"{machine['device']} ({machine['cores']} cores), torch {machine['torch']}"
+        by_machine.setdefault(name, []).append(result)
+    machines = "; ".join(
+        f"{len(results)} in {sum(result['seconds'] for result in results) / 3600:.1f} hours of a process on {name}"
+        for name, results in sorted(by_machine.items())
     )
+    made_by = [result["made_by"] for result in kept.by_runs.values()]
     days = sorted({made["date"] for made in made_by})
     commits = ", ".join(sorted({made["commit"] for made in made_by}))
-    own = [result for (key, split), result in kept.by_runs.items() if split == "dev" and len(key) == 1]
-    hours = sum(result["seconds"] for result in own) / 3600
-    run = Settings(**own[0]["runs"][0])
+    run = Settings(**BUDGET)
     return [
         "## How it was run",
         "",
@@ -389,9 +362,8 @@ def how_it_was_run(kept: Kept) -> list[str]:
         COMMANDS,
         "```",
         "",
-        f"- **Machine**: {'; '.join(machines)}; two cells side by side, each on one thread, so that the minutes of a "
-        f"row say little. {len(own)} cells, {hours:.1f} hours of training and "
-        f"decoding, {days[0]} to {days[-1]}, at commits {commits}.",
+        f"- **Machines**: {len(own)} cells: {machines}. Cells ran side by side, two on the CPUs, nine on the GPU, so "
+        f"that the minutes of a row say little. {days[0]} to {days[-1]}, at commits {commits}. {again(kept)}",
         f"- **Budget**: all sentences of the training split, {BUDGET['epochs']} epoch, steps of "
         f"{BUDGET['batch_sentences']} sentences; scores on all sentences of the development split (Table 4: of the "
         "test split, looked at once).",
@@ -402,6 +374,16 @@ def how_it_was_run(kept: Kept) -> list[str]:
     ]
 
 
+def again(kept: Kept) -> str:
+    """What the machine alone changes: cells that were run on the other one, too."""
+    by_name = {result["name"]: result for result in kept.by_runs.values()}
+    pairs = []
+    for path in sorted((RESULTS / "again").glob("*.json")):
+        first, second = by_name[path.stem], json.loads(path.read_text(encoding="utf-8"))
+        pairs.append(f"{report.percent(first['micro']['f1'])} and {report.percent(second['micro']['f1'])}")
+    return f"Cells that ran on both (`docs/results/again`): {'; '.join(pairs)}." if pairs else ""
+
+
 def rates(trials: dict) -> list[str]:
     """The learning rates that were tried, a line for each rank."""
     by_rank: dict[str, dict[float, float]] = {}
@@ -409,12 +391,6 @@ def rates(trials: dict) -> list[str]:
         method, rank, rate = row["title"]
         if "f1" in row:
             by_rank.setdefault(f"r={rank}" if method == "LoRA" else method, {})[float(rate)] = 100 * row["f1"]
-    columns = sorted({rate for those in by_rank.values() for rate in those})
-    lines = ["| | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
-    for name, those in by_rank.items():
-        most = max(those.values())
-        cells = {rate: f"**{f1:.1f}**" if f1 == most else f"{f1:.1f}" for rate, f1 in those.items()}
-        lines.append(f"| {name} | " + " | ".join(cells.get(rate, "") for rate in columns) + " |")
     lora = {name: those for name, those in by_rank.items() if name.startswith("r=")}
     shared = set.intersection(*map(set, lora.values())) if lora else set()
     parts = [
@@ -423,7 +399,7 @@ def rates(trials: dict) -> list[str]:
         "F1 on the development split with all kinds of layer, by peak learning rate. Every row of a table has the best "
         "rate of its rank, or of the nearest rank.",
         "",
-        *lines,
+        *_by_rate(by_rank),
         "",
         "With scale 1 an update of higher rank moves the weights more at the same rate, so that rank and learning rate "
         "cannot be told apart: a comparison of ranks at one rate compares rates, too.",
@@ -437,6 +413,17 @@ def rates(trials: dict) -> list[str]:
                 f"{max(at_own) - min(at_own):.1f} at the best rate of each."
             )
     return [*parts, ""]
+
+
+def _by_rate(by_name: Mapping[str, Mapping[float, float]]) -> list[str]:
+    """A table of F1 by learning rate, a line for each name, the best of it in bold."""
+    columns = sorted({rate for those in by_name.values() for rate in those})
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
+    for name, those in by_name.items():
+        most = max(those.values(), default=0)
+        cells = {rate: f"**{f1:.1f}**" if f1 == most else f"{f1:.1f}" for rate, f1 in those.items()}
+        lines.append(f"| {name} | " + " | ".join(cells.get(rate, "") for rate in columns) + " |")
+    return lines
 
 
 def what_differs(found: Mapping[str, dict]) -> list[str]:

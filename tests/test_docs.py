@@ -42,7 +42,8 @@ def test_the_tour_has_snippets():
     assert len(SNIPPET.findall((ROOT / "docs/internals.md").read_text(encoding="utf-8"))) >= 6
 
 
-def test_the_reproduction_is_what_its_script_makes_of_the_results():
+def test_the_reproduction_is_what_its_script_makes_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
     kept = module["Kept"].read(ROOT / "docs/results/cells")
     found = {table.name: kept.summary(table) for table in module["defined"](kept)}

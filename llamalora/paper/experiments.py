@@ -145,13 +145,15 @@ def ablation(config: LlamaConfig, rank: int) -> Table:
     """Each kind of layer alone, and all but one, with as many parameters as all nine have at `rank`."""
     sizes = {kind: _size(config, kind, 1) for kind in KINDS}
     budget = rank * sum(sizes.values())
-    rows = [Row(("all nine", str(rank)), ({"rank": rank},))]
+    rows, claims = [Row(("all nine", str(rank)), ({"rank": rank},))], []
     for kind in KINDS:
         others = tuple(other for other in KINDS if other != kind)
         for title, kinds in ((f"{kind} alone", (kind,)), (f"all but {kind}", others)):
             equal = max(1, round(budget / sum(sizes[one] for one in kinds)))
             rows.append(Row((title, str(equal)), ({"targets": ",".join(kinds), "rank": equal},)))
-    return Table("ablation", f"Kinds of layer at {budget:,} trainable parameters", ("targets", "r"), tuple(rows))
+        claims.append(Claim(f"Nothing is lost without {kind}", rows[-1].title, rows[0].title, equal=True))
+    caption = f"Kinds of layer at {budget:,} trainable parameters"
+    return Table("ablation", caption, ("targets", "r"), tuple(rows), tuple(claims))
 
 
 def _size(config: LlamaConfig, targets: str, rank: int) -> int:
@@ -170,11 +172,14 @@ def recipe(rates: Mapping[int, Iterable[float]], rates_full: Iterable[float]) ->
 
 def methods() -> Table:
     """LoRA beside its relatives, under one recipe."""
-    rows: dict[str, Changes] = {
+    runs: dict[str, Changes] = {
         "LoRA": {},
         "rsLoRA": {"rslora": True},
         "LoRA+ (B learns 4 times as fast)": {"loraplus": 4.0},
         "DoRA": {"dora": True},
         "full fine-tuning of the same layers": {"method": "partial"},
     }
-    return Table("methods", "Low-cost methods", ("method",), tuple(Row((name,), (run,)) for name, run in rows.items()))
+    rows = tuple(Row((name,), (run,)) for name, run in runs.items())
+    lora, *others = (row.title for row in rows)
+    claims = tuple(Claim(f"{' '.join(title)} equals LoRA", title, lora, equal=True) for title in others)
+    return Table("methods", "Low-cost methods", ("method",), rows, claims)

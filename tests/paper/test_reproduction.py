@@ -14,7 +14,9 @@ CELLS = ROOT / "docs/results/cells"
 
 @pytest.fixture(scope="module")
 def module():
-    return runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
 
 
 @pytest.fixture
@@ -69,11 +71,32 @@ def test_a_row_counts_the_seeds_that_all_rows_have(kept, module):
     """Others would compare seeds, too."""
     found, result = kept(), json.loads((CELLS / "tagging-all-all-r8-s0-ccfa5a0c83.json").read_text())
     for seed in (1, 2):
-        key, split = module["_decided"](module["Settings"](**result["runs"][0] | {"seed": seed})), "dev"
-        found.by_runs[frozenset([key]), split] = result
+        key = module["runs_of"]({"runs": [result["runs"][0] | {"seed": seed}]})
+        found.by_runs[key, "dev"] = result
     table = module["table3"]((2, 8))
     rows = {tuple(row["title"]): row for row in found.summary(table)["rows"]}
     assert rows["all", "8"]["seeds"] == rows["all", "2"]["seeds"] == 1
+
+
+def test_each_method_stands_at_its_own_best_rate(kept, module):
+    table, tried = kept().at_own_rates(module["methods"]())
+    for row in table.rows:
+        at = tried[row.name]
+        assert len(at) == 3 and at[row.runs[0]["lr"]] == max(at.values())
+    assert len({row.runs[0]["lr"] for row in table.rows if row.name.startswith("rsLoRA") or row.name == "LoRA"}) == 2
+
+
+def test_what_was_chosen_under_the_constraint_is_scored_under_it(kept, module):
+    found = kept()
+    (free,) = found.results(ROW, "dev")
+    key = module["runs_of"](free)
+    assert module["scored"](found, free) == []
+    for constrained, word in ((False, ""), (True, ", constrained")):
+        for split in ("dev", "test"):
+            found.by_runs[key, split + word] = {**free, "constrained": constrained, "split": split}
+        dev, test = module["scored"](found, free)[0]
+        assert (dev["constrained"], test["constrained"]) == (constrained, constrained)
+        assert (dev["split"], test["split"]) == ("dev", "test")
 
 
 def claim(text: str, verdict: str) -> dict:
