@@ -245,7 +245,7 @@ def best(kept: Kept) -> list[str]:
     tried = [
         result
         for (key, split), result in kept.by_runs.items()
-        if split == "dev" and len(key) == 1 and result["runs"][0]["labels"] == "all"
+        if split == "dev" and [(run["labels"], run["seed"]) for run in result["runs"]] == [("all", 0)]
     ]
     tried.sort(key=lambda result: -result["micro"]["f1"])
     chosen, test = next((pair for result in tried for pair in scored(kept, result)), (tried[0], None))

@@ -19,15 +19,33 @@ T = TypeVar("T")
 
 
 def check_jobs(jobs: int, world: World) -> None:
-    """
+    """Refuses more pieces of work at once than can be.
+
     Raises:
-        UsageError: several pieces of work at once, under torchrun.
+        UsageError: under torchrun, or so many that they find no room on a GPU.
     """
     if jobs > 1 and world.size > 1:
         raise UsageError(
             f"--jobs {jobs}: not under torchrun, whose processes train one cell together; without it every job is a "
             "process, with a GPU or a share of one if there are any"
         )
+    if any(fraction <= 0 for _, fraction in shares(jobs)):
+        raise UsageError(
+            f"--jobs {jobs}: what is free of a GPU's memory would hold no more than CUDA's own part of each"
+        )
+
+
+def shares(jobs: int) -> list[tuple[int, float]]:
+    """The GPU of each job, and the fraction of its memory that the job may take: with more jobs than GPUs an even part
+    of what is free, since a small model leaves a GPU idle most of the time. Empty where there is none."""
+    found, gpus = [], torch.cuda.device_count()
+    for gpu in (place % gpus for place in range(jobs if gpus else 0)):
+        fraction, together = 1.0, len(range(gpu, jobs, gpus))
+        if together > 1:
+            free, total = torch.cuda.mem_get_info(gpu)
+            fraction = (free / together - CONTEXT_BYTES) / total
+        found.append((gpu, fraction))
+    return found
 
 
 def threads_of(jobs: int) -> int:
@@ -52,14 +70,14 @@ def side_by_side(
         ended: called with an item and 0, or the exit code of its process if that ended instead (less than 0: by that
             signal); another one then takes its place.
     """
-    todo, free = iter(items), list(range(jobs))
+    todo, free, gpus = iter(items), list(range(jobs)), dict(enumerate(shares(jobs)))
     workers: dict[int, _Worker] = {}
     busy: dict[Any, tuple[int, T]] = {}  # by link
     try:
         while True:
             for place, item in zip(tuple(free), todo, strict=False):
                 if place not in workers or not workers[place].process.is_alive():
-                    workers[place] = _Worker(work, place, jobs)
+                    workers[place] = _Worker(work, place, jobs, gpus.get(place))
                 workers[place].link.send((item, log(item)))
                 busy[workers[place].link] = place, item
                 free.remove(place)
@@ -79,14 +97,15 @@ def side_by_side(
 class _Worker:
     """A process, and the link to it."""
 
-    def __init__(self, work: Callable[[T], None], place: int, jobs: int):
+    def __init__(self, work: Callable[[T], None], place: int, jobs: int, gpu: tuple[int, float] | None):
         """
         Args:
             place: among the `jobs` processes that there are at once.
+            gpu: of `shares`.
         """
         context = get_context("spawn")
         self.link, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs, place, jobs, threads_of(jobs)))
+        self.process = context.Process(target=_serve, args=(work, theirs, place, jobs, threads_of(jobs), gpu))
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits
         try:
             self.process.start()
@@ -105,12 +124,18 @@ class _Worker:
         return 0
 
 
-def _serve(work: Callable[[T], None], link: connection.Connection, place: int, jobs: int, threads: int) -> None:
+def _serve(
+    work: Callable[[T], None],
+    link: connection.Connection,
+    place: int,
+    jobs: int,
+    threads: int,
+    gpu: tuple[int, float] | None,
+) -> None:
     """What a process does."""
     os.setpgrp()  # Ctrl-C on a terminal is for the parent alone, or training would take its SIGTERM for a second signal
-    os.environ |= {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(jobs)}  # its GPU, its share of the host's memory
-    if gpus := torch.cuda.device_count():
-        _take_gpu(place, jobs, gpus)
+    number, fraction = gpu or (place, 1.0)
+    os.environ |= {"LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(jobs)}  # its GPU, its share of the host's memory
     torch.set_num_threads(threads)
 
     def in_turn(_: list[str]) -> None:
@@ -120,17 +145,9 @@ def _serve(work: Callable[[T], None], link: connection.Connection, place: int, j
                 with log.open("a") as file:
                     for stream in (sys.stdout, sys.stderr):
                         os.dup2(file.fileno(), stream.fileno())
+                if fraction < 1:
+                    torch.cuda.set_per_process_memory_fraction(fraction, number)
                 work(item)
                 link.send(None)
 
     run_command(in_turn, [])
-
-
-def _take_gpu(place: int, jobs: int, gpus: int) -> None:
-    """A GPU, or an even share of one's memory where there are more jobs than GPUs: what a small model gives a GPU to do
-    is so little that several of them hardly slow each other down."""
-    gpu = place % gpus
-    os.environ["LOCAL_RANK"] = str(gpu)
-    if (together := len(range(gpu, jobs, gpus))) > 1:
-        total = torch.cuda.mem_get_info(gpu)[1]
-        torch.cuda.set_per_process_memory_fraction(max(0.0, 1 / together - CONTEXT_BYTES / total), gpu)

@@ -112,10 +112,10 @@ class Runner:
             name(cell)
             tell(cell.outcome(code, self.world))
 
-        if self.jobs > 1 and todo:
-            threads = f"{threads_of(self.jobs)} thread{'s' * (threads_of(self.jobs) > 1)}"
-            say(f"{self.jobs} at once, each on {threads}; what they say is in {self.out / 'cells'}/NAME.log")
-            side_by_side(run_by_itself, self._free_first(todo), self.jobs, lambda cell: cell.log, ended)
+        if (jobs := min(self.jobs, len(todo))) > 1:
+            threads = f"{threads_of(jobs)} thread{'s' * (threads_of(jobs) > 1)}"
+            say(f"{jobs} at once, each on {threads}; what they say is in {self.out / 'cells'}/NAME.log")
+            side_by_side(run_by_itself, self._free_first(todo), jobs, lambda cell: cell.log, ended)
             return
         for cell in self._free_first(todo):
             name(cell)

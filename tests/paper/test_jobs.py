@@ -116,17 +116,13 @@ def test_jobs_that_cannot_be():
     jobs.check_jobs(64, World())
     with pytest.raises(UsageError, match="--jobs 2: not under torchrun"):
         jobs.check_jobs(2, World(size=2))
-    jobs.check_jobs(64, World(device=torch.device("cuda", 0)))
 
 
-def test_every_gpu_has_as_many_jobs(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**33, 2**33))
-    shares = {}
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, gpu: shares.update({gpu: share}))
-    given = []
-    for place in range(5):
-        jobs._take_gpu(place, 5, 3)
-        given.append(os.environ["LOCAL_RANK"])
-    assert given == ["0", "1", "2", "0", "1"]
-    assert shares == dict.fromkeys((0, 1), 1 / 2 - CONTEXT_BYTES / 2**33)
+def test_jobs_are_dealt_out_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**33, 2**34))
+    for gpus, expected in ((0, []), (3, [0, 1, 2, 0, 1]), (8, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert [gpu for gpu, _ in jobs.shares(5)] == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    half = (2**32 - CONTEXT_BYTES) / 2**34
+    assert [fraction for _, fraction in jobs.shares(5)] == [half, half, 1.0, half, half]

@@ -15,10 +15,12 @@ from helpers import tiny_model
 
 import eval as evaluation
 import train
+from llamalora.cli import UsageError
 from llamalora.commands import merge, predict
+from llamalora.distributed.world import World
 from llamalora.model.checkpoint import save_model
 from llamalora.model.free_memory import free_memory
-from llamalora.paper.jobs import _take_gpu
+from llamalora.paper.jobs import check_jobs, shares
 from llamalora.training.memory import CONTEXT_BYTES
 from llamalora.training.placement import capacity_of
 from llamalora.training.steplog import StepLog
@@ -188,15 +190,18 @@ def test_what_other_programs_hold_is_not_planned_with(monkeypatch):
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_jobs_share_a_gpu_evenly(jobs, monkeypatch):
-    """So that what all of them plan with is there."""
+def test_jobs_share_what_is_free_of_a_gpu(jobs, monkeypatch):
     card, size = torch.device("cuda", 0), 16 * 2**30
     monkeypatch.setattr(emulated.CARD, "memory", size)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(emulated.CARD, "tenants", 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    of_each = shares(jobs)
+    assert of_each == [of_each[0]] * jobs and of_each[0][0] == 0
     try:
-        _take_gpu(place=jobs - 1, jobs=jobs, gpus=1)
-        assert os.environ["LOCAL_RANK"] == "0"
-        assert capacity_of(card) == pytest.approx(size / jobs, rel=1e-4)
-        assert free_memory(card) == pytest.approx(size / jobs - (jobs > 1) * CONTEXT_BYTES, rel=1e-4)
+        torch.cuda.set_per_process_memory_fraction(of_each[0][1], card)
+        assert capacity_of(card) == pytest.approx(0.75 * size / jobs + (jobs == 1) * CONTEXT_BYTES, rel=1e-4)
+        assert free_memory(card) == pytest.approx(0.75 * size / jobs - (jobs > 1) * CONTEXT_BYTES, rel=1e-4)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(1.0, card)
+    with pytest.raises(UsageError, match="--jobs 99: what is free of a GPU's memory"):
+        check_jobs(99, World(device=card))
