@@ -25,38 +25,32 @@ class Kept:
 
     Attributes:
         by_runs: by the runs that a result is of, and "dev", "test", or either with ", constrained" behind it.
+        again: the same of runs that were run once more, on another machine.
         rates, lr_full: peak learning rates, as in `llamalora.paper.runner.Runner`.
     """
 
-    by_runs: Mapping[tuple[frozenset, str], dict]
+    by_runs: dict[tuple[frozenset, str], dict]
+    again: dict[tuple[frozenset, str], dict] = field(default_factory=dict)
     rates: Mapping[int, float] = field(default_factory=dict)
     lr_full: float | None = None
 
     @staticmethod
     def read(folder: Path) -> "Kept":
-        """All that is in a folder, with the rates that its trials found to be the best.
+        """All that is in a folder, and in `again` beside it, with the rates that its trials found to be the best.
 
         Raises:
-            SystemExit: a result of another model or corpus than the others, or of a part of the corpus.
+            SystemExit: a result of another model or corpus than the others, of a part of the corpus, or of the same
+                runs as another one.
         """
-        by_runs: dict[tuple[frozenset, str], dict] = {}
         known: dict[str, object] = {}
-        for path in sorted(folder.glob("*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if "error" in result:
-                continue
-            for run in result["runs"]:
-                if run["limit_train"] is not None or run["eval_limit"] is not None:
-                    raise SystemExit(f"{path}: is of a part of the corpus; only results on all of it are kept")
-                model = {"model": result["model"]} if "model" in result else {}  # joins have none
-                for name, value in ({"data": run["data"]} | model).items():
-                    if known.setdefault(name, value) != value:
-                        raise SystemExit(f"{path}: is of another {name} than the results before it")
-            result["name"] = path.stem
-            how = result["split"] + ", constrained" * result.get("constrained", False)
-            by_runs[runs_of(result), how] = result
-        kept = Kept(by_runs)
-        return Kept(by_runs, *best_rates(TRIALS, kept.results))
+        by_runs, again = (_read(place, known) for place in (folder, folder.with_name("again")))
+        kept = Kept(by_runs, again)
+        return Kept(by_runs, again, *best_rates(TRIALS, kept.results))
+
+    @property
+    def beside_again(self) -> "Kept":
+        """With the results of `again` in place of the same runs' on the first machine."""
+        return replace(self, by_runs=self.by_runs | self.again)
 
     def by_seed(self, row: Row, split: str) -> dict[int, dict]:
         """What is known about a row with each seed."""
@@ -89,10 +83,10 @@ class Kept:
         for row in table.rows:
             (run,) = row.runs
             trials = {}
-            for lr, full in RATES_METHODS.items():
-                own = full if run.get("method", "lora") != "lora" else lr
-                if result := self.by_seed(Row(row.title, ({**run, "lr": own},)), table.split).get(0):
-                    trials[own] = result["micro"]["f1"]
+            full = run.get("method", "lora") != "lora"
+            for lr in {*RATES_METHODS.values(), *RATES_FULL} if full else {*RATES_METHODS, *RATES[8]}:
+                if result := self.by_seed(Row(row.title, ({**run, "lr": lr},)), table.split).get(0):
+                    trials[lr] = result["micro"]["f1"]
             tried[row.name] = trials
             best = {"lr": max(trials, key=lambda lr: trials[lr])} if trials else {}
             rows.append(replace(row, runs=({**run, **best},)))
@@ -118,3 +112,24 @@ def decided(settings: Settings) -> frozenset:
 def runs_of(result: Mapping) -> frozenset:
     """The key of a result in `Kept.by_runs`."""
     return frozenset(decided(Settings(**run)) for run in result["runs"])
+
+
+def _read(folder: Path, known: dict[str, object]) -> dict[tuple[frozenset, str], dict]:
+    """The results in a folder by their runs. `known` is the model and the corpus that all have."""
+    found: dict[tuple[frozenset, str], dict] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "error" in result:
+            continue
+        for run in result["runs"]:
+            if run["limit_train"] is not None or run["eval_limit"] is not None:
+                raise SystemExit(f"{path}: is of a part of the corpus; only results on all of it are kept")
+            model = {"model": result["model"]} if "model" in result else {}  # joins have none
+            for name, value in ({"data": run["data"]} | model).items():
+                if known.setdefault(name, value) != value:
+                    raise SystemExit(f"{path}: is of another {name} than the results before it")
+        key = runs_of(result), result["split"] + ", constrained" * result.get("constrained", False)
+        if key in found:
+            raise SystemExit(f"{path}: is of the same runs as {found[key]['name']}; keep one of them")
+        found[key] = result | {"name": path.stem}
+    return found

@@ -6,19 +6,21 @@ COMMANDS below made them. What they add to RUNS/cells goes on another day where 
 cp runs/tables/cells/*.json docs/results/cells/ && python benchmarks/reproduction.py
 """
 
-import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 from kept import BUDGET, RATES, RATES_FULL, RATES_METHODS, TRIALS, Kept, runs_of
 
 from llamalora.cli import flag
+from llamalora.evaluation.result import WORDS as RESULT_WORDS
 from llamalora.lora.kinds import KINDS
 from llamalora.model.config import LlamaConfig
 from llamalora.paper import figures, findings, report
 from llamalora.paper.cells import deciding
 from llamalora.paper.experiments import Table, ablation, methods, table1, table2, table3, table4
 from llamalora.paper.printed import RANKS, TABLE4
+from llamalora.paper.runner import rate
 from llamalora.runs.settings import Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,10 +33,10 @@ ENCODERS = {  # F1 on the test split, of Gu et al. 2021
     "BioBERT-base": {"Chemical": 92.9, "Disease": 84.7},
     "PubMedBERT-base": {"Chemical": 93.3, "Disease": 85.6},
 }
-READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low} and {high} are points
+READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {difference}, {low} and {high} are points
     "The prompt does not matter once the model is fine-tuned": {
-        "holds": "Leave instruction and demonstrations out: with them the score differs by {low} to {high}, and every "
-        "sentence costs several times as many tokens.",
+        "holds": "Leave instruction and demonstrations out: they change the score by {difference} ({low} to {high}), "
+        "and every sentence costs several times as many tokens.",
         "does not hold": "Instruction and demonstrations do matter here, by {size} ({low} to {high}). The model is "
         "small, and has seen each sentence once; that may be why.",
     },
@@ -68,7 +70,12 @@ READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {low
     },
 }
 
-PICTURE = [  # of the system that is the best today: to be made again when it is another
+WORDS = {
+    "r": "the rank of LoRA's updates",
+    "kinds of layer": "q, k, v, o (attention), gate, up, down (MLP), embed (input embedding), head (output)",
+    "A less B": "the F1 of the claim's first system less that of its second, in points",
+} | {word: RESULT_WORDS[word] for word in ("first occurrence", "string set", "exact copies")}
+PICTURE = [  # of the system that was scored on the test split: to be made again when it is another
     "`eval.py --run RUN --data data/sample --split test --html FILE` shows its errors, here in the sample's invented "
     "text, since BC5CDR's belongs to others; it was trained on none of it:",
     "",
@@ -94,7 +101,7 @@ llamalora tables recipe ablation $RATES $BUDGET
 def main() -> None:
     kept = Kept.read(RESULTS / "cells")
     tables = defined(kept)
-    found = {table.name: kept.summary(table) for table in tables}
+    found = summaries(kept)
     (DOCS / "reproduction.md").write_text(document(kept, found), encoding="utf-8")
     begun = [table for table in tables if _begun(found[table.name])]
     figures.save({"tables": found, "curves": kept.curves(begun)}, RESULTS)
@@ -107,11 +114,16 @@ def _begun(table: dict) -> bool:
 
 
 def defined(kept: Kept) -> list[Table]:
-    """The tables that the page has."""
+    """The tables that the page has; of those beyond the paper the rows that have been run."""
     config = next(result["model"] for result in kept.by_runs.values() if "model" in result)  # joins have none
-    tables = [table1(LABELS, SHOTS, None), table2(LABELS), table3(RATES), table4()]
-    beyond = (ablation(LlamaConfig.from_dict(config), 8), kept.at_own_rates(methods())[0])
-    return [*tables, TRIALS, *map(kept.begun, beyond)]
+    beyond = (ablation(LlamaConfig.from_dict(config), 8), kept.beside_again.at_own_rates(methods())[0])
+    return [table1(LABELS, SHOTS, None), table2(LABELS), table3(RATES), table4(), TRIALS, *map(kept.begun, beyond)]
+
+
+def summaries(kept: Kept) -> dict[str, dict]:
+    """The tables' summaries by their names. Those beyond the paper were run on another machine than most of the paper's
+    tables: the rows that they share are taken from there, too."""
+    return {table.name: (kept.beside_again if table.name in BEYOND else kept).summary(table) for table in defined(kept)}
 
 
 def document(kept: Kept, found: Mapping[str, dict]) -> str:
@@ -119,16 +131,21 @@ def document(kept: Kept, found: Mapping[str, dict]) -> str:
     parts = [
         "# The paper's findings, asked again",
         "",
-        "This page is written by `benchmarks/reproduction.py` from the results in `docs/results/cells`; no figure in "
-        "it is typed.",
+        "This page is written by `benchmarks/reproduction.py` from the results in `docs/results/cells`; no score of "
+        "ours in it is typed.",
         "",
-        "The paper fine-tunes Llama-2-7B. Here its questions are put to another Llama, fifty times smaller "
+        'The paper, "LoRA fine-tuning of large language models for named-entity recognition" (Kito, Makino, Miwa, '
+        "Sasaki), fine-tunes Llama-2-7B. Here its questions are put to another Llama, fifty times smaller "
         "(SmolLM2-135M-*Instruct*, quantised to 4 bits and back, see `weights/README.md`), on the paper's whole "
         "corpus, with the same formats, targets and scoring. The figures say whether the findings hold there; they "
         "are not the paper's figures.",
         "",
         *verdicts(found),
+        *repeated(kept),
         *conclusion(found),
+        *beyond(kept),
+        "Minutes in the tables are those of one process among several, on two kinds of machine: they say little.",
+        "",
     ]
     for name in PAPER:
         parts += [report.trained(found[name]).markdown, ""]
@@ -137,9 +154,10 @@ def document(kept: Kept, found: Mapping[str, dict]) -> str:
     parts += ["# What the paper leaves open", ""]
     for name in BEYOND:
         parts += [report.trained(found[name]).markdown, ""]
-        parts += of_kinds(found[name]) if name == "ablation" else of_methods(kept)
+        parts += of_kinds(kept, found[name]) if name == "ablation" else of_methods(kept)
     parts += [*best(kept), *how_it_was_run(kept), *rates(found["recipe"])]
     parts += ["## Learning curves", "", "![loss of each run](results/curves.png)", "", *what_differs(found)]
+    parts += ["## Words", "", *(f"- **{word}**: {meaning}" for word, meaning in WORDS.items()), ""]
     return "\n".join(parts)
 
 
@@ -172,6 +190,40 @@ def verdicts(found: Mapping[str, dict]) -> list[str]:
     ]
 
 
+def repeated(kept: Kept) -> list[str]:
+    """What training again changes: the runs that differ in seed or machine alone."""
+    groups: dict[frozenset, list[tuple[int, dict]]] = {}
+    for (key, split), result in [*kept.by_runs.items(), *kept.again.items()]:
+        if split == "dev" and len(key) == 1:
+            (run,) = key
+            recipe = frozenset(item for item in run if item[0] != "seed")
+            groups.setdefault(recipe, []).append((result["runs"][0]["seed"], result))
+    lines, variances = [], []
+    for group in groups.values():
+        if len(group) > 1:
+            f1 = [100 * result["micro"]["f1"] for _, result in group]
+            variances.append(statistics.variance(f1))
+            runs = ", ".join(
+                f"{result['micro']['f1'] * 100:.1f} ({seed}, {_machine(result)})"
+                for seed, result in sorted(group, key=lambda pair: pair[0])
+            )
+            lines.append(f"| {_flags(group[0][1]['runs'][0])} | {runs} |")
+    if not lines:
+        return []
+    deviation = statistics.mean(variances) ** 0.5
+    return [
+        "Intervals are over documents, and leave out what training again changes. Where that was tried, with another "
+        f"seed or on another machine, F1 has a standard deviation of {deviation:.1f} points, about "
+        f"{deviation * 2**0.5:.1f} for a difference of two runs. A verdict that rests on one seed, above all one of "
+        "equality, is about those runs.",
+        "",
+        "| flags | F1 (seed, machine) |",
+        "| --- | --- |",
+        *lines,
+        "",
+    ]
+
+
 def conclusion(found: Mapping[str, dict]) -> list[str]:
     """What a reader should take from the verdicts, a paragraph a table, in the words of READINGS.
 
@@ -188,25 +240,33 @@ def conclusion(found: Mapping[str, dict]) -> list[str]:
 
 def reading(claim: dict) -> str:
     exact = claim["by"]["exact"]
+    low, high = (f"{100 * exact[end]:+.1f}" for end in ("low", "high"))
+    difference = f"{100 * exact['difference']:+.1f}"
     if exact["verdict"] == "not decided":
         times = findings.to_decide(claim["equal"], *(exact[key] for key in ("difference", "low", "high")))
+        certain = exact["low"] > 0 or exact["high"] < 0
+        what = "there is a difference, but whether it exceeds a point is open" if certain else "open"
         return (
-            f"{claim['text']}: open; about {times:.1f} times as many documents would decide it, if the difference "
-            "stays what it is."
+            f"{claim['text']}: {what} ({difference}, {low} to {high}); about {times:.1f} times as many documents would "
+            "decide it, if the difference stays what it is."
         )
     try:
         words = READINGS[claim["text"]][exact["verdict"]]
     except KeyError:
         raise SystemExit(f"READINGS has no words for {claim['text']!r}, which {exact['verdict']}: write them") from None
-    low, high = (f"{100 * exact[end]:+.1f}" for end in ("low", "high"))
-    return words.format(size=f"{100 * abs(exact['difference']):.1f}", low=low, high=high)
+    return words.format(size=difference.strip("+-"), difference=difference, low=low, high=high)
 
 
 # ---- beyond the paper's tables ----
 
 
-def of_kinds(table: dict) -> list[str]:
+def of_kinds(kept: Kept, table: dict) -> list[str]:
     """What the ablation says in a paragraph."""
+    if not _begun(table):
+        return []
+    rates: dict[bool, set[str]] = {}
+    for title, rank in (row["title"] for row in table["rows"]):
+        rates.setdefault(title.endswith(" alone"), set()).add(f"{rate(int(rank), kept.rates, None):g}")
     f1 = {row["title"][0]: row["f1"] for row in table["rows"]}
     alone = sorted((value, title.removesuffix(" alone")) for title, value in f1.items() if title.endswith(" alone"))
     (least, worst), (most, strongest) = alone[0], alone[-1]
@@ -214,9 +274,9 @@ def of_kinds(table: dict) -> list[str]:
     for claim in table["claims"]:
         by_verdict.setdefault(claim["by"]["exact"]["verdict"], []).append(claim["a"][0].removeprefix("all but "))
     words = {
-        "holds": "Nothing is lost if one of these is left out and the others have its parameters: {}.",
-        "does not hold": "Something is lost without {}.",
-        "not decided": "Open is what is lost without {}.",
+        "holds": "All but one of these are as good as all nine, within a point: {}.",
+        "does not hold": "All but one of these differ from all nine by more than a point: {}.",
+        "not decided": "Whether all but one of these are as good is open: {}.",
     }
     missing = [title for kind in KINDS for title in (f"{kind} alone", f"all but {kind}") if title not in f1]
     not_run = f" Not run: {', '.join(missing)}." if missing else ""
@@ -226,32 +286,67 @@ def of_kinds(table: dict) -> list[str]:
         + " ".join(words[verdict].format(", ".join(by_verdict[verdict])) for verdict in words if verdict in by_verdict)
         + not_run,
         "",
+        f"A kind alone was trained with the learning rate {', '.join(sorted(rates[True]))}, all else with "
+        f"{', '.join(sorted(rates[False]))}: the best of the nearest rank with all nine kinds, not chosen for the row. "
+        "Some of what separates the kinds may be that.",
+        "",
     ]
 
 
 def of_methods(kept: Kept) -> list[str]:
     """The learning rates that were tried of each method."""
+    tried = kept.beside_again.at_own_rates(methods())[1]
+    edge = [
+        name for name, those in tried.items() if those and max(those, key=those.__getitem__) in (min(those), max(those))
+    ]
     return [
-        "Each method has the learning rate, of those below, that is the best for it.",
+        "Each method has the learning rate, of those below, that is the best for it, on the split and with the seed "
+        "that it is scored on."
+        + f" {' and '.join(edge)} may want another yet: the best is the last that was tried."
+        * bool(edge),
         "",
-        *_by_rate({name: {lr: 100 * f1 for lr, f1 in tried.items()} for name, tried in
-                   kept.at_own_rates(methods())[1].items()}),
+        *_by_rate({name: {lr: 100 * f1 for lr, f1 in those.items()} for name, those in tried.items()}),
         "",
-    ]  # fmt: skip
+    ]
+
+
+def beyond(kept: Kept) -> list[str]:
+    """What to conclude about what the paper leaves open: how long, and with what method."""
+    searched = {"epochs", "lr", "dropout", "batch_sentences", "eval_every", "precision"}
+    by_length: dict[str, dict[int, float]] = {}
+    for result in _recipes(kept):
+        run = result["runs"][0]
+        rest = deciding(Settings(**run)).keys() - searched
+        if rest <= {"rank"} or run["method"] == "full":
+            name = "full fine-tuning" if run["method"] == "full" else f"rank {run['rank']}"
+            by_length.setdefault(name, {}).setdefault(run["epochs"], result["micro"]["f1"])
+    longer = [
+        f"{name} from {report.percent(those[1])} to {report.percent(max(those.values()))}"
+        for name, those in by_length.items()
+        if 1 in those and len(those) > 1
+    ]
+    sentences = []
+    if longer:
+        sentences.append(
+            f"More epochs, at lower rates, do more than a higher rank or another method: they take {', '.join(longer)}."
+        )
+    tried = kept.beside_again.at_own_rates(methods())[1]
+    ours = tried.pop("LoRA")
+    at_ours = [those[lr] for those in tried.values() if (lr := max(ours, key=ours.__getitem__)) in those]
+    own = [max(those.values()) for those in tried.values() if those]
+    if at_ours and own:
+        sentences.append(
+            "And LoRA's relatives want learning rates of their own: at LoRA's they score "
+            f"{report.percent(min(at_ours))} to {report.percent(max(at_ours))}, at their own "
+            f"{report.percent(min(own))} to {report.percent(max(own))}, LoRA {report.percent(max(ours.values()))}."
+        )
+    return [f"**Beyond the paper.** {' '.join(sentences)}", ""] if sentences else []
 
 
 def best(kept: Kept) -> list[str]:
     """The search for the best recipe: all that was tried with one model for both labels, the best ones shown."""
-    tried = [
-        result
-        for (key, split), result in kept.by_runs.items()
-        if split == "dev" and [(run["labels"], run["seed"]) for run in result["runs"]] == [("all", 0)]
-    ]
-    tried.sort(key=lambda result: -result["micro"]["f1"])
+    tried = _recipes(kept)
     chosen, test = next((pair for result in tried for pair in scored(kept, result)), (tried[0], None))
-    by_epochs: dict[int, float] = {}
-    for result in tried:
-        by_epochs.setdefault(result["runs"][0]["epochs"], result["micro"]["f1"])
     lines = ["| flags | F1 | 95 % interval | trainable |", "| --- | ---: | ---: | ---: |"]
     for result in tried[:SHOWN]:
         low, high = (report.percent(result["interval"][end]) for end in ("low", "high"))
@@ -268,10 +363,6 @@ def best(kept: Kept) -> list[str]:
         "",
         *lines,
         "",
-        "The best by number of epochs: "
-        + ", ".join(f"{epochs}: {report.percent(f1)}" for epochs, f1 in sorted(by_epochs.items()))
-        + ".",
-        "",
     ]
     if test:
         low, high = (report.percent(test["interval"][end]) for end in ("low", "high"))
@@ -280,11 +371,13 @@ def best(kept: Kept) -> list[str]:
         encoders = "; ".join(
             f"{name} {', '.join(f'{label} {f1}' for label, f1 in scores.items())}" for name, scores in ENCODERS.items()
         )
-        which = "The first of them" if runs_of(chosen) == runs_of(tried[0]) else _flags(chosen["runs"][0])
+        which = "The first of them"
+        if runs_of(chosen) != runs_of(tried[0]):
+            which = f"The best of those whose model is there still, {_flags(chosen['runs'][0])}"
         if chosen.get("constrained"):
             which += f", with `--constrain` ({report.percent(chosen['micro']['f1'])} on the development split)"
         parts += [
-            f"{which}, scored once on the test split: "
+            f"{which}, was scored once on the test split: "
             f"**{report.percent(test['micro']['f1'])}** ({low} – {high}; {own}). The paper's Table 4 has {cited}. "
             "Encoders of 110 million parameters that were pretrained on biomedical text and label tokens, a model per "
             f"label, as published (BLURB, arXiv 2007.15779): {encoders}.",
@@ -293,19 +386,26 @@ def best(kept: Kept) -> list[str]:
     return [*parts, *mistakes(chosen), *PICTURE]
 
 
+def _recipes(kept: Kept) -> list[dict]:
+    """The results of all recipes with one model for both labels, on the development split, the best first."""
+    tried = [
+        result
+        for (_, split), result in kept.by_runs.items()
+        if split == "dev" and [(run["labels"], run["seed"]) for run in result["runs"]] == [("all", 0)]
+    ]
+    return sorted(tried, key=lambda result: -result["micro"]["f1"])
+
+
 def scored(kept: Kept, result: dict) -> list[tuple[dict, dict]]:
     """A result on the development split with the one on the test split, if there is one; both as the system was chosen,
     free or with constrained answers."""
     key = runs_of(result)
-    return [
-        (kept.by_runs[key, f"dev{how}"], test)
-        for how in (", constrained", "")
-        if (test := kept.by_runs.get((key, f"test{how}")))
-    ]
+    pairs = ([kept.by_runs.get((key, split + how)) for split in ("dev", "test")] for how in (", constrained", ""))
+    return [(dev, test) for dev, test in pairs if dev and test]
 
 
 def mistakes(result: dict) -> list[str]:
-    """What kinds of mention the best system misses, on the development split."""
+    """What kinds of mention a system misses, on the development split."""
     errors = result["errors"]
     kinds = {"both": errors["kinds"]["all"], **errors["kinds"]["types"]}
     columns = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
@@ -321,6 +421,9 @@ def mistakes(result: dict) -> list[str]:
         by_words = f" By the number of words in a mention it finds: {shares}."
     return [
         "### What it gets wrong",
+        "",
+        _flags(result["runs"][0]) + " with `--constrain`" * result.get("constrained", False) + ", on the development "
+        "split:",
         "",
         *lines,
         "",
@@ -351,7 +454,8 @@ def how_it_was_run(kept: Kept) -> list[str]:
         name = f"{machine['device']} ({machine['cores']} cores), torch {machine['torch']}"
         by_machine.setdefault(name, []).append(result)
     machines = "; ".join(
-        f"{len(results)} in {sum(result['seconds'] for result in results) / 3600:.1f} hours of a process on {name}"
+        f"{len(results)} on {name}, {sum(result['seconds'] for result in results) / 3600:.1f} hours of training and "
+        "decoding"
         for name, results in sorted(by_machine.items())
     )
     made_by = [result["made_by"] for result in kept.by_runs.values()]
@@ -361,32 +465,26 @@ def how_it_was_run(kept: Kept) -> list[str]:
     return [
         "## How it was run",
         "",
-        "These commands make all of it; kept so far is what the tables above show.",
+        "These commands make the tables, and `llamalora train` the longer runs; kept so far is what is shown above.",
         "",
         "```",
         COMMANDS,
         "```",
         "",
-        f"- **Machines**: {len(own)} cells: {machines}. Cells ran side by side, two on the CPUs, nine on the GPU, so "
-        f"that the minutes of a row say little. {days[0]} to {days[-1]}, at commits {commits}. {again(kept)}",
-        f"- **Budget**: all sentences of the training split, {BUDGET['epochs']} epoch, steps of "
+        f"- **Machines**: {len(own)} cells: {machines}. They ran side by side, two on the CPUs, nine on the GPU. "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, at commits {commits}.",
+        f"- **Budget** of the tables: all sentences of the training split, {BUDGET['epochs']} epoch, steps of "
         f"{BUDGET['batch_sentences']} sentences; scores on all sentences of the development split (Table 4: of the "
         "test split, looked at once).",
-        f"- **Recipe**: AdamW, no weight decay, {run.schedule} schedule with {100 * run.warmup:.0f} % warm-up, "
-        f"clipping at {run.clip:g}, dropout {run.dropout:g}, scale 1 (equation 2), the learning rate below. The paper "
-        "gives none of this.",
+        f"- **Recipe** of the tables: AdamW, no weight decay, {run.schedule} schedule with {100 * run.warmup:.0f} % "
+        f"warm-up, clipping at {run.clip:g}, dropout {run.dropout:g}, scale 1 (equation 2), the learning rate below. "
+        "The paper gives none of this.",
         "",
     ]
 
 
-def again(kept: Kept) -> str:
-    """What the machine alone changes: cells that were run on the other one, too."""
-    by_name = {result["name"]: result for result in kept.by_runs.values()}
-    pairs = []
-    for path in sorted((RESULTS / "again").glob("*.json")):
-        first, second = by_name[path.stem], json.loads(path.read_text(encoding="utf-8"))
-        pairs.append(f"{report.percent(first['micro']['f1'])} and {report.percent(second['micro']['f1'])}")
-    return f"Cells that ran on both (`docs/results/again`): {'; '.join(pairs)}." if pairs else ""
+def _machine(result: dict) -> str:
+    return "GPU" if "NVIDIA" in result["made_by"]["machine"]["device"] else "CPU"
 
 
 def rates(trials: dict) -> list[str]:
@@ -401,8 +499,8 @@ def rates(trials: dict) -> list[str]:
     parts = [
         "### Learning rates",
         "",
-        "F1 on the development split with all kinds of layer, by peak learning rate. Every row of a table has the best "
-        "rate of its rank, or of the nearest rank.",
+        "F1 on the development split with all kinds of layer, by peak learning rate. Every row of Tables 1 to 4 "
+        "and of the ablation has the best rate of its rank, or of the nearest rank.",
         "",
         *_by_rate(by_rank),
         "",

@@ -46,5 +46,6 @@ def test_the_reproduction_is_what_its_script_makes_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks/reproduction.py"))
     kept = module["Kept"].read(ROOT / "docs/results/cells")
-    found = {table.name: kept.summary(table) for table in module["defined"](kept)}
-    assert module["document"](kept, found) == (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    assert module["document"](kept, module["summaries"](kept)) == (ROOT / "docs/reproduction.md").read_text(
+        encoding="utf-8"
+    )

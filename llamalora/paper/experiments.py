@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the paper concludes from a table.
+    """Something to be judged by a table: what the paper concludes from it, or what is asked beyond the paper.
 
     Attributes:
         text: the claim in words.
@@ -151,7 +151,7 @@ def ablation(config: LlamaConfig, rank: int) -> Table:
         for title, kinds in ((f"{kind} alone", (kind,)), (f"all but {kind}", others)):
             equal = max(1, round(budget / sum(sizes[one] for one in kinds)))
             rows.append(Row((title, str(equal)), ({"targets": ",".join(kinds), "rank": equal},)))
-        claims.append(Claim(f"Nothing is lost without {kind}", rows[-1].title, rows[0].title, equal=True))
+        claims.append(Claim(f"All but {kind} equal all nine", rows[-1].title, rows[0].title, equal=True))
     caption = f"Kinds of layer at {budget:,} trainable parameters"
     return Table("ablation", caption, ("targets", "r"), tuple(rows), tuple(claims))
 

@@ -189,7 +189,8 @@ def test_a_mention_that_the_model_gives_up_is_withdrawn(written, wanted, kept, t
 def test_who_gives_up_one_mention_after_another_comes_to_an_end(text, seed, tokenizer, task):
     """No mention is opened again where one was withdrawn, also where the bracket may be the source's own."""
     constraint = Constraint(tokenizer, task, [text], [9 * len(text.encode())])
-    opening = [token for spelling, tokens in constraint.tokens.items() for token in tokens if spelling.strip() == b"["]
+    begin = constraint.tags[0][0][:1]
+    opening = [token for spelling, tokens in constraint.tokens.items() for token in tokens if spelling.strip() == begin]
     states, output = [constraint.start(0)], []
     for _ in range(20_000):
         moves = constraint.moves(states[-1])

@@ -39,8 +39,8 @@ METHODS = {
     "dora": {"method": "lora", "targets": "all", "rank": 16, "dora": True},
     "partial": {"method": "partial", "targets": "q,v", "rank": 0},
     "full": {"method": "full", "targets": "all", "rank": 0},
-    **{f"lora on {kind} alone": {"method": "lora", "targets": kind, "rank": 16} for kind in KINDS},
 }
+ALONE = {f"lora on {kind} alone": {"method": "lora", "targets": kind, "rank": 16} for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Case:
 SHORT = (
     Case(), Case(recompute=1), Case(lengths="even"), Case(recompute=1, lengths="very uneven"), Case("dora", "bf16"),
     Case("full", "bf16", 1), Case(shape="grouped"), Case(shape="wide", recompute=2), Case("dropout", "fp32"),
-    *(Case(f"lora on {kind} alone") for kind in KINDS),
+    *map(Case, ALONE),
 )  # fmt: skip
 ALL = (
     *product(METHODS, ("fp16", "fp32"), (0, 1), LENGTHS, ("deep",)),
@@ -81,8 +81,8 @@ def planned(case: Case) -> Plan:
 
 def trainee(case: Case) -> Llama:
     """On the meta device; weights in the dtype that `build_model` gives them."""
-    dtype = DTYPES[case.precision] if METHODS[case.method]["method"] == "lora" else torch.float32
-    return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **METHODS[case.method])
+    dtype = DTYPES[case.precision] if (METHODS | ALONE)[case.method]["method"] == "lora" else torch.float32
+    return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **(METHODS | ALONE)[case.method])
 
 
 def filled(case: Case) -> Llama:
