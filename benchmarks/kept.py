@@ -45,7 +45,7 @@ class Kept:
         known: dict[str, object] = {}
         by_runs, again = (_read(place, known) for place in (folder, folder.with_name("again")))
         kept = Kept(by_runs, again)
-        return Kept(by_runs, again, *best_rates(TRIALS, kept.results))
+        return Kept(by_runs, again, *best_rates(TRIALS, lambda row, split: kept.results(row, split)[:1]))
 
     @property
     def beside_again(self) -> "Kept":
@@ -53,7 +53,7 @@ class Kept:
         return replace(self, by_runs=self.by_runs | self.again)
 
     def by_seed(self, row: Row, split: str) -> dict[int, dict]:
-        """What is known about a row with each seed."""
+        """What is known about a row with each seed, the lowest first."""
         known = {}
         for seed in range(10):
             wanted = runs(row, seed, self.rates, None, self.lr_full)

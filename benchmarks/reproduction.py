@@ -245,7 +245,7 @@ def reading(claim: dict) -> str:
     if exact["verdict"] == "not decided":
         times = findings.to_decide(claim["equal"], *(exact[key] for key in ("difference", "low", "high")))
         certain = exact["low"] > 0 or exact["high"] < 0
-        what = "there is a difference, but whether it exceeds a point is open" if certain else "open"
+        what = "zero is outside the interval, but whether the difference exceeds a point is open" if certain else "open"
         return (
             f"{claim['text']}: {what} ({difference}, {low} to {high}); about {times:.1f} times as many documents would "
             "decide it, if the difference stays what it is."

@@ -130,6 +130,6 @@ def test_a_verdict_is_read_in_words(module):
     )
     apart = claim("A equals B", "not decided") | {"equal": True}
     apart["by"]["exact"]["low"] = 0.002
-    assert "there is a difference, but whether it exceeds a point is open (+1.2, +0.2" in module["reading"](apart)
+    assert "whether the difference exceeds a point is open (+1.2, +0.2" in module["reading"](apart)
     with pytest.raises(SystemExit, match="READINGS has no words for 'B beats A', which does not hold"):
         module["reading"](claim("B beats A", "does not hold"))
