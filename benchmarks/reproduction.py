@@ -75,14 +75,6 @@ WORDS = {
     "kinds of layer": "q, k, v, o (attention), gate, up, down (MLP), embed (input embedding), head (output)",
     "A less B": "the F1 of the claim's first system less that of its second, in points",
 } | {word: RESULT_WORDS[word] for word in ("first occurrence", "string set", "exact copies")}
-PICTURE = [  # of the system that was scored on the test split: to be made again when it is another
-    "`eval.py --run RUN --data data/sample --split test --html FILE` shows its errors, here in the sample's invented "
-    "text, since BC5CDR's belongs to others; it was trained on none of it:",
-    "",
-    "![predictions beside gold, the errors alone](results/predictions.png)",
-    "",
-]
-
 _TRIED = [(str(rank), those) for rank, those in RATES.items()] + [("full", RATES_FULL)]
 _METHODS = "\n".join(
     f"llamalora tables methods --lr {lr:g} --lr-full {full:g} $BUDGET" for lr, full in RATES_METHODS.items()
@@ -383,7 +375,7 @@ def best(kept: Kept) -> list[str]:
             f"label, as published (BLURB, arXiv 2007.15779): {encoders}.",
             "",
         ]
-    return [*parts, *mistakes(chosen), *PICTURE]
+    return [*parts, *mistakes(chosen), *picture(chosen)]
 
 
 def _recipes(kept: Kept) -> list[dict]:
@@ -441,6 +433,18 @@ def _flags(run: Mapping) -> str:
             flags.append(flag(name) if value is True else f"{flag(name)} {value:g}" if isinstance(value, float)
                          else f"{flag(name)} {value}")  # fmt: skip
     return f"`{' '.join(flags)}`"
+
+
+def picture(result: dict) -> list[str]:
+    """Of that system's answers; made by hand (a browser's picture of the page), again when another is the one shown."""
+    flags = "--data data/sample --split test" + " --constrain" * result.get("constrained", False)
+    return [
+        f"`eval.py --run RUN {flags} --html FILE` shows its errors, here in the sample's invented text, since BC5CDR's "
+        "belongs to others; it was trained on none of it:",
+        "",
+        "![predictions beside gold, the errors alone](results/predictions.png)",
+        "",
+    ]
 
 
 # ---- how ----
