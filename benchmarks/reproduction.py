@@ -365,7 +365,7 @@ def best(kept: Kept) -> list[str]:
         )
         which = "The first of them"
         if runs_of(chosen) != runs_of(tried[0]):
-            which = f"The best of those whose model is there still, {_flags(chosen['runs'][0])}"
+            which = f"The models of those above it were not kept: {_flags(chosen['runs'][0])}"
         if chosen.get("constrained"):
             which += f", with `--constrain` ({report.percent(chosen['micro']['f1'])} on the development split)"
         parts += [
