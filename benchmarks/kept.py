@@ -15,7 +15,6 @@ from llamalora.runs.settings import Settings
 BUDGET = {"epochs": 1, "batch_sentences": 10}  # of every table
 RATES = {2: (2e-3, 4e-3, 8e-3, 1.6e-2), 8: (1e-3, 2e-3, 4e-3, 8e-3), 128: (5e-4, 1e-3, 2e-3)}  # tried, of LoRA by rank
 RATES_FULL = (1e-4, 2e-4, 4e-4)
-RATES_METHODS = {1e-3: 1e-4, 2e-3: 2e-4, 4e-3: 4e-4}  # tried of each method: of LoRA's kind -> of full fine-tuning
 TRIALS = recipe(RATES, RATES_FULL)
 
 
@@ -83,8 +82,7 @@ class Kept:
         for row in table.rows:
             (run,) = row.runs
             trials = {}
-            full = run.get("method", "lora") != "lora"
-            for lr in {*RATES_METHODS.values(), *RATES_FULL} if full else {*RATES_METHODS, *RATES[8]}:
+            for lr in RATES[8] if run.get("method", "lora") == "lora" else RATES_FULL:
                 if result := self.by_seed(Row(row.title, ({**run, "lr": lr},)), table.split).get(0):
                     trials[lr] = result["micro"]["f1"]
             tried[row.name] = trials

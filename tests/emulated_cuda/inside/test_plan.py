@@ -81,8 +81,9 @@ def planned(case: Case) -> Plan:
 
 def trainee(case: Case) -> Llama:
     """On the meta device; weights in the dtype that `build_model` gives them."""
-    dtype = DTYPES[case.precision] if (METHODS | ALONE)[case.method]["method"] == "lora" else torch.float32
-    return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **(METHODS | ALONE)[case.method])
+    learning = (METHODS | ALONE)[case.method]
+    dtype = DTYPES[case.precision] if learning["method"] == "lora" else torch.float32
+    return make_trainable(skeleton(SHAPES[case.shape]).to(dtype), **learning)
 
 
 def filled(case: Case) -> Llama:
