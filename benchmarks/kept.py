@@ -71,6 +71,22 @@ class Kept:
         results = {title: [found[seed] for seed in sorted(seeds & found.keys())] for title, found in known.items()}
         return findings.summarise(table, results)
 
+    def recipes(self) -> list[dict]:
+        """The results of all recipes with one model for both labels, on the development split, the best first."""
+        tried = [
+            result
+            for (_, split), result in self.by_runs.items()
+            if split == "dev" and [(run["labels"], run["seed"]) for run in result["runs"]] == [("all", 0)]
+        ]
+        return sorted(tried, key=lambda result: -result["micro"]["f1"])
+
+    def scored(self, result: Mapping) -> list[tuple[dict, dict]]:
+        """A result on the development split with the one on the test split, if there is one; both as the system was
+        chosen, free or with constrained answers."""
+        key = runs_of(result)
+        pairs = ([self.by_runs.get((key, split + how)) for split in ("dev", "test")] for how in (", constrained", ""))
+        return [(dev, test) for dev, test in pairs if dev and test]
+
     def begun(self, table: Table) -> Table:
         """A table without the rows that have not been run."""
         return replace(table, rows=tuple(row for row in table.rows if self.by_seed(row, table.split)))

@@ -10,66 +10,22 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from kept import BUDGET, RATES, RATES_FULL, TRIALS, Kept, runs_of
+from conclusions import PAPER, beyond, conclusion, of_kinds
+from kept import BUDGET, RATES, RATES_FULL, TRIALS, Kept
+from recipes import best, flags
 
-from llamalora.cli import flag
 from llamalora.evaluation.result import WORDS as RESULT_WORDS
-from llamalora.lora.kinds import KINDS
 from llamalora.model.config import LlamaConfig
-from llamalora.paper import figures, findings, report
-from llamalora.paper.cells import deciding
+from llamalora.paper import figures, report
 from llamalora.paper.experiments import Table, ablation, methods, table1, table2, table3, table4
-from llamalora.paper.printed import RANKS, TABLE4
-from llamalora.paper.runner import rate
+from llamalora.paper.printed import RANKS
 from llamalora.runs.settings import Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results"
 LABELS, SHOTS = ("Disease", "Chemical"), 2
-PAPER = ("1", "2", "3", "4")  # the paper's own tables
 BEYOND = ("ablation", "methods")  # what it leaves open
 RATES_METHODS = {1e-3: 1e-4, 2e-3: 2e-4, 4e-3: 4e-4}  # tried of each method: of LoRA's kind -> of full fine-tuning
-SHOWN = 8  # of the best recipes
-ENCODERS = {  # F1 on the test split, of Gu et al. 2021
-    "BioBERT-base": {"Chemical": 92.9, "Disease": 84.7},
-    "PubMedBERT-base": {"Chemical": 93.3, "Disease": 85.6},
-}
-READINGS = {  # of each claim: verdict -> what it says to a reader; {size}, {difference}, {low} and {high} are points
-    "The prompt does not matter once the model is fine-tuned": {
-        "holds": "Leave instruction and demonstrations out: they change the score by {difference} ({low} to {high}), "
-        "and every sentence costs several times as many tokens.",
-        "does not hold": "Instruction and demonstrations do matter here, by {size} ({low} to {high}). The model is "
-        "small, and has seen each sentence once; that may be why.",
-    },
-    "Tagging beats extraction (all labels at once)": {
-        "holds": "Let the model copy the sentence and mark the mentions: that beats a list of them by {size} points "
-        "with one model for all labels.",
-    },
-    "Tagging beats extraction (one model per label)": {"holds": "With one model for each label it is {size}."},
-    "One model for all labels is as good as one per label": {
-        "holds": "One model for all labels is as good as one for each ({low} to {high}), at half the cost.",
-    },
-    "q,k,v,o at r=2 beats q alone at r=128": {
-        "holds": "Where the updates are matters more than their rank: rank 2 on queries, keys, values and outputs "
-        "beats rank 128 on queries alone by {size}.",
-    },
-    "All kinds at r=2 beat q alone at r=128": {
-        "holds": "All nine kinds of layer at rank 2 beat queries alone at rank 128 by {size}."
-    },
-    "All kinds at r=2 beat q,k,v,o at r=128": {
-        "holds": "All nine kinds at rank 2 beat attention's four even at rank 128, by {size}.",
-        "does not hold": "But attention's four kinds at rank 128 are {size} better than all nine at rank 2. The "
-        "paper's model is fifty times larger, so that its rank 2 has many times as many values; that may be why.",
-    },
-    "With all kinds the rank does not matter (r=128 against 2)": {
-        "holds": "With all kinds the rank does not matter ({low} to {high}).",
-        "does not hold": "With all kinds the rank matters here: 128 is {size} better than 2 ({low} to {high}), each "
-        "with the learning rate that is the best for it.",
-    },
-    "LoRA on all kinds equals full fine-tuning": {
-        "holds": "LoRA on all kinds at rank 128 is as good as full fine-tuning on the test split ({low} to {high}).",
-    },
-}
 
 WORDS = {
     "r": "the rank of LoRA's updates",
@@ -95,14 +51,8 @@ def main() -> None:
     kept = Kept.read(RESULTS / "cells")
     found = summaries(kept)
     (DOCS / "reproduction.md").write_text(document(kept, found), encoding="utf-8")
-    begun = [table for table in defined(kept) if _begun(found[table.name])]
-    figures.save({"tables": found, "curves": kept.curves(begun)}, RESULTS)
+    figures.save({"tables": found, "curves": kept.curves(defined(kept))}, RESULTS)
     print(f"written: {DOCS / 'reproduction.md'}")
-
-
-def _begun(table: dict) -> bool:
-    """Whether there is anything to compare."""
-    return sum("f1" in row for row in table["rows"]) > 1
 
 
 def defined(kept: Kept) -> list[Table]:
@@ -199,9 +149,7 @@ def repeated(kept: Kept) -> list[str]:
                 f"{result['micro']['f1'] * 100:.1f} ({seed}, {_machine(result)})"
                 for seed, result in sorted(group, key=lambda pair: pair[0])
             )
-            lines.append(f"| {_flags(group[0][1]['runs'][0])} | {runs} |")
-    if not lines:
-        return []
+            lines.append(f"| {flags(group[0][1]['runs'][0])} | {runs} |")
     deviation = statistics.mean(variances) ** 0.5
     return [
         "Intervals are over documents, and leave out what training again changes. Where that was tried, with another "
@@ -212,75 +160,6 @@ def repeated(kept: Kept) -> list[str]:
         "| flags | F1 (seed, machine) |",
         "| --- | --- |",
         *lines,
-        "",
-    ]
-
-
-def conclusion(found: Mapping[str, dict]) -> list[str]:
-    """What a reader should take from the verdicts, a paragraph a table, in the words of READINGS.
-
-    Raises:
-        SystemExit: a verdict has come out for which READINGS has no words.
-    """
-    parts = ["## What to conclude", ""]
-    for name in PAPER:
-        sentences = [reading(claim) for claim in found[name]["claims"] if "difference" in claim["by"]["exact"]]
-        if sentences:
-            parts += [f"**{found[name]['caption']}.** {' '.join(sentences)}", ""]
-    return parts
-
-
-def reading(claim: dict) -> str:
-    exact = claim["by"]["exact"]
-    low, high = (f"{100 * exact[end]:+.1f}" for end in ("low", "high"))
-    difference = f"{100 * exact['difference']:+.1f}"
-    if exact["verdict"] == "not decided":
-        times = findings.to_decide(claim["equal"], *(exact[key] for key in ("difference", "low", "high")))
-        certain = exact["low"] > 0 or exact["high"] < 0
-        what = "zero is outside the interval, but whether the difference exceeds a point is open" if certain else "open"
-        return (
-            f"{claim['text']}: {what} ({difference}, {low} to {high}); about {times:.1f} times as many documents would "
-            "decide it, if the difference stays what it is."
-        )
-    try:
-        words = READINGS[claim["text"]][exact["verdict"]]
-    except KeyError:
-        raise SystemExit(f"READINGS has no words for {claim['text']!r}, which {exact['verdict']}: write them") from None
-    return words.format(size=difference.strip("+-"), difference=difference, low=low, high=high)
-
-
-# ---- beyond the paper's tables ----
-
-
-def of_kinds(kept: Kept, table: dict) -> list[str]:
-    """What the ablation says in a paragraph."""
-    if not _begun(table):
-        return []
-    rates: dict[bool, set[str]] = {}
-    for title, rank in (row["title"] for row in table["rows"]):
-        rates.setdefault(title.endswith(" alone"), set()).add(f"{rate(int(rank), kept.rates, None):g}")
-    f1 = {row["title"][0]: row["f1"] for row in table["rows"]}
-    alone = sorted((value, title.removesuffix(" alone")) for title, value in f1.items() if title.endswith(" alone"))
-    (least, worst), (most, strongest) = alone[0], alone[-1]
-    by_verdict: dict[str, list[str]] = {}
-    for claim in table["claims"]:
-        by_verdict.setdefault(claim["by"]["exact"]["verdict"], []).append(claim["a"][0].removeprefix("all but "))
-    words = {
-        "holds": "All but one of these are as good as all nine, within a point: {}.",
-        "does not hold": "All but one of these differ from all nine by more than a point: {}.",
-        "not decided": "Whether all but one of these are as good is open: {}.",
-    }
-    missing = [title for kind in KINDS for title in (f"{kind} alone", f"all but {kind}") if title not in f1]
-    not_run = f" Not run: {', '.join(missing)}." if missing else ""
-    return [
-        f"With as many parameters as all nine have together, which reach {report.percent(f1['all nine'])}, a kind "
-        f"alone reaches {report.percent(least)} ({worst}) to {report.percent(most)} ({strongest}). "
-        + " ".join(words[verdict].format(", ".join(by_verdict[verdict])) for verdict in words if verdict in by_verdict)
-        + not_run,
-        "",
-        f"A kind alone was trained with the learning rate {', '.join(sorted(rates[True]))}, all else with "
-        f"{', '.join(sorted(rates[False]))}: the best of the nearest rank with all nine kinds, not chosen for the row. "
-        "Some of what separates the kinds may be that.",
         "",
     ]
 
@@ -300,152 +179,6 @@ def of_methods(kept: Kept) -> list[str]:
         *_by_rate({name: {lr: 100 * f1 for lr, f1 in those.items()} for name, those in tried.items()}),
         "",
     ]
-
-
-def beyond(kept: Kept) -> list[str]:
-    """What to conclude about what the paper leaves open: how long, and with what method."""
-    searched = {"epochs", "lr", "dropout", "batch_sentences", "eval_every", "precision"}
-    by_length: dict[str, dict[int, float]] = {}
-    for result in _recipes(kept):
-        run = result["runs"][0]
-        rest = deciding(Settings(**run)).keys() - searched
-        if rest <= {"rank"} or run["method"] == "full":
-            name = "full fine-tuning" if run["method"] == "full" else f"rank {run['rank']}"
-            by_length.setdefault(name, {}).setdefault(run["epochs"], result["micro"]["f1"])
-    longer = [
-        f"{name} from {report.percent(those[1])} to {report.percent(max(those.values()))}"
-        for name, those in by_length.items()
-        if 1 in those and len(those) > 1
-    ]
-    sentences = []
-    if longer:
-        sentences.append(f"More epochs, at lower rates, take {', '.join(longer)} (the best of each length).")
-    tried = kept.beside_again.at_own_rates(methods())[1]
-    ours = tried.pop("LoRA")
-    at_ours = [those[lr] for those in tried.values() if (lr := max(ours, key=ours.__getitem__)) in those]
-    own = [max(those.values()) for those in tried.values() if those]
-    if at_ours and own:
-        sentences.append(
-            "How LoRA's relatives compare depends on the learning rate: at LoRA's they score "
-            f"{report.percent(min(at_ours))} to {report.percent(max(at_ours))}, at their own "
-            f"{report.percent(min(own))} to {report.percent(max(own))}, LoRA {report.percent(max(ours.values()))}."
-        )
-    return [f"**Beyond the paper.** {' '.join(sentences)}", ""] if sentences else []
-
-
-def best(kept: Kept) -> list[str]:
-    """The search for the best recipe: all that was tried with one model for both labels, the best ones shown."""
-    tried = _recipes(kept)
-    chosen, test = next((pair for result in tried for pair in scored(kept, result)), (tried[0], None))
-    lines = ["| flags | F1 | 95 % interval | trainable |", "| --- | ---: | ---: | ---: |"]
-    for result in tried[:SHOWN]:
-        low, high = (report.percent(result["interval"][end]) for end in ("low", "high"))
-        lines.append(
-            f"| {_flags(result['runs'][0])} | {report.percent(result['micro']['f1'])} | {low} – {high} | "
-            f"{result['trainable']:,} |"
-        )
-    parts = [
-        "## The best that this model can do",
-        "",
-        f"{len(tried)} recipes with one model for both labels were tried, and scored on the whole development split. "
-        f"The best {min(SHOWN, len(tried))}, each as `llamalora train --model weights/smollm2-135m --data data/bc5cdr` "
-        "makes it with these flags:",
-        "",
-        *lines,
-        "",
-    ]
-    if test:
-        low, high = (report.percent(test["interval"][end]) for end in ("low", "high"))
-        own = ", ".join(f"{label} {report.percent(counts['f1'])}" for label, counts in test["types"].items())
-        cited = "; ".join(f"{system} with {model} {f1}" for system, model, f1 in TABLE4)
-        encoders = "; ".join(
-            f"{name} {', '.join(f'{label} {f1}' for label, f1 in scores.items())}" for name, scores in ENCODERS.items()
-        )
-        which = "The first of them"
-        if runs_of(chosen) != runs_of(tried[0]):
-            which = f"The models of those above it were not kept: {_flags(chosen['runs'][0])}"
-        if chosen.get("constrained"):
-            which += f", with `--constrain` ({report.percent(chosen['micro']['f1'])} on the development split)"
-        parts += [
-            f"{which}, was scored once on the test split: "
-            f"**{report.percent(test['micro']['f1'])}** ({low} – {high}; {own}). The paper's Table 4 has {cited}. "
-            "Encoders of 110 million parameters that were pretrained on biomedical text and label tokens, a model per "
-            f"label, as published (BLURB, arXiv 2007.15779): {encoders}.",
-            "",
-        ]
-    return [*parts, *mistakes(chosen), *picture(chosen)]
-
-
-def _recipes(kept: Kept) -> list[dict]:
-    """The results of all recipes with one model for both labels, on the development split, the best first."""
-    tried = [
-        result
-        for (_, split), result in kept.by_runs.items()
-        if split == "dev" and [(run["labels"], run["seed"]) for run in result["runs"]] == [("all", 0)]
-    ]
-    return sorted(tried, key=lambda result: -result["micro"]["f1"])
-
-
-def scored(kept: Kept, result: dict) -> list[tuple[dict, dict]]:
-    """A result on the development split with the one on the test split, if there is one; both as the system was chosen,
-    free or with constrained answers."""
-    key = runs_of(result)
-    pairs = ([kept.by_runs.get((key, split + how)) for split in ("dev", "test")] for how in (", constrained", ""))
-    return [(dev, test) for dev, test in pairs if dev and test]
-
-
-def mistakes(result: dict) -> list[str]:
-    """What kinds of mention a system misses, on the development split."""
-    errors = result["errors"]
-    kinds = {"both": errors["kinds"]["all"], **errors["kinds"]["types"]}
-    columns = ("correct", "boundary", "type", "boundary_and_type", "missing", "spurious")
-    lines = ["| label | mentions | " + " | ".join(columns).replace("_", " ") + " |", "| --- " + "| ---: " * 7 + "|"]
-    for label, counts in kinds.items():
-        lines.append(
-            f"| {label} | {counts['support']:,} | " + " | ".join(f"{counts[kind]:,}" for kind in columns) + " |"
-        )
-    seen = {name: 100 * errors["seen"][name]["recall"] for name in ("seen", "unseen")}
-    by_words = ""
-    if words := errors.get("words"):
-        shares = ", ".join(f"{name}: {100 * row['correct'] / row['gold']:.0f} %" for name, row in words.items())
-        by_words = f" By the number of words in a mention it finds: {shares}."
-    return [
-        "### What it gets wrong",
-        "",
-        _flags(result["runs"][0]) + " with `--constrain`" * result.get("constrained", False) + ", on the development "
-        "split:",
-        "",
-        *lines,
-        "",
-        f"It finds {seen['seen']:.0f} % of the mentions that a training sentence has, letter by letter, and "
-        f"{seen['unseen']:.0f} % of the others.{by_words}",
-        "",
-    ]
-
-
-def _flags(run: Mapping) -> str:
-    """The settings of a run that decide its result, as flags of `train`."""
-    flags = []
-    for name, value in deciding(Settings(**run)).items():
-        if name not in ("precision", "seed"):
-            flags.append(flag(name) if value is True else f"{flag(name)} {value:g}" if isinstance(value, float)
-                         else f"{flag(name)} {value}")  # fmt: skip
-    return f"`{' '.join(flags)}`"
-
-
-def picture(result: dict) -> list[str]:
-    """Of that system's answers; made by hand (a browser's picture of the page), again when another is the one shown."""
-    flags = "--data data/sample --split test" + " --constrain" * result.get("constrained", False)
-    return [
-        f"`eval.py --run RUN {flags} --html FILE` shows its errors, here in the sample's invented text, since BC5CDR's "
-        "belongs to others; it was trained on none of it:",
-        "",
-        "![predictions beside gold, the errors alone](results/predictions.png)",
-        "",
-    ]
-
-
-# ---- how ----
 
 
 def how_it_was_run(kept: Kept) -> list[str]:
