@@ -182,7 +182,8 @@ def _difference_rows(result: dict) -> list[tuple[str, ...]]:
     for name, row in [*result["types"].items(), ("micro", result["micro"])]:
         low, high = (f"{100 * row[end]:+.2f}" for end in ("low", "high"))
         scores = (f"{100 * row[system]['f1']:.2f}" for system in ("a", "b"))
-        rows.append((name, *scores, f"{100 * row['difference']:+.2f}", f"{low} to {high}"))
+        interval = "none: one document" if (row["low"], row["high"]) == (-1, 1) else f"{low} to {high}"
+        rows.append((name, *scores, f"{100 * row['difference']:+.2f}", interval))
     return rows
 
 

@@ -110,7 +110,7 @@ def _documents(records: Iterable[tuple[str, object]], reading: Reading) -> Itera
     locations is read from the first to the last. Offsets count characters, or bytes or UTF-16 units where only these
     fit the texts of a document's mentions.
     """
-    seen: set[str] = set()
+    seen: dict[str, Document] = {}
     for where, record in records:
         try:
             document = _document(where, record, reading)
@@ -118,10 +118,8 @@ def _documents(records: Iterable[tuple[str, object]], reading: Reading) -> Itera
             id = record.get("id") if isinstance(record, dict) else None
             reading.faults.append(f"{where}: document {id}: no BioC ({type(error).__name__}: {error})")
             continue
-        if document.id in seen:
-            reading.faults.append(f"{where}: a second document {document.id}; ids must be unique in a file")
-        seen.add(document.id)
-        yield document
+        if reading.is_new(where, document, seen):
+            yield document
 
 
 def _document(where: str, record, reading: Reading) -> Document:
@@ -185,8 +183,11 @@ def _mention(
 ) -> Span | None:
     locations = _locations(item)
     place = f"{where}: annotation {item.get('id')} of {document.id}"
-    if not locations or not pieces:
-        reading.faults.append(f"{place}: {'its document has no text' if locations else 'it has no location'}")
+    if not locations:  # as NLM-Chem's concepts of a whole article
+        reading.notes["annotations without a location, which mark no text, left out"] += 1
+        return None
+    if not pieces:
+        reading.faults.append(f"{place}: its document has no text")
         return None
     parts = []
     for start, end in locations:

@@ -1,5 +1,6 @@
 """brat standoff: a folder of texts (`.txt`) with annotations beside them (`.ann`, or `.a1` and `.a2`)."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,21 @@ _OTHERS = {
 
 def is_brat(folder: Path) -> bool:
     """Whether a folder has annotations in it, or in its folders."""
-    return folder.is_dir() and any(path.suffix in _ENDINGS for path in folder.rglob("*"))
+    return folder.is_dir() and any(path.suffix in _ENDINGS for path in _files(folder))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its folders.
+
+    Raises:
+        CorpusError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names)
 
 
 def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document] = ()) -> Iterator[Document]:
@@ -34,7 +49,7 @@ def brat_documents(folder: Path, reading: Reading, reference: Sequence[Document]
     Raises:
         CorpusError: there is no text, or one that cannot be read or is not UTF-8.
     """
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files(folder)):
         if path.suffix in _ENDINGS and not path.name.startswith(".") and not path.with_suffix(".txt").is_file():
             reading.faults.append(
                 f"{path}: there is no {path.with_suffix('.txt').name} beside it, whose text it is about"
@@ -66,7 +81,7 @@ def brat_texts(folder: Path, reading: Reading) -> Iterator[Document]:
 
 def _texts(folder: Path) -> Iterator[tuple[Path, str, str]]:
     """File, id and text of each document."""
-    paths = sorted(path for path in folder.rglob("*.txt") if not path.name.startswith("."))
+    paths = sorted(path for path in _files(folder) if path.suffix == ".txt" and not path.name.startswith("."))
     if not paths:
         raise CorpusError(f"{folder}: no text in it; a folder of brat's has a .txt file for each document")
     for path in paths:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from .documents import CorpusError, Document, Reading, Span
 from .format import Format
-from .tagged import laid_out, mentions_of, tagged, tags_of
+from .tagged import UNNAMED, laid_out, mentions_of, named, tagged, tags_of
 
 ENDINGS = ("conll", "tsv", "conllu", "iob", "iob2", "bio", "bioes", "bmes", "txt")
 CONLL_NAME = re.compile(rf"\.({'|'.join(ENDINGS)})(\.gz)?$", re.IGNORECASE)
@@ -56,6 +56,7 @@ def conll_documents(
     _skip_numbers(sentences, reading)
     if _skip_names(sentences, reading):
         _skip_numbers(sentences, reading)
+    _name_tags(sentences, reading)
     layers = _layers([row for sentence in sentences for row in sentence], name, reading)
     stem = CONLL_NAME.sub("", Path(name).name)
     ids = [document.id for document in reference] or [f"{stem}-{index + 1}" for index in range(len(groups))]
@@ -147,6 +148,16 @@ def _skip_names(sentences: Sequence[list[_Row]], reading: Reading) -> bool:
         row.columns = row.columns[1:]
         reading.notes["lines whose first column, the same in all of a sentence, was skipped"] += 1
     return bool(named)
+
+
+def _name_tags(sentences: Sequence[list[_Row]], reading: Reading) -> None:
+    """Gives tags without a label theirs (see `named`)."""
+    for sentence in (rows for rows in sentences if all(len(row.columns) > 1 for row in rows)):
+        cells = [row.columns[-1] for row in sentence]
+        if (tags := named(cells)) is not cells:
+            reading.notes[UNNAMED] += 1
+            for row, tag in zip(sentence, tags, strict=True):
+                row.columns[-1] = tag
 
 
 def _counts_up(sentence: Sequence[_Row]) -> bool:

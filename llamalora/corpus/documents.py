@@ -4,8 +4,10 @@ Offsets count Unicode code points from 0; ends are exclusive.
 """
 
 import re
+import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -37,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a document: the unit of a prompt. `spans` are relative to it and never overlap."""
+    """One sentence of a document: the unit of a prompt. `spans` are relative to it, sorted, perhaps nested."""
 
     document: str  # id of the document
     start: int  # offset of the sentence in it: document offset = start + sentence offset
@@ -79,6 +81,24 @@ class Reading:
             more = len(faults) - self.MOST
             raise CorpusError("\n  ".join(faults[: self.MOST] + [f"and {more} more faults"] * (more > 0)))
 
+    def is_new(self, where: str, document: Document, seen: dict[str, Document]) -> bool:
+        """Whether a document is the first of its id. A second one is left out if it is the same, as some corpora have,
+        and else a fault.
+
+        Args:
+            where: its `file:line`.
+            seen: those before it by id; takes this one.
+        """
+        first = seen.setdefault(document.id, document)
+        if first is document:
+            return True
+        if first == document:
+            self.notes["documents that stand twice, read once"] += 1
+        else:
+            what = f"a second document {document.id}, with another text or other mentions"
+            self.faults.append(f"{where}: {what}; ids must be unique in a file")
+        return False
+
     def mention(
         self,
         where: str,
@@ -95,8 +115,8 @@ class Reading:
             where: its `file:line`.
             document: gives its id and text; its mentions do not matter.
             start, end, label: as they stand in the file.
-            written: the text of the mention, if the file says it. It may differ from that of the document in case,
-                spaces or quotes: the offsets count, and curators write as they like.
+            written: the text of the mention, if the file says it. It may be spelt otherwise than in the document
+                (`_alike`): the offsets count, and curators write as they like.
             unit: what offsets count characters of, if that needs saying.
         """
         fault = None
@@ -116,13 +136,13 @@ class Reading:
                 "empty; count characters, not bytes"
             )
         stands = text[first:last]
-        if not fault and written is not None and _core(stands) != _core(written):
+        if not fault and written is not None and not _alike(stands, written):
             fault = f"at {start} to {end} stands {stands!r}, not {written!r}; count characters, not bytes{unit}"
         if fault:
             self.faults.append(f"{where}: {fault}")
             return None
         if written is not None and stands.strip() != written.strip():
-            self.notes["mentions whose text has other case, spaces or quotes, taken by their offsets"] += 1
+            self.notes["mentions whose text is spelt otherwise than their document's, taken by their offsets"] += 1
         return self.trimmed(text, Span(first, last, re.sub(r"[\t\r\n]+", " ", str(label)).strip()))
 
     def joined(self, text: str, parts: Sequence[tuple[int, int]], written: str | None) -> tuple[int, int, str | None]:
@@ -139,7 +159,7 @@ class Reading:
             between = "".join(text[end:start] for (_, end), (start, _) in pairwise(parts))
             apart = "read as one, from the first part to the last" if between.strip() else "joined across whitespace"
             self.notes[f"mentions in several parts, {apart}"] += 1
-            if written is not None and _core("".join(text[start:end] for start, end in parts)) == _core(written):
+            if written is not None and _alike("".join(text[start:end] for start, end in parts), written):
                 written = None
         return parts[0][0], max(end for _, end in parts), written
 
@@ -155,8 +175,26 @@ class Reading:
         return Span(start, end, span.label)
 
 
+_GREEK = {letter: unicodedata.name(letter).split()[-1].lower() for letter in map(chr, range(ord("α"), ord("ω") + 1))}
+_GREEK["λ"] = "lambda"  # LAMDA to Unicode
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two spellings differ in nothing but case, spaces, quotes, accents, the width of letters, dashes within
+    them, and Greek letters that one of them spells in Latin ones (`α` as `alpha` or `a`)."""
+    one, other = _core(one), _core(other)
+    return one == other or any(re.fullmatch(_spelt(a), b) for a, b in ((one, other), (other, one)))
+
+
 def _core(text: str) -> str:
-    return re.sub(r"[\s\"'`´‘’‚‛“”„‟′″«»]+", "", text).casefold()
+    text = unicodedata.normalize("NFKD", text.replace("ß", "β")).casefold()
+    text = re.sub(r"[\s\"'`´‘’‚‛“”„‟′″«»\u0300-\u036f]+", "", text)
+    return re.sub(r"(?<=\w)[-\u2010-\u2015\u2212](?=\w)", "", text)
+
+
+def _spelt(core: str) -> str:
+    """A pattern of a text in which each Greek letter stands as it is, by its name, or as one Latin letter."""
+    return "".join(f"(?:{letter}|{_GREEK[letter]}|[a-z])" if letter in _GREEK else re.escape(letter) for letter in core)
 
 
 def told(notes: Mapping[str, int]) -> list[str]:
@@ -166,8 +204,11 @@ def told(notes: Mapping[str, int]) -> list[str]:
 
 # ---- sentences and counts ----
 
-# The second guard keeps "St. Thomas" whole: without it two mentions of BC5CDR would be cut.
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bSt\.)\s+(?=[A-Z0-9(\[])")
+# The second guard keeps "St. Thomas" whole: without it two mentions of BC5CDR would be cut. Chinese and Japanese have
+# no space behind a sentence.
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?؟।])(?<!\bSt\.)\s+(?=[0-9(\[“„«‘¿¡]|(?P<first>[^\W\d_]))|(?<=[。！？])\s*(?=[^\s」』）”])"
+)
 _WORD = re.compile(r"\S+")
 
 
@@ -178,7 +219,8 @@ def sentence_bounds(text: str) -> tuple[tuple[int, int], ...]:
     """
     found = []
     for first, last in _paragraphs(text):
-        breaks = [match.span() for match in _SENTENCE_END.finditer(text, first, last)]
+        ends_here = _SENTENCE_END.finditer(text, first, last)
+        breaks = [match.span() for match in ends_here if not (match["first"] or "").islower()]
         starts = [last - len(text[first:last].lstrip()), *(end for _, end in breaks)]
         ends = [*(start for start, _ in breaks), first + len(text[first:last].rstrip())]
         found += [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
@@ -203,15 +245,16 @@ def _paragraphs(text: str) -> list[tuple[int, int]]:
 def sentences_of(document: Document) -> list[Sentence]:
     """The document's sentences with their mentions.
 
-    Of overlapping mentions the longest stays; a mention that crosses a sentence end is in no sentence
-    (`corpus_statistics` counts both). A line end in a sentence is a space in it: a prompt is one line.
+    A mention that crosses a sentence end is in no sentence (`corpus_statistics` counts them). A line end in a sentence
+    is a space in it: a prompt is one line.
     """
     result = []
+    starts = [span.start for span in document.spans]
     for start, end in document.sentences:
-        inside = [span for span in document.spans if start <= span.start and span.end <= end]
-        spans = [Span(span.start - start, span.end - start, span.label) for span in outermost(inside)]
+        begun = document.spans[bisect_left(starts, start) : bisect_left(starts, end)]
+        spans = tuple(Span(span.start - start, span.end - start, span.label) for span in begun if span.end <= end)
         text = re.sub(r"[\r\n]", " ", document.text[start:end])
-        result.append(Sentence(document.id, start, text, tuple(spans)))
+        result.append(Sentence(document.id, start, text, spans))
     return result
 
 
@@ -220,13 +263,16 @@ def all_sentences(documents: Iterable[Document]) -> list[Sentence]:
     return [sentence for document in documents for sentence in sentences_of(document)]
 
 
-def outermost(spans: Iterable[Span]) -> list[Span]:
-    """The spans in order of their start, without those that overlap a longer one."""
+def outermost(spans: Iterable[Span], labels: Container[str] | None = None) -> list[Span]:
+    """The spans of these labels (of all, if None) in order of their start, without those that overlap a longer one."""
+    asked = [span for span in spans if labels is None or span.label in labels]
     kept: list[Span] = []
-    for span in sorted(spans, key=lambda span: (span.start - span.end, span)):
-        if all(span.end <= other.start or other.end <= span.start for other in kept):
-            kept.append(span)
-    return sorted(kept)
+    for span in sorted(asked, key=lambda span: (span.start - span.end, span)):
+        place = bisect_right(kept, span)
+        free = place == 0 or kept[place - 1].end <= span.start
+        if free and (place == len(kept) or span.end <= kept[place].start):
+            kept.insert(place, span)
+    return kept
 
 
 def label_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -242,24 +288,23 @@ def labels_of(documents: Iterable[Document]) -> tuple[str, ...]:
 
 
 def corpus_statistics(documents: Sequence[Document]) -> dict:
-    """Counts of a corpus: `mentions` is Table 5; lengths are in characters.
-
-    `cut_by_sentence_end` and `overlapping` are the mentions that `sentences_of` leaves out: those that cross a
-    sentence end, and those that overlap a longer one.
-    """
+    """Counts of a corpus: `mentions` is Table 5; lengths are in characters; `unanswerable` with all labels."""
     mentions = Counter(span.label for document in documents for span in document.spans)
     lengths = [end - start for document in documents for start, end in document.sentences] or [0]
-    inside = kept = 0
-    for document in documents:
-        inside += sum(
-            any(start <= span.start and span.end <= end for start, end in document.sentences) for span in document.spans
-        )
-        kept += sum(len(sentence.spans) for sentence in sentences_of(document))
     return {
         "documents": len(documents),
         "sentences": sum(len(document.sentences) for document in documents),
         "mentions": {label: mentions[label] for label in label_order(mentions)},
         "characters_per_sentence": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
-        "cut_by_sentence_end": mentions.total() - inside,
-        "overlapping": inside - kept,
+        **unanswerable(documents, mentions),
     }
+
+
+def unanswerable(documents: Sequence[Document], labels: Container[str]) -> dict[str, int]:
+    """How many mentions of these labels no answer can hold: those that cross a sentence end (`cut_by_sentence_end`),
+    and those that overlap a longer one of these labels (`overlapping`)."""
+    asked = sum(span.label in labels for document in documents for span in document.spans)
+    sentences = all_sentences(documents)
+    inside = sum(span.label in labels for sentence in sentences for span in sentence.spans)
+    kept = sum(len(outermost(sentence.spans, labels)) for sentence in sentences)
+    return {"cut_by_sentence_end": asked - inside, "overlapping": inside - kept}

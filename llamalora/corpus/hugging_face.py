@@ -11,7 +11,7 @@ from typing import TextIO
 from .documents import CorpusError, Document, Reading, Span
 from .format import Format
 from .json_lines import json_head, json_records
-from .tagged import laid_out, mentions_of, tagged, tags_of
+from .tagged import UNNAMED, laid_out, mentions_of, named, tagged, tags_of
 
 _TAGS = ("ner_tags", "tags", "labels", "label")
 # Where the names of tags may stand that are numbers: beside the file.
@@ -75,10 +75,13 @@ def _sentence(where: str, record: object, names: "_TagNames", reading: Reading) 
         reading.faults.append(f"{where}: {len(tokens)} tokens and {len(tags)} {field}; each token has one tag")
         return None
     try:
-        cells = [names.of(tag, field or "") for tag in tags]
+        given = [names.of(tag, field or "") for tag in tags]
     except CorpusError as error:
         reading.faults.append(f"{where}: {error}")
         return None
+    cells = named(given)
+    if cells is not given:
+        reading.notes[UNNAMED] += 1
     if wrong := [cell for cell in cells if not tags_of(cell)]:
         reading.faults.append(f"{where}: {wrong[0]!r} is no tag; a tag is like O or B-Disease")
         return None

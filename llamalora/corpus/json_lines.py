@@ -7,14 +7,16 @@ from itertools import chain, islice
 
 from .documents import Reading
 
+BEGINS_JSON = re.compile(r'\s*[{[]\s*(["{[\]}]|$)')  # and not as a title in brackets does
+
 
 def json_head(lines: Iterable[str]) -> str:
-    """The beginning of a file, if it is JSON: one line if that is a value, else up to fifty."""
+    """The beginning of a file, if it is JSON: one line if that may be a value, else up to fifty."""
     lines = iter(lines)
     first = next((line for line in lines if line.strip()), "").strip()
-    if first in ("{", "[", "[{"):
-        return "\n".join([first, *islice(lines, 50)])
-    return first if first[:1] in ("{", "[") and first[-1] in "}],{[" else ""
+    if not BEGINS_JSON.match(first):
+        return ""
+    return first if first[-1] in "}]" else "\n".join([first, *islice(lines, 50)])
 
 
 def json_records(lines: Iterable[tuple[str, str]], name: str, reading: Reading) -> Iterator[tuple[str, object]]:
@@ -32,7 +34,7 @@ def json_records(lines: Iterable[tuple[str, str]], name: str, reading: Reading) 
     if array or broken and first.lstrip()[:1] in ("[", "{"):
         rest = list(lines)
         value = _value("\n".join([first, *(line for _, line in rest)]))
-        if isinstance(value, ValueError) and first.strip() not in ("[", "{") and not array:
+        if isinstance(value, ValueError) and first.rstrip()[-1] in "}]" and not array:
             lines = iter(rest)  # a first line that is broken
         elif isinstance(value, ValueError):
             reading.faults.append(f"{name}: no JSON ({value})")

@@ -33,11 +33,13 @@ class Record:
     """Lines of a PubTator file that stand together and belong to one document.
 
     Attributes:
+        where: the `file:line` of its first line.
         text: title and abstract; None where mention lines stand without them.
         mentions: the columns of each mention line, with its `file:line`.
     """
 
     id: str
+    where: str
     text: str | None
     mentions: list[tuple[str, list[str]]] = field(default_factory=list)
 
@@ -52,8 +54,8 @@ def pubtator_records(
 
     Args:
         lines: each with its `file:line`.
-        reading: takes notes, and what is wrong: a line that is none of these, an abstract without its title, a second
-            document of one id, mentions without a text.
+        reading: takes notes, and what is wrong: a line that is none of these, an abstract without its title, mentions
+            without a text.
         known: ids of documents whose mentions may stand without a text.
     """
     seen: set[str] = set()
@@ -68,12 +70,10 @@ def pubtator_records(
                 reading.notes["tabs in texts, read as spaces"] += tabs
                 content = content.replace("\t", " ")
             if part == "t":
-                if id in seen:
-                    reading.faults.append(f"{where}: a second document {id}; ids must be unique in a file")
                 if record:
                     yield record
                 seen.add(id)
-                record, awaits_abstract = Record(id, content), True
+                record, awaits_abstract = Record(id, where, content), True
             elif record and awaits_abstract and record.id == id:
                 record.text, awaits_abstract = f"{record.text} {content}" if content else record.text, False
             else:
@@ -91,7 +91,7 @@ def pubtator_records(
         if record is None or record.id != columns[0]:
             if record:
                 yield record
-            record = Record(columns[0], None)
+            record = Record(columns[0], where, None)
             if record.id not in seen and record.id not in known:
                 lacking = "is not among the gold documents" if known else "has no title line before this one"
                 reading.faults.append(f"{where}: a mention of document {record.id}, which {lacking}")
@@ -107,15 +107,35 @@ def pubtator_documents(
     known = {document.id: document.text for document in reference}
     texts: dict[str, str] = {}
     spans: dict[str, set[Span]] = {}
+    seen: dict[str, int] = {}
     for record in pubtator_records(lines, reading, known):
+        _note_second(record, seen, reading)
         text = record.text if record.text is not None else texts.get(record.id, known.get(record.id))
         if text is None:
             continue  # which is a fault
-        texts[record.id] = text
+        text = texts.setdefault(record.id, text)
         document = Document(record.id, text, (), ())
         found = (_mention(where, columns, document, reading) for where, columns in record.mentions)
         spans.setdefault(record.id, set()).update(filter(None, found))
     return [Document(id, text, tuple(sorted(spans[id])), sentence_bounds(text)) for id, text in texts.items()]
+
+
+def _note_second(record: Record, seen: dict[str, int], reading: Reading) -> bool:
+    """Notes a document that stands there once more, and whether it does; one of another text is a fault.
+
+    Args:
+        seen: hashes of the texts before it, by id; takes this one.
+    """
+    again = record.text is not None and record.id in seen
+    if again and seen[record.id] != hash(record.text):
+        reading.faults.append(
+            f"{record.where}: a second document {record.id}, with another text; ids must be unique in a file"
+        )
+    elif again:
+        reading.notes["documents that stand twice, read once"] += 1
+    elif record.text is not None:
+        seen[record.id] = hash(record.text)
+    return again
 
 
 def _mention(where: str, columns: list[str], document: Document, reading: Reading) -> Span | None:
@@ -127,8 +147,9 @@ def _mention(where: str, columns: list[str], document: Document, reading: Readin
 
 def pubtator_texts(lines: Iterable[tuple[str, str]], name: str, reading: Reading) -> Iterator[Document]:
     """The documents as they come, without their mentions."""
+    seen: dict[str, int] = {}
     for record in pubtator_records(lines, reading):
-        if record.text is not None:
+        if not _note_second(record, seen, reading) and record.text is not None:
             yield Document(record.id, record.text, (), sentence_bounds(record.text))
 
 

@@ -20,6 +20,7 @@ from .conll import CONLL, CONLL_NAME
 from .documents import CorpusError, Document, Documents, Reading, sentence_bounds, told
 from .format import Format
 from .hugging_face import TOKENS
+from .json_lines import BEGINS_JSON
 from .lines import decoded_lines, read_lines
 from .pubtator import PUBTATOR
 from .spans import SPANS
@@ -111,6 +112,7 @@ def stream_documents(path: str, notes: Counter[str], form: Format | None = None)
     if known is None and CONLL_NAME.search(path) and not re.search(r"\.txt(\.gz)?$", path, re.IGNORECASE):
         known = CONLL
     if known is None:
+        lines = _running_text(lines, name)
         for number, (_, line) in enumerate(lines, start=1):
             if line.strip():
                 yield Document(str(number), line, (), sentence_bounds(line))
@@ -120,6 +122,20 @@ def stream_documents(path: str, notes: Counter[str], form: Format | None = None)
         if known is CONLL:
             notes["documents read as CoNLL (a token and its tag a line)"] += 1
         yield document
+
+
+def _running_text(lines: Iterator[tuple[str, str]], name: str) -> Iterator[tuple[str, str]]:
+    """The lines, which are of no format that is known.
+
+    Raises:
+        CorpusError: they are JSON or XML, by the file's name or their beginning, and so no text to read line by line.
+    """
+    ahead, lines = tee(lines)
+    first = next((line for _, line in ahead if line.strip()), "")
+    by_name = re.search(r"\.(json|jsonl|ndjson|xml|bioc)(\.gz)?$", name, re.IGNORECASE)
+    if by_name or BEGINS_JSON.match(first) or re.match(r"\s*<(\?xml|!DOCTYPE)", first):
+        raise CorpusError(f"{name}: JSON or XML of no known format; write its texts as lines, or as PubTator or BioC")
+    return lines
 
 
 def _checked(documents: Iterable[Document], reading: Reading) -> Iterator[Document]:

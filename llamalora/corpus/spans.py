@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -39,7 +40,7 @@ def span_documents(
         reading: takes notes, and what is wrong with single lines.
     """
     stem = re.sub(r"\.(jsonl|ndjson|json)(\.gz)?$", "", Path(name).name, flags=re.IGNORECASE)
-    seen: set[str] = set()
+    seen: dict[str, Document] = {}
     for number, (where, record) in enumerate(json_records(lines, name, reading), start=1):
         if isinstance(record, list) and len(record) == 2 and isinstance(record[1], dict):
             record = {**record[1], "text": record[0]}
@@ -55,12 +56,11 @@ def span_documents(
         if id is None:
             id = reference[number - 1].id if number <= len(reference) else f"{stem}-{number}"
         id = str(id)
-        if id in seen:
-            reading.faults.append(f"{where}: a second document {id}; ids must be unique in a file")
-        seen.add(id)
         document = Document(id, text, (), sentence_bounds(text))
         spans = {_mention(where, item, document, reading) for item in _items(record, reading)}
-        yield Document(id, text, tuple(sorted(filter(None, spans))), document.sentences)
+        document = replace(document, spans=tuple(sorted(filter(None, spans))))
+        if reading.is_new(where, document, seen):
+            yield document
 
 
 def _items(record: dict, reading: Reading) -> list:

@@ -10,12 +10,19 @@ from .documents import Document, outermost
 
 TAG = r"(?:O|[BIESLUM]-[^\t]+)"  # of IOB1, IOB2, BIOES, BILOU and BMES
 _BETWEEN_TAGS = re.compile(r"[|;,/+&#]")
+UNNAMED = "sentences whose tags B and I have no label, read as `entity`"  # a note, see `named`
 Bounds = tuple[int, int]
 
 # Chinese and Japanese write no spaces: each of their characters is a token. An accent that stands alone (U+0300 and
 # those that follow) belongs to its letter.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _TOKEN = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[\w\u0300-\u036f])+|[^\w\s\ufeff]")
+
+
+def named(cells: Sequence[str]) -> Sequence[str]:
+    """Tags B and I without a label, as BioBERT's files have them, with the label `entity`; others as they are."""
+    bare = {"B", "I"}.intersection(cells) and {"B", "I", "O"}.issuperset(cells)
+    return [cell if cell == "O" else f"{cell}-entity" for cell in cells] if bare else cells
 
 
 @lru_cache(maxsize=10_000)

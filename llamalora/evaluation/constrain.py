@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..corpus.documents import Sentence
+from ..corpus.documents import Sentence, outermost
 from ..task.definition import Task
 from ..task.tagging import tag_places, word_part
 from ..task.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class Constraint:
         self.tags = [tuple(tag.encode() for tag in task.tags(label)) for label in task.labels]
         parts, self.touching = set(), False
         for sentence in known:
-            spans = [span for span in sentence.spans if span.label in task.labels]
+            spans = outermost(sentence.spans, task.labels)
             parts |= {word_part(sentence.text, span.start, span.end) for span in spans}
             self.touching |= any(span.end == after.start for span, after in pairwise(spans))
         parts = {part for part in parts if part[1] or part[2]}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..corpus.documents import Sentence
+from ..corpus.documents import Sentence, outermost
 from ..task.definition import Task
 from ..task.tagging import inside_word
 from ..task.tokenizer import TextStream, Tokenizer
@@ -201,11 +201,10 @@ class Habits:
 
     def learn(self, sentence: Sentence) -> None:
         at = 0
-        for span in sentence.spans:
-            if span.label in self.prior:
-                self.passed(sentence.text, at, span.start)
-                self.tagged(sentence.text, span.start, span.end, span.label)
-                at = span.end
+        for span in outermost(sentence.spans, self.prior):
+            self.passed(sentence.text, at, span.start)
+            self.tagged(sentence.text, span.start, span.end, span.label)
+            at = span.end
         self.passed(sentence.text, at, len(sentence.text))
 
     def tagged(self, source: str, start: int, end: int, label: str) -> None:

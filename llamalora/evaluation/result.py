@@ -58,7 +58,7 @@ def assess(
     """
     gold = gold_keys(documents, labels)
     placed, exact = placed_keys(answers), predicted_keys(answers)
-    first, strings, gold_strings = exact - placed, Keys(), Keys()
+    first, strings, gold_strings, inside = exact - placed, Keys(), Keys(), Keys()
     for item in answers:
         sentence, parsed = item.sentence, item.parsed
         here, text = (sentence.document, sentence.start), sentence.text
@@ -68,6 +68,8 @@ def assess(
         gold_strings |= {
             (*here, text[span.start : span.end], span.label) for span in sentence.spans if span.label in labels
         }
+        inside |= {_key(sentence, span) for span in sentence.spans}
+    gold_strings |= gold - inside  # cut by a sentence end: missed by every answer
     unscored = Counter(s.label for d in documents for s in d.spans if s.label not in labels)
     texts = {document.id: document.text for document in documents}
     ids = [document.id for document in documents]
@@ -224,7 +226,9 @@ def format_report(result: dict) -> str:
     table = format_table(result)
     lines = [
         f"95 % interval of micro F1 (bootstrap over {result['documents']} documents): "
-        f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}",
+        f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}"
+        if result["documents"] > 1
+        else "no interval of micro F1, which is drawn over documents: there is one",
         f"other conventions: first occurrence {100 * secondary['first_occurrence']['micro']['f1']:.2f}, "
         f"string set {100 * secondary['string_set']['micro']['f1']:.2f}",
         *([format_summary(result["errors"])] if "errors" in result else []),  # runs of earlier versions have none

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from ..corpus.documents import Span
 from .definition import Parsed, Task, enumerated
 
+_LETTER = r"[\w\u0300-\u036f]"  # an accent that stands alone belongs to its letter
+
 
 def instruction(task: Task) -> str:
     """What the model is to do."""
@@ -34,23 +36,26 @@ def parse(task: Task, text: str, output: str, truncated: bool = False) -> Parsed
         separators = list(re.finditer(r"[,;]\s", output))
         output = output[: separators[-1].start()] if separators else ""
     if task.per_label:
-        outside, lists = "", [(task.labels[0], output)]
+        outside, lists = "", [(task.labels[0], 0, len(output))]
     else:
         meaning = {name: label for label, name in task.names.items()}
-        heads = "|".join(map(re.escape, meaning))
-        outside, *pieces = re.split(rf"(?:^|;)\s*({heads}):(?=\s|$)", output.strip())
-        lists = [(meaning[name], items) for name, items in zip(pieces[::2], pieces[1::2], strict=True)]
-    written = [(label, string) for label, items in lists for string in _items(text, items)]
+        names = "|".join(map(re.escape, meaning))
+        heads = list(re.finditer(rf"(?:^|;)\s*({names}):(?=\s|$)", output))
+        ends = [*(head.start() for head in heads), len(output)]
+        outside = output[: ends[0]]
+        lists = [(meaning[head[1]], head.end(), end) for head, end in zip(heads, ends[1:], strict=True)]
+    places: dict[tuple[str, str], tuple[int, int]] = {}  # in the output, of each string where it first stands
+    written = []
+    for label, position, end in lists:
+        for string in _items(text, output[position:end]):
+            start = output.index(string, position)
+            position = start + len(string)
+            written.append((label, string))
+            places.setdefault((label, " ".join(string.split())), (start, position))
     entities = tuple(dict.fromkeys(written))
     missing = tuple((label, string) for label, string in entities if not _occurrences(text, string))
     unbalanced = bool(outside.strip())
     spans = locate(text, entities)
-    places: dict[tuple[str, str], tuple[int, int]] = {}
-    position = 0
-    for label, string in written:
-        start = output.index(string, position)
-        position = start + len(string)
-        places.setdefault((label, " ".join(string.split())), (start, position))
     where = tuple(places[span.label, " ".join(text[span.start : span.end].split())] for span in spans)
     return Parsed(
         spans, where, entities, missing, not missing, unbalanced, truncated, 0, locate(text, entities, first_only=True)
@@ -91,8 +96,8 @@ def _occurrences(text: str, string: str) -> list[tuple[int, int]]:
     if not words or not all(word in text for word in words):  # spares a wrong string the regex
         return []
     body = r"\s+".join(map(re.escape, words))
-    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
-    after = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, words[0]) else ""
+    after = rf"(?!{_LETTER})" if re.search(rf"{_LETTER}$", words[-1]) else ""
     for pattern in (before + body + after, body):
         if found := [match.span() for match in re.finditer(pattern, text)]:
             return found

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 
-from ..corpus.documents import Sentence, Span
+from ..corpus.documents import Sentence, Span, outermost
 from .definition import Task, enumerated
 from .formats import format_of
 
@@ -22,9 +22,9 @@ def render_prompt(task: Task, text: str) -> str:
 def render_answer(task: Task, text: str, spans: Iterable[Span]) -> str:
     """The right answer for a sentence, without the space that follows `Answer:` (formats of Table 6).
 
-    Spans of other labels are ignored; the others must not overlap.
+    Spans of other labels are ignored; of those that overlap the longest is answered.
     """
-    return format_of(task).render(task, text, sorted(span for span in spans if span.label in task.labels))
+    return format_of(task).render(task, text, outermost(spans, task.labels))
 
 
 def draw_demonstrations(task: Task, sentences: Sequence[Sentence], k: int, seed: int) -> tuple[tuple[str, str], ...]:

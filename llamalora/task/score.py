@@ -56,12 +56,16 @@ def fractions(tp: float, fp: float, fn: float) -> dict:
 def bootstrap(counts: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict:
     """Micro F1 with its percentile interval, `{f1, low, high}`, over resampled documents.
 
+    One document says nothing about others: its interval is all that F1 can be.
+
     Args:
         counts: of each document, from `document_counts`.
         samples: how often the documents are drawn anew, with replacement.
         level: the share of resampled scores inside the interval.
     """
-    low, high = _interval(_f1(_resamples(len(counts), samples, seed) @ counts), level)
+    low, high = 0.0, 1.0
+    if len(counts) > 1:
+        low, high = _interval(_f1(_resamples(len(counts), samples, seed) @ counts), level)
     return {"f1": float(_f1(counts.sum(0))), "low": low, "high": high}
 
 
@@ -71,8 +75,10 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 1000, seed: in
     Arguments as of `bootstrap`, of A and B about the same documents.
     """
     assert len(a) == len(b), "counts of the same documents"
-    weights = _resamples(len(a), samples, seed)
-    low, high = _interval(_f1(weights @ a) - _f1(weights @ b), level)
+    low, high = -1.0, 1.0
+    if len(a) > 1:
+        weights = _resamples(len(a), samples, seed)
+        low, high = _interval(_f1(weights @ a) - _f1(weights @ b), level)
     return {"difference": float(_f1(a.sum(0)) - _f1(b.sum(0))), "low": low, "high": high}
 
 

@@ -141,6 +141,7 @@ class JsonTokenizer(Tokenizer):
                 self._backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
+        self._backend.encode_special_tokens = True  # what a text spells like one is text
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocabulary = self._backend.get_vocab(with_added_tokens=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..corpus.documents import told
+from ..corpus.documents import Documents, told, unanswerable
 from ..distributed.world import World
 from ..files import naming, replace_file
 from ..lora.inject import count_parameters
@@ -17,6 +17,7 @@ from ..model.llama import Llama
 from ..model.precision import DTYPES
 from ..progress import Bar
 from ..runs.setup import choose_compiled
+from ..task.definition import Task
 from ..text_table import wrapped
 from .batch import Example
 from .job import Job
@@ -50,7 +51,7 @@ def announce(job: Job, model: Llama, world: World) -> None:
         f"training   {trained}: {counts['trainable']:,} parameters ({share:.2f} %)\n"
         f"data       {settings.data} ({why['data']}), "
         + ", ".join(f"{len(documents)} {name} documents" for name, documents in job.splits.items())
-        + "".join(f"\n           {name}: {note}" for name, those in job.splits.items() for note in told(those.notes))
+        + "".join(f"\n           {name}: {note}" for name, those in job.splits.items() for note in _notes(those, task))
         + f"\nexamples   {len(examples)} sentences, {sum(map(len, examples)):,} tokens"
         + (f", {job.skipped} skipped as longer than the context" if job.skipped else "")
         + f"\ntask       {settings.format} of {', '.join(task.labels)}"
@@ -64,6 +65,16 @@ def announce(job: Job, model: Llama, world: World) -> None:
         + f"output     {settings.out}\n"
     )
     world.say(wrapped(said, indent=11))
+
+
+def _notes(documents: Documents, task: Task) -> list[str]:
+    """What of a split is not used as it stands in its file."""
+    out = unanswerable(documents, task.labels)
+    no_answer = {
+        "mentions that overlap a longer one, in no answer": out["overlapping"],
+        "mentions cut by a sentence end, in no answer": out["cut_by_sentence_end"],
+    }
+    return told(documents.notes | {what: count for what, count in no_answer.items() if count})
 
 
 class StepLog:

@@ -114,11 +114,17 @@ def test_a_format_is_read_from_standard_input(run, tmp_path, monkeypatch):
         (["corpus"], "corpus: a corpus folder; give one split of it: .*train.tsv"),
         (["--from", "hf", "in"], "in:1: no tokens"),
         (["absent"], "absent: no such file"),
+        (["odd.jsonl"], "odd.jsonl: JSON or XML of no known format"),
+        (["odd"], "odd: JSON or XML of no known format"),
+        (["odd.xml"], "odd.xml: JSON or XML of no known format"),
     ],
 )
 def test_refusals(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given("jsonl", tmp_path / "in")
+    (tmp_path / "odd.jsonl").write_text('{"pmid": 1, "abstract": "It slept."}\n')
+    (tmp_path / "odd").write_text('{"pmid": 1,\n"abstract": "It slept."}\n')
+    (tmp_path / "odd.xml").write_text("<PubmedArticleSet>\n</PubmedArticleSet>\n")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/train.tsv").write_text("Flu\tB-D\n")
     with pytest.raises(InputError, match=message):

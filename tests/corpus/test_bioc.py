@@ -166,7 +166,6 @@ def test_passages_at_odd_places_are_moved(tmp_path, offset):
     "change, message",
     [
         ({"infons": {}}, "annotation 1 of 7: the mention 'Zorbamycin' has no label"),
-        ({"locations": []}, "annotation 1 of 7: it has no location"),
         ({"locations": [{"offset": 3, "length": 4}]}, "at 3 to 7 stands 'bamy', not 'Zorbamycin'"),
         ({"locations": [{"offset": 0, "length": 400}]}, "lie outside the text of 7"),
         ({"locations": [{"offset": 0}]}, "document 7: no BioC .KeyError: 'length'"),
@@ -230,3 +229,20 @@ def test_no_document(tmp_path):
     (tmp_path / "x.json").write_text('{"documents": []}')
     with pytest.raises(CorpusError, match="x.json: holds no document"):
         read_documents(tmp_path / "x.json")
+
+
+def test_an_annotation_without_a_location_marks_no_text(tmp_path):
+    """NLM-Chem's concepts of a whole article stand among its mentions."""
+    value = document()
+    value["passages"][0]["annotations"].append({"id": "MIC2", "infons": {"type": "Index"}, "text": "", "locations": []})
+    (read,) = documents = read_documents(write(tmp_path / "x.json", value))
+    assert strings(read) == FOUND
+    assert documents.notes == NOTES | {"annotations without a location, which mark no text, left out": 1}
+
+
+def test_a_collection_with_its_keys_on_lines_of_their_own(tmp_path):
+    value = {"source": "PubTator", "date": "", "documents": [document()]}
+    text = json.dumps(value, indent=1).replace("{\n ", "{", 1)
+    assert text.startswith('{"source": "PubTator",\n')
+    (read,) = read_documents(write(tmp_path / "x.json", text))
+    assert strings(read) == FOUND

@@ -1,6 +1,8 @@
 """brat's folders: what another reader finds in them, mentions in parts, and what is not read."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -194,3 +196,17 @@ def test_labels_of_several_words(tmp_path):
     write_brat([Document("1", "flu", (Span(0, 3, "Infectious disease"),), ((0, 3),))], tmp_path, lost)
     assert read_documents(tmp_path)[0].spans == (Span(0, 3, "Infectious_disease"),)
     assert lost == {"mentions in whose label a space became _": 1}
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    (folder / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CorpusError, match="locked: cannot be read .Permission denied.; check its permissions"):
+        read_documents(folder)

@@ -13,8 +13,10 @@ from llamalora.corpus.documents import (
     Span,
     corpus_statistics,
     labels_of,
+    outermost,
     sentence_bounds,
     sentences_of,
+    unanswerable,
 )
 from llamalora.corpus.pubtator import write_pubtator
 from llamalora.corpus.read import find_splits, read_documents, stream_documents
@@ -69,7 +71,7 @@ NOTE = {
     "tab": "tabs in texts, read as spaces",
     "relations": "relations not read",
     "concepts": "concept ids of mentions not read",
-    "written": "mentions whose text has other case, spaces or quotes, taken by their offsets",
+    "written": "mentions whose text is spelt otherwise than their document's, taken by their offsets",
 }
 
 
@@ -199,7 +201,7 @@ def test_a_stream_refuses_what_the_reader_refuses(tmp_path):
     """Two documents of one id gave mentions of one to the other."""
     path = write(tmp_path / "x.txt", "\n7|t|A fever that lasts.\n7|a|\n\n7|t|Rash.\n7|a|\n")
     for read in (read_documents, streamed):
-        with pytest.raises(CorpusError, match=":5: a second document 7; ids must be unique"):
+        with pytest.raises(CorpusError, match=":5: a second document 7, with another text; ids must be unique"):
             read(path)
 
 
@@ -294,7 +296,7 @@ def test_conll_documents(tmp_path):
         (2, "fever O\n\tO\n", "no token in the first column"),
         (1, "fever Disease\n", "'Disease' is no tag"),
         (3, "fever O\n\nnausea B-\n", "'B-' is no tag"),
-        (1, "fever B\n", "'B' is no tag"),
+        (2, "nausea O\nfever B\nrash B-Disease\n", "'B' is no tag"),
     ],
 )
 def test_conll_errors(tmp_path, line, text, message):
@@ -451,7 +453,7 @@ def test_sentences_cover_the_text():
     assert sentence_bounds(" \n") == ()
 
 
-def test_sentence_spans_are_relative_and_outermost():
+def test_sentence_spans_are_relative_and_answers_have_the_outermost():
     text = "Acute renal failure came. Then nausea. Vomiting too."
     spans = [
         Span(0, 19, "Disease"),
@@ -462,8 +464,11 @@ def test_sentence_spans_are_relative_and_outermost():
     ]
     document = Document("1", text, tuple(sorted(spans)), sentence_bounds(text))
     first, second, third = sentences_of(document)
-    assert first.spans == (Span(0, 19, "Disease"),) and third.spans == ()
+    assert first.spans == tuple(spans[:3]) and third.spans == ()
     assert [text[second.start :][span.start : span.end] for span in second.spans] == ["nausea"]
+    assert outermost(first.spans) == outermost(first.spans, {"Disease"}) == spans[:1]
+    assert outermost(first.spans, {"Organ"}) == spans[1:2]
+    assert unanswerable([document], {"Organ"}) == {"cut_by_sentence_end": 0, "overlapping": 0}
     counts = corpus_statistics([document])
     assert (counts["overlapping"], counts["cut_by_sentence_end"]) == (2, 1)
     assert counts["mentions"] == {"Disease": 4, "Organ": 1}

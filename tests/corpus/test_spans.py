@@ -123,7 +123,7 @@ def test_predictions_without_ids_take_those_of_the_gold(tmp_path):
         (line(label=[[0, 5]]), r"\[0, 5\] is no mention"),
         (line(ents=[{"start": 0, "label": "X"}]), "'None' is not a whole number"),
         (line(ents=[{"start": 0, "end": 5, "label": "X", "text": "zorbas"}]), "stands 'Zorba', not 'zorbas'"),
-        (line(id="x-1"), "a second document x-1"),
+        (line(id="x-1", label=LISTS), "a second document x-1, with another text or other mentions"),
         ('{"txt": "a"}\n', "no text"),
         ('{"text": 3}\n', "no text"),
         ("3\n", "no text"),
@@ -175,3 +175,19 @@ def test_written_and_read(tmp_path):
     with (tmp_path / "train.jsonl").open("w", encoding="utf-8") as file:
         write_spans(documents, file, Counter())
     assert read_documents(find_splits(tmp_path)["train"]) == documents
+
+
+def test_a_document_that_stands_twice_is_read_once(tmp_path):
+    """As 8528200 of NCBI's corpus of diseases does."""
+    documents = read_documents(write(tmp_path / "x.jsonl", 2 * line(id="a", label=LISTS) + line(id="b")))
+    assert [document.id for document in documents] == ["a", "b"] and documents[0].spans == SPANS
+    assert documents.notes["documents that stand twice, read once"] == 1
+
+
+@pytest.mark.parametrize(
+    "head", ['{ "id": "a",\n "text"', '{"meta": "",\n\n"id": "a", "text"', '[ {"id": "a",\n  "text"']
+)
+def test_json_over_several_lines(tmp_path, head):
+    text = f'{head}: "It slept."\n}}' + "]" * head.startswith("[")
+    (document,) = read_documents(write(tmp_path / "x.json", text))
+    assert (document.id, document.text) == ("a", "It slept.")

@@ -219,3 +219,11 @@ def test_sentences_of_a_document_find_each_other(tmp_path):
     documents = read_documents(write(tmp_path / "x.jsonl", text))
     assert [(document.id, len(document.sentences)) for document in documents] == [("7", 2), ("8", 1)]
     assert written(write_tokens, documents) == (text, {})
+
+
+def test_numbers_of_tags_without_a_label(tmp_path):
+    """As the data sets linnaeus and species_800 have them."""
+    write(tmp_path / "labels.txt", "O\nB\nI\n")
+    record = {"tokens": ["Acute", "fever", "came"], "ner_tags": [1, 2, 0]}
+    (document,) = documents = read_documents(write(tmp_path / "train.json", json_lines([record])))
+    assert document.spans == (Span(0, 11, "entity"),) and len(documents.notes) == 1

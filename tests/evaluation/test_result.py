@@ -102,3 +102,30 @@ def test_each_extracted_string_is_placed_once_under_the_other_convention():
         result = assess([document], [answer], ("Disease",))
         counts[form] = [result["by_document"][name]["1"] for name in ("exact", "first_occurrence")]
     assert counts == {"extraction": [[2, 0, 0], [1, 0, 1]], "tagging": [[2, 0, 0], [2, 0, 0]]}
+
+
+def nested() -> Document:
+    text = "Activation of the human IL-1 promoter. Cut. Here."
+    spans = (Span(18, 37, "DNA"), Span(24, 28, "protein"), Span(24, 37, "DNA"), Span(39, 49, "DNA"))
+    return Document("1", text, spans, ((0, 38), (39, 43), (44, 49)))
+
+
+def test_a_mention_within_one_of_another_label_is_answered_where_that_is_not_asked():
+    """A mention lost to another label's was in no answer, and counted as missed."""
+    task = Task("tagging", ("protein",), per_label=True)
+    result = assess([nested()], list(gold_answers([nested()], task)), task.labels)
+    assert result["micro"]["tp"] == 1 and result["micro"]["f1"] == result["secondary"]["string_set"]["micro"]["f1"] == 1
+
+
+def test_all_conventions_have_the_same_gold():
+    task = Task("tagging", ("DNA", "protein"), per_label=False)
+    result = assess([nested()], list(gold_answers([nested()], task)), task.labels)
+    for scores in (result, *result["secondary"].values()):
+        assert (scores["micro"]["tp"], scores["micro"]["fn"]) == (1, 3)
+
+
+def test_one_document_has_no_interval():
+    task = Task("tagging", ("DNA",), per_label=True)
+    result = assess([nested()], list(gold_answers([nested()], task)), task.labels)
+    assert (result["interval"]["low"], result["interval"]["high"]) == (0, 1)
+    assert "no interval of micro F1" in format_report(result) and "95 %" not in format_report(result)

@@ -363,6 +363,7 @@ def test_tags_that_the_source_holds_are_text(task, text, output, expected):
         (LIST_ONE, "painful, painless", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),  # inside words
         (LIST_ONE, "(pain) -pain- pain2", "pain", [("pain", "Disease"), ("pain", "Disease")], ()),
         (LIST_ONE, "chest\n pain", "chest pain", [("chest\n pain", "Disease")], ()),
+        (LIST_ONE, "cafe\u0301 and cafe", "cafe", [("cafe", "Disease")], ()),  # an accent belongs to its letter
         # commas: two mentions, unless a part cannot stand alone
         (LIST_ONE, "no nausea, pain", "nausea, pain", [("nausea", "Disease"), ("pain", "Disease")], ()),
         (LIST_ONE, "mild, and severe pain", "mild, and severe pain", [("mild, and severe pain", "Disease")], ()),
@@ -376,6 +377,13 @@ def test_extraction_policy(task, text, output, expected, missing):
     assert found(parsed, text) == expected
     assert parsed.not_in_source == missing and parsed.exact_copy == (not missing)
     assert not parsed.unbalanced and not parsed.truncated
+
+
+def test_a_short_mention_is_not_where_its_label_is_written():
+    parsed = parse(LIST, "Na and C rose", "Chemical: C, Na; Disease: rose")
+    output = "Chemical: C, Na; Disease: rose"
+    assert [output[start:end] for start, end in parsed.written] == ["Na", "C", "rose"]
+    assert parsed.written[1] == (10, 11)
 
 
 def test_text_outside_the_lists_is_flagged():

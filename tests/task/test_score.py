@@ -131,6 +131,13 @@ def test_paired_bootstrap():
     assert paired_bootstrap(counts(gold), counts(b))["low"] > 0
 
 
+def test_one_document_says_nothing_about_others():
+    counts = np.array([[3, 1, 2]])
+    assert (bootstrap(counts)["low"], bootstrap(counts)["high"]) == (0, 1)
+    paired = paired_bootstrap(counts, counts)
+    assert (paired["difference"], paired["low"], paired["high"]) == (0, -1, 1)
+
+
 def test_documents_must_be_known():
     gold = {("1", 0, 1, "Disease")}
     with pytest.raises(ValueError, match="not among those to draw from: 1"):

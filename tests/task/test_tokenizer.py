@@ -179,6 +179,10 @@ def test_special_tokens_are_not_text(tokenizer):
     ids = tokenizer.encode_continuation(" x")
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == "x"
     assert tokenizer.eos_id not in tokenizer.encode("x y")
+    end = next(piece for piece, token in tokenizer.vocabulary.items() if token == tokenizer.eos_id)
+    text = f"a {end}b{end} c"  # a text may spell it
+    assert tokenizer.eos_id not in (*tokenizer.encode(text), *tokenizer.encode_continuation(f" {text}"))
+    assert tokenizer.decode(tokenizer.encode_continuation(f" {text}")) == text
 
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):

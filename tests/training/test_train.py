@@ -78,6 +78,16 @@ def test_first_lines_say_what_is_used(whole):
     assert shown.endswith("<end>") and "Answer" not in shown
 
 
+def test_first_lines_say_what_no_answer_holds(tmp_path):
+    text = {"text": "Acute fever.", "entities": [[0, 11, "A"], [6, 11, "B"]]}
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text(json.dumps(text) + "\n")
+    for labels, said in (("A,B", True), ("B", False)):
+        given = ("--data", tmp_path, "--labels", labels, "--out", tmp_path / labels, "--max-steps", 1)
+        _, output = finish(start(*given))
+        assert ("train: mentions that overlap a longer one, in no answer: 1" in output) == said
+
+
 def test_metrics_have_a_line_a_step(whole):
     run, _ = whole
     lines = metrics(run)
