@@ -263,7 +263,7 @@ def all_sentences(documents: Iterable[Document]) -> list[Sentence]:
     return [sentence for document in documents for sentence in sentences_of(document)]
 
 
-def outermost(spans: Iterable[Span], labels: Container[str] | None = None) -> list[Span]:
+def outermost(spans: Iterable[Span], labels: Container[object] | None = None) -> list[Span]:
     """The spans of these labels (of all, if None) in order of their start, without those that overlap a longer one."""
     asked = [span for span in spans if labels is None or span.label in labels]
     kept: list[Span] = []
@@ -300,7 +300,7 @@ def corpus_statistics(documents: Sequence[Document]) -> dict:
     }
 
 
-def unanswerable(documents: Sequence[Document], labels: Container[str]) -> dict[str, int]:
+def unanswerable(documents: Sequence[Document], labels: Container[object]) -> dict[str, int]:
     """How many mentions of these labels no answer can hold: those that cross a sentence end (`cut_by_sentence_end`),
     and those that overlap a longer one of these labels (`overlapping`)."""
     asked = sum(span.label in labels for document in documents for span in document.spans)
