@@ -121,29 +121,27 @@ def _or(names: list[str]) -> str:
 def beyond(kept: Kept) -> list[str]:
     """What to conclude about what the paper leaves open: how long, and with what method."""
     searched = {"epochs", "lr", "dropout", "batch_sentences", "eval_every", "precision"}
-    by_length: dict[str, dict[int, float]] = {}
+    by_length: dict[str, dict[int, tuple[float, float]]] = {}  # F1 and dropout of the best of each length
     for result in kept.recipes():
         run = result["runs"][0]
         rest = deciding(Settings(**run)).keys() - searched
         if rest <= {"rank"} or run["method"] == "full":
             name = "full fine-tuning" if run["method"] == "full" else f"rank {run['rank']}"
-            by_length.setdefault(name, {}).setdefault(run["epochs"], result["micro"]["f1"])
-    longer = [
-        f"{name} from {report.percent(those[1])} to {report.percent(max(those.values()))}"
-        for name, those in by_length.items()
-        if 1 in those and len(those) > 1
-    ]
-    sentences = []
-    if longer:
-        sentences.append(f"More epochs, at lower rates, take {', '.join(longer)} (the best of each length).")
+            by_length.setdefault(name, {}).setdefault(run["epochs"], (result["micro"]["f1"], run["dropout"]))
+    longer = []
+    for name, by_epochs in by_length.items():
+        f1, dropout = max(by_epochs.values())
+        if 1 in by_epochs and len(by_epochs) > 1:
+            how = f" (with dropout {dropout:g})" * bool(dropout)
+            longer.append(f"{name} from {report.percent(by_epochs[1][0])} to {report.percent(f1)}{how}")
+    sentences = [f"More epochs, at lower rates, take {', '.join(longer)}: the best of each length."]
     tried = kept.beside_again.at_own_rates(methods())[1]
     ours = tried.pop("LoRA")
     at_ours = [those[lr] for those in tried.values() if (lr := max(ours, key=ours.__getitem__)) in those]
-    own = [max(those.values()) for those in tried.values() if those]
-    if at_ours and own:
-        sentences.append(
-            "How LoRA's relatives compare depends on the learning rate: at LoRA's they score "
-            f"{report.percent(min(at_ours))} to {report.percent(max(at_ours))}, at their own "
-            f"{report.percent(min(own))} to {report.percent(max(own))}, LoRA {report.percent(max(ours.values()))}."
-        )
-    return [f"**Beyond the paper.** {' '.join(sentences)}", ""] if sentences else []
+    own = [max(those.values()) for those in tried.values()]
+    sentences.append(
+        "How LoRA's relatives compare depends on the learning rate: at LoRA's they score "
+        f"{report.percent(min(at_ours))} to {report.percent(max(at_ours))}, at their own "
+        f"{report.percent(min(own))} to {report.percent(max(own))}, LoRA {report.percent(max(ours.values()))}."
+    )
+    return [f"**Beyond the paper.** {' '.join(sentences)}", ""]

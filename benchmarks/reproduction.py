@@ -155,7 +155,7 @@ def repeated(kept: Kept) -> list[str]:
         "Intervals are over documents, and leave out what training again changes. Where that was tried, with another "
         f"seed or on another machine, F1 has a standard deviation of {deviation:.1f} points, about "
         f"{deviation * 2**0.5:.1f} for a difference of two runs. A verdict that rests on one seed, above all one of "
-        "equality, is about those runs.",
+        f"equality, is about those runs. {on_gpus(kept)}",
         "",
         "| flags | F1 (seed, machine) |",
         "| --- | --- |",
@@ -179,6 +179,17 @@ def of_methods(kept: Kept) -> list[str]:
         *_by_rate({name: {lr: 100 * f1 for lr, f1 in those.items()} for name, those in tried.items()}),
         "",
     ]
+
+
+def on_gpus(kept: Kept) -> str:
+    """Which rows of the paper's tables ran on another kind of machine than the others."""
+    said = []
+    for table in defined(kept):
+        for row in table.rows if table.name in PAPER else ():
+            seeds = [str(seed) for seed, result in kept.by_seed(row, table.split).items() if _machine(result) == "GPU"]
+            if seeds:
+                said.append(f"{' / '.join(row.title)} of Table {table.name} (seed {' and '.join(seeds)})")
+    return f"On a GPU ran {'; '.join(said)}; all else of Tables 1 to 4 on CPUs."
 
 
 def how_it_was_run(kept: Kept) -> list[str]:
