@@ -6,6 +6,7 @@ COMMANDS below made them. What they add to RUNS/cells goes on another day where 
 cp runs/tables/cells/*.json docs/results/cells/ && python benchmarks/reproduction.py
 """
 
+import argparse
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -293,4 +294,5 @@ def what_differs(found: Mapping[str, dict]) -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

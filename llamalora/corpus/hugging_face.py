@@ -14,6 +14,7 @@ from .json_lines import json_head, json_records
 from .tagged import UNNAMED, laid_out, mentions_of, named, tagged, tags_of
 
 _TAGS = ("ner_tags", "tags", "labels", "label")
+_MENTIONS = ("entities", "ner", "mentions")  # of SpERT and DyGIE++, by token
 # Where the names of tags may stand that are numbers: beside the file.
 NAMES = (
     "dataset_infos.json", "dataset_info.json", "features.json", "label.json", "labels.json", "labels.txt", "label.txt",
@@ -65,6 +66,10 @@ def _sentence(where: str, record: object, names: "_TagNames", reading: Reading) 
         reading.faults.append(f'{where}: no tokens; each line is like {{"tokens": ["..."], "ner_tags": ["O"]}}')
         return None
     field = next((field for field in _TAGS if isinstance(record.get(field), list)), None)
+    if not field and (other := next((name for name in _MENTIONS if record.get(name)), None)):
+        what = f"mentions in {other!r} by token, which are not read; give each token a tag in ner_tags"
+        reading.faults.append(f"{where}: {what}")
+        return None
     for other, value in record.items():
         if other not in ("id", "document_id", "tokens", field) and value not in (None, "", [], {}):
             reading.notes[f"fields {other!r} not read"] += 1

@@ -48,8 +48,8 @@ def span_documents(
         if not isinstance(record, dict) or not isinstance(text, str):
             reading.faults.append(f'{where}: no text; each line is like {{"text": "...", "entities": [...]}}')
             continue
-        answer = record.get("answer", "accept")
-        if answer != "accept":
+        answer = record.get("answer")
+        if answer not in (None, "accept"):
             reading.notes[f"examples whose answer is {answer}, left out"] += 1
             continue
         id = record.get("id")

@@ -82,9 +82,9 @@ def test_spacy_reads_the_same_mentions(tmp_path):
 
 
 def test_answers_of_prodigy(tmp_path):
-    lines = [line(spans=DICTS, answer=answer) for answer in ("reject", "accept", "ignore", "ignore")]
+    lines = [line(spans=DICTS, answer=answer) for answer in ("reject", "accept", "ignore", "ignore", None)]
     documents = read_documents(write(tmp_path / "dev.jsonl", "".join(lines)))
-    assert [document.id for document in documents] == ["dev-2"]
+    assert [document.id for document in documents] == ["dev-2", "dev-5"]  # not answered yet
     assert documents.notes == {
         "examples whose answer is reject, left out": 1,
         "examples whose answer is ignore, left out": 2,

@@ -182,6 +182,7 @@ def test_numbers_without_names(tmp_path):
         ({"ner_tags": ["O", "O", "Disease"]}, "'Disease' is no tag"),
         ({"tokens": [1, 2, 3]}, "no tokens"),
         ({"id": "0"}, "a second document 0"),
+        ({"ner_tags": None, "entities": [{"type": "X", "start": 0, "end": 1}]}, "mentions in 'entities' by token"),
     ],
 )
 def test_faults_name_their_line(tmp_path, change, message):
