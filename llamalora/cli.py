@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from .errors import InputError, RunError
-from .mistakes import nearest
+from .mistakes import nearest, nearest_path
 
 SCRIPTS = ("train.py", "eval.py")  # of a clone
 
@@ -111,6 +111,17 @@ def refuse_idle(arguments: argparse.Namespace, rules: Mapping[str, object]) -> N
         idle = [flag(name) for name in names.split() if name in arguments.given]
         if where and idle:
             raise UsageError(f"{', '.join(idle)}: no effect {where}; leave it out")
+
+
+def check_there(*paths: str) -> None:
+    """Refuses files or folders to read that are not there.
+
+    Raises:
+        UsageError: the first that is missing, and the nearest that is there.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise UsageError(f"{path}: no such file or folder{nearest_path(path)}")
 
 
 def check_new_file(arguments: argparse.Namespace, *names: str) -> None:

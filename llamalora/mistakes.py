@@ -8,11 +8,35 @@ from pathlib import Path
 
 from .files import BUILT_IN, built_in
 
+LLAMA = "meta-llama/Llama-2-7b-hf"
+FETCHED = {"weights/smollm2-135m": "smollm2-135m", "data/bc5cdr": "bc5cdr"}  # as the pages call them -> for `fetch`
+
 
 def nearest(name: str, known: Iterable[str], place: Path = Path()) -> str:
     """The end of a refusal: which known name (in a place) is near an unknown one, if one is."""
     found = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {place / found[0]}?" if found else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """As `nearest`, of a path that is not there: one that is, and whose parts are the same or near."""
+    found = Path(Path(path).anchor)
+    for part in Path(path).relative_to(found).parts:
+        if not (found / part).exists():
+            near = difflib.get_close_matches(part, (entry.name for entry in found.glob("*")), 1)
+            if not near:
+                return ""
+            part = near[0]
+        found /= part
+    return f"; did you mean {found}?"
+
+
+def download(name: str) -> str:
+    """The command that fetches a model from the Hub, Llama-2-7B to where it is found without a flag."""
+    if name != LLAMA:
+        return f"hf download {name} --local-dir weights/{Path(name).name}"
+    files = "--include config.json --include 'model*.safetensors*' --include tokenizer.model"
+    return f"hf download {name} --local-dir weights/llama-2-7b {files} (its licence: weights/README.md)"
 
 
 def wrong_folder(path: str | Path, wanted: str, otherwise: str) -> str:
@@ -22,17 +46,31 @@ def wrong_folder(path: str | Path, wanted: str, otherwise: str) -> str:
         wanted: `model folder`, `adapter folder`, `run folder` or `corpus folder`.
         otherwise: what to say where neither is so.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
     if path.exists():
         there = _what_is(path)
         return f"{path}: no {wanted} but {there}" if there and wanted not in there else otherwise
-    hint = nearest(path.name, (entry.name for entry in path.parent.glob("*")), path.parent)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
-    if path.as_posix() in BUILT_IN:
-        hint = f"; the built-in one is {built_in(path.as_posix())}"
-    elif on_hub and wanted in ("model folder", "adapter folder"):
-        hint = f"; nothing is fetched from the Hub here, so first: hf download {path} --local-dir weights/{path.name}"
-    return f"{path}: no such {wanted}{hint}"
+    return f"{path}: no such {wanted}{_instead(given, path.as_posix(), wanted)}"
+
+
+def _instead(given: str, name: str, wanted: str) -> str:
+    """What to give, or to do first, where no folder of that name is there."""
+    if name in BUILT_IN:
+        return f"; the built-in one is {built_in(name)}"
+    if name in FETCHED:
+        return f"; this brings it: python -m llamalora fetch {FETCHED[name]}"
+    if name == "weights/llama-2-7b":
+        return f"; this brings it: {download(LLAMA)}"
+    if near := nearest_path(name):
+        return near
+    target = "weights/llama-2-7b" if name == LLAMA else f"weights/{Path(name).name}"
+    if wanted not in ("model folder", "adapter folder") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given):
+        return ""
+    if target in BUILT_IN:
+        return f"; the built-in one is {built_in(target)}"
+    if Path(target).exists():
+        return f"; did you mean {target}?"
+    return f"; nothing is fetched from the Hub here, so first: {download(name)}"
 
 
 def is_run(folder: Path) -> bool:

@@ -15,12 +15,13 @@ from helpers import tiny_model
 
 from llamalora import __version__
 from llamalora.__main__ import MODULES, main
-from llamalora.cli import Parser, UsageError, called, check_new_file, refuse_idle, run_command
+from llamalora.cli import Parser, UsageError, called, check_new_file, check_there, refuse_idle, run_command
 from llamalora.corpus.read import find_splits
 from llamalora.errors import InputError
 from llamalora.lora.adapter import save_adapter
 from llamalora.lora.inject import inject_lora
 from llamalora.lora.peft_format import read_adapter
+from llamalora.mistakes import LLAMA, download
 from llamalora.model.checkpoint import read_config, save_model
 from llamalora.runs.folder import read_settings, read_task, trained_folder
 from llamalora.runs.settings import ResolvedSettings, Settings
@@ -102,6 +103,12 @@ def test_each_command_has_a_line_and_a_help_with_an_example(name, capsys, monkey
     assert f"\n  {name} " in shown(capsys)
     text = shown(capsys, name)
     assert f"usage: {called(name)} " in text and f"for example:\n  {called(name)} " in text
+
+
+def test_the_help_of_eval_says_how_torchrun_lets_its_flags_alone(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = " ".join(shown(capsys, "eval").split())
+    assert "torchrun --nproc_per_node 4 -m -- llamalora eval --run RUN" in text and "-- eval.py --run RUN" in text
 
 
 def test_the_flags_of_train_and_tables_stand_in_the_same_groups(capsys, monkeypatch):
@@ -218,9 +225,56 @@ def test_a_folder_that_is_missing_or_empty(wanted, place):
 
 
 @pytest.mark.parametrize("wanted", ["model", "adapter"])
-def test_a_name_on_the_hub(wanted):
-    with pytest.raises(InputError, match="meta-llama/Llama-2-7b-hf: no such .*hf download meta-llama/Llama-2-7b-hf"):
+def test_a_name_on_the_hub(wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="o/Mine-7b: no such .*hf download o/Mine-7b --local-dir weights/Mine-7b$"):
+        READERS[wanted]("o/Mine-7b")
+    with pytest.raises(InputError, match="--local-dir weights/llama-2-7b --include config.json --include 'model"):
         READERS[wanted]("meta-llama/Llama-2-7b-hf")
+
+
+def test_the_files_of_llama_2_are_those_that_its_page_names():
+    page = (ROOT / "weights/README.md").read_text(encoding="utf-8").replace("\\\n", "").replace('"', "'")
+    assert " ".join(download(LLAMA).partition(" (")[0].split()) in " ".join(page.split())
+
+
+@pytest.mark.parametrize("name", ["./o/mine", "../o/mine", "/o/mine", "o/tiny", "weigths/mine", "weigths/tiny"])
+def test_a_path_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "weights/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such model folder") as caught:
+        read_config(name)
+    assert "Hub" not in str(caught.value)
+    near = {
+        "weigths/mine": "did you mean weights/mine?",
+        "weigths/tiny": f"the built-in one is {ROOT / 'weights/tiny'}",
+    }
+    assert near.get(name, "") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("weights/llama-2-7b", "hf download meta-llama/Llama-2-7b-hf"),
+        ("weights/smollm2-135m", "python -m llamalora fetch smollm2-135m"),
+        ("data/bc5cdr", "python -m llamalora fetch bc5cdr"),
+    ],
+)
+def test_what_these_pages_name_comes_with_the_command_that_brings_it(name, command, tmp_path, monkeypatch):
+    (tmp_path / f"{name}-other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{name}: no such .* folder; this brings it: {command}"):
+        (find_splits if name.startswith("data") else read_config)(name)
+
+
+def test_a_file_to_read_that_is_missing(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/gold.txt").touch()
+    check_there(str(tmp_path / "made/gold.txt"), str(tmp_path / "made"))
+    with pytest.raises(UsageError, match=f"no such file or folder; did you mean {tmp_path / 'made/gold.txt'}\\?"):
+        check_there(str(tmp_path / "maed/glod.txt"))
+    with pytest.raises(UsageError, match="no such file or folder$"):
+        check_there(str(tmp_path / "made/other"))
 
 
 @pytest.mark.parametrize("name, reader", [("weights/tiny", read_config), ("data/sample", find_splits)])

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 
-from ..cli import Parser, UsageError, called, check_new_file, refuse_idle
+from ..cli import Parser, UsageError, called, check_new_file, check_there, refuse_idle
 from ..corpus.documents import Document, Sentence, all_sentences, labels_of
 from ..corpus.read import find_splits, read_documents
 from ..evaluation.answered import select_sentences
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     check_new_file(arguments, "html")
     names = arguments.a, arguments.b
     if arguments.gold is not None:
+        check_there(arguments.gold, *names)
         a, b = read_files(names, arguments.gold)
     else:
         a, b = (read_run(Path(name), arguments.split) for name in names)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
-from ..cli import Parser, UsageError
+from ..cli import Parser, UsageError, check_there
 from ..corpus.documents import CorpusError, Document, Documents, corpus_statistics, label_order, labels_of, told
 from ..corpus.format import Format
 from ..corpus.read import FORMATS, find_splits, read_documents
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     source, target = Path(arguments.source), Path(arguments.target)
     if "-" in (arguments.source, arguments.target):
         raise UsageError("-: files are read and written, no streams; give names")
+    check_there(arguments.source)
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{target}: lies in {source}, which would then hold it, too; name another place")
     read = FORMATS.get(arguments.form)
@@ -74,8 +75,14 @@ def format_by_name(target: Path, several: bool) -> Format:
     for ending, form in () if several else (*own, *sure):
         if target.name.lower().endswith(f".{ending.lower()}"):
             return form
-    where = "a folder of splits" if several else f"by its name, {target}"
-    raise UsageError(f"--to is needed, since {where} may be any of {', '.join(FORMATS)}")
+    if several:
+        raise UsageError(f"--to is needed, since a folder of splits may be any of {', '.join(FORMATS)}")
+    fitting = [name for name, form in FORMATS.items() if any(_last(one) == _last(target) for one in form.endings)]
+    raise UsageError(f"--to is needed, since by its name {target} may be any of {', '.join(fitting or FORMATS)}")
+
+
+def _last(name: str | Path) -> str:
+    return str(name).rpartition(".")[2].lower()
 
 
 def check_target(target: Path, form: Format, several: bool) -> None:

@@ -36,10 +36,15 @@ EXAMPLES = """
 --run RUN --split test --html errors.html
 --model FOLDER --adapter FOLDER --data data/bc5cdr
 """
+SEVERAL = """
+In several processes: torchrun --nproc_per_node 4 -m -- llamalora eval --run RUN, or in a clone -- eval.py --run RUN.
+Without the -- torchrun takes --run for a flag of its own.
+""".strip()
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("eval", EXAMPLES, usage="%(prog)s (--run RUN | --model FOLDER) [FLAG ...]", description=__doc__)
+    usage = "%(prog)s (--run RUN | --model FOLDER) [FLAG ...]"
+    parser = Parser("eval", EXAMPLES, usage=usage, description=__doc__, epilog=SEVERAL)
     what = parser.add_argument_group("what is scored")
     what.add_argument(
         "--run", action="append", default=[], help="run folder; several, for different labels, are joined"

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from ..cli import Parser
+from ..cli import Parser, check_there
 from ..task.score import format_table, score_files
 
 
@@ -13,6 +13,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("predicted", metavar="PRED", help="predictions about it; PubTator may lack the texts")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
     arguments = parser.parse_args(argv)
+    check_there(arguments.gold, arguments.predicted)
     result = score_files(arguments.gold, arguments.predicted)
     for note in result["notes"]:
         print(note, file=sys.stderr)

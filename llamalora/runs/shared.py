@@ -11,7 +11,7 @@ from ..cli import UsageError
 from ..files import BUILT_IN, built_in, search_places
 from ..lora.kinds import METHODS
 from ..lora.peft_config import ADAPTER_CONFIG
-from ..mistakes import is_run, wrong_folder
+from ..mistakes import download, is_run, wrong_folder
 from ..model.config import CheckpointError, read_json
 from ..task.definition import Task
 from ..task.tokenizer import SentencePieceTokenizer
@@ -52,6 +52,11 @@ def base_name(folder: str | Path) -> str:
     return f"weights/{folder.name}" if folder.parent.name == "weights" else folder.name
 
 
+def on_hub(name: str) -> bool:
+    """Whether a `base_name` is one on the Hub."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith("weights/")
+
+
 def find_base(adapter: Path) -> Path:
     """The folder of an adapter's base model: that of the run it lies in, else one of that name here, in a `weights/`
     where models are looked for, or built in.
@@ -73,8 +78,7 @@ def find_base(adapter: Path) -> Path:
     for folder in _candidates(name):
         if (folder / "config.json").is_file():
             return folder
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("weights/")
-    fetch = f"; from the Hub: hf download {name} --local-dir weights/{Path(name).name}" if on_hub else ""
+    fetch = f"; from the Hub: {download(name)}" if on_hub(name) else ""
     raise UsageError(f"--adapter {adapter}: its base model {name} is not here; give its folder with --model{fetch}")
 
 

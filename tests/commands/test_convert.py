@@ -119,8 +119,8 @@ def test_what_is_lost_is_told(tmp_path, capsys):
 
 REFUSED = [
     (["x.jsonl", "x.jsonl"], "x.jsonl: is there"),
-    (["x.jsonl", "y.out"], "--to is needed, since by its name, .*y.out"),
-    (["x.jsonl", "y.txt"], "--to is needed"),
+    (["x.jsonl", "y.out"], "--to is needed, since by its name .*y.out may be any of pubtator, .*brat, conll"),
+    (["x.jsonl", "y.txt"], "--to is needed, since by its name .*y.txt may be any of pubtator, conll$"),
     (["x.jsonl", "y.conll.gz"], "--to is needed|written plain"),
     (["--to", "conll", "x.jsonl", "y.gz"], "written plain; leave .gz out"),
     (["x.jsonl", "no/y.conll"], "there is no folder .*no"),
@@ -130,7 +130,8 @@ REFUSED = [
     (["corpus", "new"], "--to is needed, since a folder of splits may be any"),
     (["--to", "hf", "corpus", "full"], "full: is there"),
     (["--from", "hf", "x.jsonl", "y.conll"], "x.jsonl:1: no tokens"),
-    (["absent", "y.conll"], "absent: cannot be read"),
+    (["absent", "y.conll"], "absent: no such file or folder$"),
+    (["y.jsonl", "y.conll"], "y.jsonl: no such file or folder; did you mean .*x.jsonl"),
     (["--to", "pubtator", "x.jsonl", "y.txt"], "no PubTator id"),
     (["--to", "brat", "x.jsonl", "new"], "cannot be the name of a file"),
 ]
