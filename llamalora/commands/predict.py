@@ -147,6 +147,8 @@ def find_task(arguments: argparse.Namespace) -> Task:
             f"{given}: no {RECORD} in it says what it is asked; give --labels in the order in which it was trained on "
             "them (such as Disease,Chemical), and --format and --instruction if it was trained so"
         )
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"--labels {arguments.labels}: name each label once")
     try:
         return Task(arguments.format, labels, len(labels) == 1, arguments.instruction)
     except ValueError as error:

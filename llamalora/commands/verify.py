@@ -81,7 +81,9 @@ def check_run(folder: Path) -> Report:
     folders = [_check(folder, path) for path in saved]
     sound = (item.name for item in folders if item.name.startswith("checkpoints/") and not item.damage)
     splits = [path.stem.removeprefix("eval-") for path in sorted(folder.glob(RESULT.format("*")))]
-    results = {RESULT.format(split): _check_result(folder, split, config is None) for split in splits}
+    # a result is about the best model: nothing can be said of it, nor is it written anew, while that is damaged
+    comparable = config is None and not any(item.damage for item in folders if item.name == "best")
+    results = {RESULT.format(split): _check_result(folder, split, comparable) for split in splits}
     leftovers = {path.relative_to(folder).as_posix(): _fate(path) for path in find_leftovers(folder)}
     return Report(str(folder), config, tuple(folders), results, leftovers, next(sound, None))
 
@@ -126,13 +128,18 @@ def show(report: Report) -> str:
     if report.config:
         lines.append(f"without a sound {RUN_CONFIG} the run cannot be used: restore it from a copy")
     elif damaged:
-        lines.append(f"{damaged} of {len(report.folders)} saved folders are damaged")
+        lines.append(f"{damaged} of {len(report.folders)} saved folders {'is' if damaged == 1 else 'are'} damaged")
     elif report.folders:
         lines.append(f"all {len(report.folders)} saved folders are sound")
     else:
         lines.append("nothing has been saved yet")
     if wrong := [name for name, damage in report.results.items() if damage]:
         lines.append(f"not as the run itself wrote it: {', '.join(wrong)}")
+    broken = {item.name: bool(item.damage) for item in report.folders}
+    if broken.get("best") and not report.config:
+        last = f"{called('eval')} --run {quote(report.run)} --which last"
+        other = "" if broken.get("last", True) else f"; {last} scores the last model, which is sound"
+        lines.append(f"restore best from a copy{other}")
     if report.resume and not report.config:
         again = f"{called('train')} --resume {quote(str(report.run))}"
         lines.append(f"{again} goes on from {report.resume}, if the run has not ended there")

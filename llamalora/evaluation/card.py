@@ -10,7 +10,7 @@ from pathlib import Path
 from ..corpus.documents import Span
 from ..files import replace_file
 from ..lora.kinds import METHODS
-from ..runs.shared import read_record
+from ..runs.shared import on_hub, read_record
 from ..runs.state import CARD
 from ..task.definition import Task, enumerated
 from ..task.prompt import render_answer, render_prompt
@@ -103,7 +103,8 @@ for mention in annotate(model, tokenizer, [{text}], task)[0]:
     if adapter:
         first = "from peft import PeftModel\n"
         load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")'
-    where = f" `{base}` is the base by its name on the Hub; if it has none there, give its folder." if adapter else ""
+    named = "is the base by its name on the Hub" if on_hub(base) else "is the base's folder; put in where it lies"
+    where = f" `{base}` {named}." if adapter else ""
     packages = "transformers peft" if adapter else "transformers"
     theirs = f"""{"transformers and peft give" if adapter else "transformers gives"} the answer as text (`pip install
 {packages} sentencepiece protobuf`).{where}

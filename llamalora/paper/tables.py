@@ -3,7 +3,8 @@ and kept; the flags in groups are those of `train`, for every run."""
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from .experiments import VARIED, Row, Table, ablation, methods, recipe, table1, 
 from .printed import RANKS
 
 if TYPE_CHECKING:
+    from ..distributed.world import World
     from .runner import Runner
 
 TRAINED = ("1", "2", "3", "4", "recipe", "ablation", "methods")  # need runs; the others need none
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> None:
     from .jobs import check_jobs
     from .runner import Runner
 
-    with join_world(base.timeout) as world:
+    with join_world(base.timeout) as world, resumable(world):
         check_jobs(arguments.jobs, world)
         sections = [report.counted(*counted(name, choose_data(base.data)[0])) for name in which if name in COUNTED]
         if any(name in TRAINED for name in which):
@@ -121,6 +123,16 @@ def main(argv: list[str]) -> None:
                 print("\n" + wrapped(f"written to {out}: {', '.join(names)}"))
 
 
+@contextmanager
+def resumable(world: "World") -> Iterator[None]:
+    """Says of work that a signal ends how it goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        world.warn("stopped by a signal; the same command goes on from there")
+        raise
+
+
 def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
     """The rules of `refuse_idle` for these tables.
 
@@ -140,15 +152,15 @@ def idle_flags(which: set[str], common: Iterable[str]) -> dict[str, object]:
     }
 
 
-def numbers(text: str, flag: str, kind: type) -> tuple:
-    """A comma list from the command line."""
+def numbers(text: str, flag: str, kind: type, before: str = "") -> tuple:
+    """A comma list from the command line; what stands `before` it is quoted with it."""
     try:
         found = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise UsageError(f"--{flag} {text}: must be a comma list of numbers") from None
+        raise UsageError(f"--{flag} {before}{text}: must be a comma list of numbers") from None
     least = 0 if flag == "seeds" else 1 if kind is int else math.ulp(0.0)
     if not all(least <= value < math.inf for value in found):
-        raise UsageError(f"--{flag} {text}: must be positive")
+        raise UsageError(f"--{flag} {before}{text}: must be positive")
     return found
 
 
@@ -162,7 +174,7 @@ def read_rates(items: Iterable[str]) -> dict[str, tuple[float, ...]]:
         rank = rank if rank == "full" else str(int(rank))
         if rank in rates:
             raise UsageError(f"--rates {item}: names {rank} again; list all its rates in one")
-        rates[rank] = numbers(those, f"rates {rank}", float)
+        rates[rank] = numbers(those, "rates", float, f"{rank}=")
         if max(rates[rank]) >= 10:
             raise UsageError(f"--rates {item}: a learning rate must be below 10")
     if rates.keys() <= {"full"}:

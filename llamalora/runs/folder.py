@@ -231,9 +231,10 @@ def check_resumable(folder: Path, settings: ResolvedSettings) -> None:
         for name, value in asdict(settings).items()
         if name not in (*Settings.FREE, "model", "data") and value != stored[name]
     ]
+    cure = ["leave such flags out to go on, or start a new run with them"] * bool(differences)
     then = read_fingerprints(folder)
     for name, value in fingerprints(settings).items():
         if then.get(name) != value:
             differences.append(f"the {name} is not the one that the run was started with")
     if differences:
-        raise UsageError("\n  ".join([f"--resume {folder}: this is not the same run:", *differences]))
+        raise UsageError("\n  ".join([f"--resume {folder}: this is not the same run:", *differences, *cure]))

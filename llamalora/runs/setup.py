@@ -12,6 +12,7 @@ from ..distributed.sharding import fill, shard
 from ..distributed.world import World
 from ..lora.adapter import load_adapter, save_adapter
 from ..lora.inject import make_trainable
+from ..mistakes import nearest
 from ..model.checkpoint import load_model, model_files, save_model, skeleton
 from ..model.config import LlamaConfig, read_config
 from ..model.elementwise import compile_formulas, obstacle
@@ -39,9 +40,12 @@ def make_task(settings: Settings, splits: Mapping[str, list[Document]]) -> Task:
         per_label = len(labels) == 1
         unknown = [label for label in labels if label not in known]
         if unknown or not labels:
+            near = nearest(unknown[0], known) if unknown else ""
             raise UsageError(
-                f"--labels: no mention has label {', '.join(unknown)!r}; the corpus has {', '.join(known)}"
+                f"--labels: no mention has label {', '.join(unknown)!r}; the corpus has {', '.join(known)}{near}"
             )
+        if len(set(labels)) < len(labels):
+            raise UsageError(f"--labels {settings.labels}: name each label once")
     if not known:
         raise UsageError(f"--data {settings.data}: the corpus holds no mention, so there is no label to learn")
     try:

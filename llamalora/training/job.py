@@ -11,7 +11,7 @@ from ..cli import UsageError, flag
 from ..corpus.documents import CorpusError, Documents, Sentence, all_sentences
 from ..corpus.read import read_splits
 from ..distributed.world import World
-from ..runs.folder import check_resumable, find_obstacle
+from ..runs.folder import check_resumable, find_obstacle, read_settings
 from ..runs.resolve import resolve
 from ..runs.settings import ResolvedSettings, Settings
 from ..runs.setup import check_tags, make_task, read_base
@@ -83,6 +83,8 @@ def prepare(settings: Settings, world: World, resume: bool) -> Job:
     resolved = replace(resolved, out=world.from_main(resolved.out))  # it may hold the time of day
     if resume:
         check_resumable(Path(resolved.out), resolved)
+        stored = read_settings(Path(resolved.out))
+        why |= {name: "as the run was started" for name in why if getattr(resolved, name) == getattr(stored, name)}
     elif obstacle := world.from_main(find_obstacle(Path(resolved.out))):
         raise UsageError(obstacle)
     splits = read_splits(resolved.data)

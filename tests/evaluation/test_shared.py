@@ -117,7 +117,7 @@ def test_predict_takes_a_run_an_adapter_and_a_model(run, adapter, bare, texts, t
         (["--adapter", "RUN/best", "--labels", "Disease"], "--labels: no effect with RUN/best"),
         (["--run", "RUN", "--format", "tagging"], "--format: no effect with --run"),
         (["--adapter", "RUN/best", "--which", "last"], "--which: no effect without --run"),
-        (["--adapter", "BARE", "--labels", "Disease,Disease"], "--labels: labels must be"),
+        (["--adapter", "BARE", "--labels", "Disease,Disease"], "--labels Disease,Disease: name each label once"),
         (["--adapter", "BARE", "--labels", "A,B", "--format", "extraction", "--constrain"], "--constrain needs"),
     ],
 )
@@ -280,6 +280,8 @@ def test_a_base_is_found_by_its_name(run, tmp_path, monkeypatch):
         find_base(named(""))
     with pytest.raises(UsageError, match="o/Mine-7b is not here.*hf download o/Mine-7b --local-dir weights/Mine-7b"):
         find_base(named("o/Mine-7b"))
+    with pytest.raises(UsageError, match="hf download meta-llama/Llama-2-7b-hf --local-dir weights/llama-2-7b --incl"):
+        find_base(named("meta-llama/Llama-2-7b-hf"))
     mine = base(tmp_path / "weights/mine", "o/Mine-7b")
     assert find_base(named("o/Mine-7b")).resolve() == mine and find_base(named("weights/mine")).resolve() == mine
     assert find_base(named(str(mine))) == mine  # as other tools write it
@@ -303,6 +305,10 @@ def test_the_hub_reads_the_card(run):
     assert {one.dataset_split for one in card.data.eval_results} == {"dev"}
     assert f"| development | 2 | {100 * result['micro']['precision']:.2f} |" in card.text
     assert json.loads((run / "best/adapter_config.json").read_text())["base_model_name_or_path"] == "weights/tiny"
+    assert "`weights/tiny` is the base's folder; put in where it lies." in card.text
+    record = read_record(run / "best")
+    record["base"]["name"] = "o/Mine-7b"
+    assert "`o/Mine-7b` is the base by its name on the Hub." in model_card(record)
     assert "It has not been scored." in (run / "last" / CARD).read_text()
 
 

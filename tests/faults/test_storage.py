@@ -12,6 +12,7 @@ from faulty import assert_same, cut_off, run
 
 import eval as evaluation
 from llamalora import __main__ as commands
+from llamalora.cli import called
 from llamalora.runs.state import verify_folder
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,10 @@ def test_damaged_model(place, how, copied):
     for main, argv, expected in ((commands.main, ["verify", copied], 1), (evaluation.main, ["--run", copied], 2)):
         code, output = run(copied.with_name("log"), argv, main=main)
         assert code == expected and f"{path}: damaged" in output and "Traceback" not in output, output
+    code, output = run(copied.with_name("log"), ["verify", copied], main=commands.main)
+    assert "writes it anew" not in output and f"restore best from a copy; {called('eval')} --run {copied}" in output
+    code, output = run(copied.with_name("log"), ["--run", copied, "--which", "last"], main=evaluation.main)
+    assert code == 0, output
 
 
 def test_everything_damaged_is_listed(copied):
@@ -74,7 +79,7 @@ def test_everything_damaged_is_listed(copied):
     (newest / "stranger").touch()
     (copied / "checkpoints/step-000024.tmp").mkdir()
     code, output = run(copied.with_name("log"), ["verify", copied], main=commands.main)
-    assert code == 1 and "1 of 4 saved folders are damaged" in output, output
+    assert code == 1 and "1 of 4 saved folders is damaged" in output, output
     for words in ("state.json: missing", "tensors.safetensors: damaged", "does not list stranger", "step-000024.tmp"):
         assert words in output
     code, output = run(copied.with_name("log"), ["verify", copied, "--json"], main=commands.main)

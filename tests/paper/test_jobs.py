@@ -63,6 +63,7 @@ def test_after_ctrl_c_no_process_is_left(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in output, output
+    assert output.count("the same command goes on from there") == 1, output
     deadline = time.monotonic() + 5  # multiprocessing's tracker sees a moment later that it has nobody left
     while left := [child for child in children if Path(f"/proc/{child}").exists()]:
         assert time.monotonic() < deadline, left

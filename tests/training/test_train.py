@@ -215,6 +215,8 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         ("--rank", "0"): ("--rank", "at least 1"),
         ("--data", tmp_path): (str(tmp_path), "train"),
         ("--labels", "Gene"): ("Gene", "Disease, Chemical"),
+        ("--labels", "disease"): ("did you mean Disease?",),
+        ("--labels", "Chemical,Chemical"): ("--labels Chemical,Chemical: name each label once",),
         ("--lr", "nan"): ("--lr",),
         ("--loraplus", "0.5"): ("--loraplus", "at least 1"),
         ("--loraplus", "4", "--method", "full"): ("--loraplus", "--method is full"),
@@ -240,6 +242,16 @@ def test_bad_flags_are_refused(capsys, tmp_path):
         message = refused(capsys, *flags, *(() if "--resume" in flags else ("--out", out)))
         assert all(word in message for word in words), message
         assert not out.exists()
+
+
+def test_a_resumed_run_does_not_say_that_its_defaults_were_requested(capsys, whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    run_command(train.main, ["--resume", str(run), "--data", "data/sample"])
+    said = capsys.readouterr().out
+    for words in ("weights/tiny", "data/sample", "fp32"):
+        assert f"{words} (as the run was started)" in said
+    run_command(train.main, ["--resume", str(run), "--data", str(HOME / "data/sample")])
+    assert f"data       {HOME / 'data/sample'} (requested)" in capsys.readouterr().out
 
 
 def copy_tiny(folder, *left_out):
@@ -277,7 +289,8 @@ def test_a_finished_run_is_not_overwritten(capsys, whole):
 def test_resuming_as_another_run_is_refused(capsys, whole, tmp_path):
     run = whole[0]
     assert "--targets is q" in refused(capsys, "--out", run, "--resume", "--targets", "q")
-    assert "--rank is 9" in refused(capsys, "--resume", run, "--rank", "9")
+    message = refused(capsys, "--resume", run, "--rank", "9")
+    assert "--rank is 9" in message and "leave such flags out to go on, or start a new run" in message
     assert "--out: no effect with --resume RUN" in refused(capsys, "--resume", run, "--out", tmp_path / "elsewhere")
     other = copy_tiny(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
