@@ -361,6 +361,7 @@ def reproduction(day: Day) -> list[Figure]:
 
 PARTS = {part.__name__: part for part in (
     tests, memory, headline, training, decoding, rates, overflow, resume, peers, reproduction)}  # fmt: skip
+PRECISIONS = {"memory": "fp16 in four processes, {} in one", "overflow": "fp16"}  # of parts that have one of their own
 
 
 # ---- what they share ----
@@ -428,7 +429,7 @@ def main(argv: list[str]) -> None:
             "about": " ".join(PARTS[name].__doc__.split()),
             "device": torch.cuda.get_device_name(day.device) if day.device.type == "cuda" else "CPU",
             "card": day.card,
-            "precision": day.precision,
+            "precision": PRECISIONS.get(name, "{}").format(day.precision),
             "torch": torch.__version__,
             "date": str(date.today()),
             "seconds": round(time.perf_counter() - started, 1),

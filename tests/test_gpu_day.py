@@ -29,6 +29,7 @@ def test_cheap_parts_run_dry_and_add_up(script, tmp_path, capsys):
         script.main(["run", part, "--dry", "--out", str(out)])
     found = json.loads(out.read_text())
     assert list(found) == ["headline", "training", "overflow"] and all(part["dry"] for part in found.values())
+    assert found["overflow"]["precision"] == "fp16"
     speeds = {one["name"]: one["measured"] for one in found["training"]["figures"]}
     assert len(speeds) == 5 and min(speeds.values()) > 0 and "attention padded, 200 tokens: speed" in speeds
     skipped, loss = found["overflow"]["figures"]
@@ -65,6 +66,22 @@ def test_the_page_takes_figures_between_its_marks(script, tmp_path, monkeypatch)
         script.main(["render", "--out", str(out)])
     with pytest.raises(script.UsageError, match="no figures"):
         script.main(["render", "--out", str(tmp_path / "nothing.json")])
+
+
+def test_a_part_names_the_precision_that_it_ran_in(script, tmp_path, monkeypatch):
+    def nothing(day):
+        """Nothing."""
+        return []
+
+    out, own = tmp_path / "day.json", script.Day.today(True).precision
+    for part in ("memory", "headline"):
+        monkeypatch.setitem(script.PARTS, part, nothing)
+        script.main(["run", part, "--dry", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert (
+        found["headline"]["precision"] == own
+        and found["memory"]["precision"] == f"fp16 in four processes, {own} in one"
+    )
 
 
 def test_parts_are_listed_in_order_and_others_refused(script, capsys):
