@@ -1,5 +1,6 @@
 """Files that a reader never meets half written, and errors that say which file it was."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 PACKAGE = Path(__file__).resolve().parent
@@ -62,7 +64,11 @@ def write_json(value: dict, path: Path) -> Path:
 
 @contextmanager
 def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends, or is gone if the block fails.
+    """A folder that becomes `target` when the block ends, or is gone if the block fails.
+
+    It stands beside `target` and takes its place. Where an empty folder is there, which may be a mount point or the
+    folder that a shell stands in, it stands inside, and what it holds moves up: a model's `config.json` last, without
+    which the rest is none.
 
     Args:
         replace: a folder that is there gives way. Between two renames it is called `NAME.old`, and the new one until
@@ -71,10 +77,13 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or `target` is there; what was there is as it was.
     """
-    target = target.absolute()
+    given, target = target, target.absolute() if replace else Path(os.path.realpath(target))
+    inside = target.is_dir() and not replace
     partial = target.with_name(f"{target.name}.tmp" if replace else f"{target.name}.tmp-{os.getpid()}")
+    partial = target / partial.name if inside else partial
     replaced = target.with_name(f"{target.name}.old")
     made = [folder for folder in target.parents if not folder.exists()]
+    moved: list[Path] = []
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -83,23 +92,49 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
             if target.exists():
                 target.rename(replaced)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if inside:
+            if len(list(target.iterdir())) > 1:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(given))
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(target / path.name)
+                path.rename(moved[-1])
+            partial.rmdir()
+        else:
+            partial.rename(target)
+    except BaseException as error:
+        for path in (partial, *moved):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if replace and replaced.exists() and not target.exists():
             replaced.rename(target)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, OSError) and str(error.filename or partial).startswith(str(partial)):
+            raise OSError(error.errno, error.strerror or str(error), str(given)) from None
         raise
-    sync(target.parent)
+    sync(target if inside else target.parent)
     if replace:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def is_occupied(folder: Path) -> bool:
-    """Whether something is there that is not an empty folder."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+def why_not_new(folder: Path) -> str | None:
+    """Why `new_folder` cannot write there."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        return "exists and is not an empty folder"
+    return why_not_written(folder)
+
+
+def why_not_written(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which may be new: found out by trying."""
+    target = Path(os.path.realpath(folder))
+    above = next(path for path in (target, *target.parents) if path.exists())
+    if not above.is_dir():
+        return f"{above} is a file"
+    try:
+        TemporaryFile(dir=above).close()
+    except OSError as error:
+        return f"{above} cannot be written to ({error.strerror})"
+    return None
 
 
 def lock_file(path: Path) -> TextIO | None:

@@ -11,7 +11,7 @@ from ..corpus.documents import CorpusError, Document, Documents, corpus_statisti
 from ..corpus.format import Format
 from ..corpus.read import FORMATS, find_splits, read_documents
 from ..errors import InputError
-from ..files import is_occupied, new_folder, replace_file
+from ..files import new_folder, replace_file, why_not_new
 from ..text_table import aligned
 
 
@@ -92,8 +92,8 @@ def check_target(target: Path, form: Format, several: bool) -> None:
         UsageError: the place and why.
     """
     if form.folder or several:
-        if is_occupied(target):
-            raise UsageError(f"{target}: is there already; name a folder that is new or empty")
+        if why := why_not_new(target):
+            raise UsageError(f"{target}: {why}; name a folder that is new or empty")
     elif target.exists():
         raise UsageError(f"{target}: is there already; remove it, or name another file")
     elif target.name.lower().endswith(".gz"):

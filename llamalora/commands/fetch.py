@@ -30,7 +30,7 @@ from tqdm.utils import CallbackIOWrapper
 from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
-from ..files import is_occupied, new_folder
+from ..files import new_folder, why_not_new
 from ..model.config import read_json
 from ..paper.printed import TABLE5
 from ..progress import Bar
@@ -94,8 +94,8 @@ def main(argv: list[str]) -> None:
         "bc5cdr": (fetch_bc5cdr, Path("data/bc5cdr")),
     }[arguments.what]
     target = (arguments.out or place).resolve()
-    if is_occupied(target):
-        raise UsageError(f"{target} is there already and is not replaced; remove it or give another place with --out")
+    if why := why_not_new(target):
+        raise UsageError(f"{target}: {why}; give another place with --out")
     try:
         with new_folder(target) as folder, TemporaryDirectory(dir=folder.parent) as scratch:
             report = fetch(source, folder, Path(scratch))

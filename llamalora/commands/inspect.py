@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..cli import Parser, UsageError, check_least, refuse_idle
 from ..drawing import need_matplotlib
 from ..errors import RunError
-from ..files import is_occupied, new_folder
+from ..files import new_folder, why_not_new
 from ..inspection import report
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..mistakes import is_run
@@ -61,8 +61,8 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
     if arguments.out is None:
         return None
     out = Path(arguments.out).resolve()
-    if is_occupied(out):
-        raise UsageError(f"--out {arguments.out}: exists and is not an empty folder")
+    if why := why_not_new(out):
+        raise UsageError(f"--out {arguments.out}: {why}")
     need_matplotlib("--out draws heat maps")
     return out
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ..cli import Parser, UsageError
-from ..files import is_occupied
+from ..files import why_not_new
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..model.config import read_config
 from ..runs.folder import adapter_of
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     source.add_argument("--run", metavar="RUN", help="run folder: its best adapter and its base model")
     source.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter folder")
     parser.add_argument("--model", metavar="FOLDER", help="base model (default: the run's, or what the adapter names)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model; must not exist")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the merged model, new or empty")
     probe = parser.add_mutually_exclusive_group()
     probe.add_argument("--probe", default=PROBE, metavar="TEXT", help="text to compare the logits of both models on")
     probe.add_argument("--no-probe", action="store_true", help="leave that out: it reads both models once")
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     adapter, model = _sources(arguments)
     out = Path(arguments.out)
-    if is_occupied(out):
-        raise UsageError(f"--out {out}: exists and is not an empty folder")
+    if why := why_not_new(out):
+        raise UsageError(f"--out {out}: {why}")
     read_config(model), read_peft_config(adapter / ADAPTER_CONFIG)  # what they refuse need not wait for torch
 
     if doubt := other_base(adapter, model):

@@ -75,7 +75,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
             _describe(adapter_folder, folder)
             compared = None if ids is None else _compare(model, adapter, files, folder, ids)
     except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error})") from None
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
     return {
         "model": str(base),
         "adapter": str(adapter_folder),

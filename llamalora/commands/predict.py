@@ -18,7 +18,7 @@ from ..corpus.spans import span_record
 from ..evaluation.answered import Answer, lacking
 from ..evaluation.page import predictions_page
 from ..evaluation.result import confidence_by_mention, mention_strings, predicted_documents
-from ..files import is_occupied, new_folder
+from ..files import new_folder, why_not_new
 from ..lora.peft_config import ADAPTER_CONFIG
 from ..mistakes import is_run, wrong_folder
 from ..model.config import PRECISIONS
@@ -72,8 +72,10 @@ def main(argv: list[str]) -> None:
     refuse_idle(
         arguments, {"out": not in_folder and "without --to brat, since every other format goes to standard output"}
     )
-    if in_folder and (arguments.out is None or is_occupied(Path(arguments.out))):
+    if in_folder and arguments.out is None:
         raise UsageError(f"--to {arguments.to}: needs --out FOLDER, a folder that is new or empty")
+    if in_folder and (why := why_not_new(Path(arguments.out))):
+        raise UsageError(f"--out {arguments.out}: {why}")
     task = find_task(arguments)
     if arguments.constrain:
         check_constraint_format(task.format)

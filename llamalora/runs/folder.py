@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO, get_type_hints
 
 from ..cli import UsageError
 from ..corpus.read import find_splits
-from ..files import lock_file, replace_file
+from ..files import lock_file, replace_file, why_not_written
 from ..mistakes import wrong_folder
 from ..model.config import CheckpointError, read_json
 from ..task.definition import Task
@@ -174,8 +174,8 @@ def find_obstacle(folder: Path) -> str | None:
         return f"--out {folder}: holds a run already; continue it with --resume, or choose another folder"
     if folder.exists() and (not folder.is_dir() or _foreign(folder)):
         return f"--out {folder}: exists and is not an empty folder"
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    return None if above.is_dir() else f"--out {folder}: {above} is a file"
+    why = why_not_written(folder)
+    return f"--out {folder}: {why}" if why else None
 
 
 def start_folder(folder: Path, config: dict, world: "World") -> None:

@@ -109,7 +109,7 @@ def test_a_format_is_read_from_standard_input(run, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["--to", "brat", "in"], "--to brat: needs --out FOLDER"),
-        (["--to", "brat", "--out", "corpus", "in"], "--to brat: needs --out FOLDER, a folder that is new or empty"),
+        (["--to", "brat", "--out", "corpus", "in"], "--out corpus: exists and is not an empty folder"),
         (["--out", "new", "in"], "--out: no effect without --to brat"),
         (["corpus"], "corpus: a corpus folder; give one split of it: .*train.tsv"),
         (["--from", "hf", "in"], "in:1: no tokens"),
@@ -138,3 +138,11 @@ def test_what_a_format_cannot_hold_is_refused_before_it_is_decoded(run, tmp_path
     for flags in (("--to", "pubtator"), ("--to", "brat", "--out", tmp_path / "out")):
         with pytest.raises(InputError, match="a|b"):
             run(*flags, tmp_path / "x.jsonl")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_it_is_decoded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "answer_sentences", lambda *_, **__: pytest.fail("it was decoded"))
+    given("jsonl", tmp_path / "in")
+    out = tmp_path / "in/out"
+    with pytest.raises(InputError, match=f"--out {out}: {tmp_path / 'in'} is a file"):
+        run("--to", "brat", "--out", out, tmp_path / "in")

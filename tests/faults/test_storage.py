@@ -166,14 +166,24 @@ def _to_pipe(size: int, pipe: str) -> None:
     cut_off(size, dies=False)
 
 
+def test_a_volume_that_is_empty_is_filled(disk, whole):
+    """A mount point, which no folder can be renamed onto."""
+    code, output = run(disk.with_name("log"), ["merge", "--run", whole, "--out", disk], main=commands.main)
+    assert code == 0 and (disk / "config.json").is_file() and not list(disk.glob("*tmp*")), output
+
+
 def test_read_only(disk, flags, whole):
-    """a folder that cannot be written (mounted read-only) | exit code 1 and the path named, no traceback"""
+    """a folder that cannot be written (mounted read-only) | exit code 2 for a new run, 1 for one that is resumed, the
+    path named, no traceback"""
     folder = disk / "run"
     shutil.copytree(whole, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     mount(disk, "-o", "remount,ro")
-    for argv in (["--out", disk / "new"], ["--out", folder, "--resume"]):
+    for expected, named, argv in (
+        (2, f"error: --out {disk / 'new'}: ", ["--out", disk / "new"]),
+        (1, f"error: {folder}", ["--out", folder, "--resume"]),
+    ):
         code, output = run(disk.with_name("log"), [*flags, *argv])
-        assert code == 1 and f"error: {argv[1]}" in output and "Read-only" in output, output
+        assert code == expected and named in output and "Read-only" in output, output
         assert "Traceback" not in output
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
