@@ -22,7 +22,7 @@ from ..evaluation.result import (
     read_result,
 )
 from ..files import replace_file
-from ..runs.folder import read_settings, read_task
+from ..runs.folder import read_task, recorded_folder
 from ..task.errors import Match, string_of
 from ..task.score import Keys, document_counts, paired_bootstrap, read_predictions, score, span_keys
 from ..text_table import aligned
@@ -98,14 +98,15 @@ def read_run(folder: Path, split: str) -> Predictions:
         UsageError: it is not scored on the split, its result is damaged, or its corpus has the split no more.
         CorpusError: the corpus has other sentences now.
     """
-    settings, task = read_settings(folder), read_task(folder)
+    task = read_task(folder)
     if not (folder / f"eval-{split}.json").is_file():
         raise UsageError(f"{folder}: not scored on {split}; first run: {called('eval')} --run {folder} --split {split}")
     if changes := find_changes(folder, split):
         raise UsageError("\n  ".join([*changes, f"score it again: {called('eval')} --run {folder} --split {split}"]))
-    result, splits = read_result(folder, split), find_splits(settings.data)
+    data = recorded_folder(folder, "data", "call this from where that path leads to it")
+    result, splits = read_result(folder, split), find_splits(data)
     if split not in splits:
-        raise UsageError(f"{folder}: was scored on {split}, but {settings.data} has only {', '.join(splits)}")
+        raise UsageError(f"{folder}: was scored on {split}, but {data} has only {', '.join(splits)}")
     documents, asked = select_sentences(read_documents(splits[split]), result["sentences"])
     answers = read_answers(folder, split, task, asked)
     return Predictions(documents, asked, task.labels, predicted_keys(answers), confidence_by_mention(answers))

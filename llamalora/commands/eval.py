@@ -20,7 +20,7 @@ from ..evaluation.result import format_legend, format_report, predicted_document
 from ..files import replace_file
 from ..mistakes import is_run
 from ..model.config import PRECISIONS, read_config
-from ..runs.folder import fingerprint, read_settings, read_task
+from ..runs.folder import fingerprint, read_settings, read_task, recorded_folder
 from ..runs.settings import Settings, check_constraint_format
 from ..runs.shared import other_base, recorded_task
 from ..runs.state import MANIFEST
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     order = check_flags(arguments)
     data = arguments.data
     if data is None:
-        data = read_settings(Path(arguments.run[0])).data
+        data = recorded_folder(Path(arguments.run[0]), "data", "give its folder with --data")
     splits = find_splits(data)
     if arguments.split not in splits:
         raise UsageError(f"--split {arguments.split}: {data} has only {', '.join(splits)}")

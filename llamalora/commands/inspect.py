@@ -13,7 +13,7 @@ from ..inspection import report
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..mistakes import is_run
 from ..model.config import read_config
-from ..runs.folder import adapter_of
+from ..runs.folder import adapter_of, recorded_folder
 from ..runs.shared import verify_shared
 
 if TYPE_CHECKING:
@@ -69,17 +69,14 @@ def check_flags(arguments: argparse.Namespace) -> Path | None:
 
 def inspect_adapter(arguments: argparse.Namespace) -> dict:
     """All figures, as they go into inspect.json."""
-    folder, base_of_run = sources(arguments.adapter)
-    model = arguments.model or base_of_run
-    if model == base_of_run and model is not None and not Path(model).exists():
-        raise UsageError(
-            f"{arguments.adapter}: its base model {model} is no longer there; give its folder with --model, or inspect "
-            f"{folder} without it"
-        )
+    folder, model = find_adapter(arguments.adapter), arguments.model
+    if model is None and folder != Path(arguments.adapter):
+        remedy = f"give its folder with --model, or inspect {folder} without it"
+        model = recorded_folder(Path(arguments.adapter), "model", remedy)
     if arguments.spectra and model is None:
         raise UsageError("--spectra decomposes the weights of the base model; give its folder with --model")
     config = None if model is None else read_config(model)
-    second = None if arguments.against is None else sources(arguments.against)[0]
+    second = None if arguments.against is None else find_adapter(arguments.against)
     for each in (folder, second):
         if each is not None:
             read_peft_config(each / ADAPTER_CONFIG)  # what it refuses need not wait for torch
@@ -104,8 +101,8 @@ def inspect_adapter(arguments: argparse.Namespace) -> dict:
     }
 
 
-def sources(given: str) -> tuple[Path, str | None]:
-    """The folder of an adapter, and that of its base model if it is a run's, which knows it.
+def find_adapter(given: str) -> Path:
+    """The folder itself, or that of a run's best adapter.
 
     Raises:
         UsageError, CheckpointError: as `adapter_of`.
@@ -113,7 +110,7 @@ def sources(given: str) -> tuple[Path, str | None]:
     folder = Path(given)
     if (folder / ADAPTER_CONFIG).is_file() or not is_run(folder):
         verify_shared(folder)
-        return folder, None
+        return folder
     return adapter_of(folder)
 
 

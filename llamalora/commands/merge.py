@@ -14,7 +14,7 @@ from ..cli import Parser, UsageError
 from ..files import why_not_new
 from ..lora.peft_config import ADAPTER_CONFIG, read_peft_config
 from ..model.config import read_config
-from ..runs.folder import adapter_of
+from ..runs.folder import adapter_of, recorded_folder
 from ..runs.shared import find_base, other_base, verify_shared
 from ..text_table import aligned, wrapped
 
@@ -67,8 +67,9 @@ def _sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
         adapter = Path(arguments.adapter)
         verify_shared(adapter)
         return adapter, find_base(adapter) if arguments.model is None else Path(arguments.model)
-    adapter, base = adapter_of(Path(arguments.run))
-    return adapter, Path(base if arguments.model is None else arguments.model)
+    run = Path(arguments.run)
+    adapter = adapter_of(run)
+    return adapter, Path(arguments.model or recorded_folder(run, "model", "give its folder with --model"))
 
 
 def show(report: dict) -> str:

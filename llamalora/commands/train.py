@@ -7,7 +7,7 @@ The loop itself is `training/loop.py`.
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..cli import Parser, UsageError, add_flags, refuse_idle
+from ..cli import Parser, UsageError, add_flags, flag, refuse_idle
 from ..runs.settings import Settings
 
 EXAMPLES = """
@@ -25,12 +25,15 @@ def main(argv: list[str]) -> None:
     chosen = {name: getattr(arguments, name) for name in arguments.given - {"resume", "quiet"}}
     resume = arguments.resume is not None
     if resume:
-        from ..runs.folder import read_settings
+        from ..runs.folder import read_settings, recorded_folder
 
         folder = arguments.resume or arguments.out
         if not folder:
             raise UsageError("--resume needs the run to continue: --resume RUN")
         refuse_idle(arguments, {"out": arguments.resume and "with --resume RUN, which goes on in that folder"})
+        for name in ("model", "data"):
+            if name not in arguments.given:
+                recorded_folder(Path(folder), name, f"give its folder with {flag(name)}")
         chosen = asdict(read_settings(Path(folder))) | chosen | {"out": folder}
     settings = Settings(**chosen)
     refuse_idle(arguments, {

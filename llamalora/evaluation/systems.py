@@ -21,7 +21,7 @@ from ..model.config import read_config
 from ..model.elementwise import compile_formulas
 from ..model.llama import Llama
 from ..model.precision import DTYPES, choose_precision
-from ..runs.folder import fingerprint, read_fingerprints, read_settings, read_task
+from ..runs.folder import fingerprint, read_fingerprints, read_settings, read_task, recorded_folder
 from ..runs.settings import Settings
 from ..runs.setup import check_constraint, check_tags, choose_compiled, load_trained, make_task
 from ..runs.shared import RECORD, find_base, other_base, recorded_task, verify_shared
@@ -47,6 +47,8 @@ def load_run(folder: Path, which: str, precision: str, world: World) -> System:
     """The `best` or `last` model of a run."""
     task = read_task(folder)
     settings = read_settings(folder)
+    instead = f"--model FOLDER --adapter {folder / which}" if settings.adapts else f"--model {folder / which}"
+    recorded_folder(folder, "model", f"in place of --run give {instead}")
     if settings.adapts and (doubt := other_base(folder / which, settings.model)):
         world.warn(doubt)
     with _loading(settings.model, DTYPES[precision], world.device):

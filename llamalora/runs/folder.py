@@ -41,8 +41,8 @@ def trained_folder(run: Path, which: str) -> Path:
     return folder
 
 
-def adapter_of(run: Path) -> tuple[Path, str]:
-    """The folders of a run's best adapter and of its base model.
+def adapter_of(run: Path) -> Path:
+    """The folder of a run's best adapter.
 
     Raises:
         UsageError: a run that trained without LoRA.
@@ -54,7 +54,7 @@ def adapter_of(run: Path) -> tuple[Path, str]:
             f"{run}: it trained the model's own weights (--method {settings.method}), so it has no adapter; "
             f"{run / 'best'} is a whole model"
         )
-    return trained_folder(run, "best"), settings.model
+    return trained_folder(run, "best")
 
 
 def _read_config(run: Path) -> dict:
@@ -93,6 +93,23 @@ def read_settings(run: Path) -> ResolvedSettings:
         return ResolvedSettings(**stored)
     except UsageError as error:
         raise CheckpointError(f"{run / RUN_CONFIG}: a setting that cannot be: {error}") from None
+
+
+def recorded_folder(run: Path, name: str, remedy: str) -> str:
+    """The folder of a run's base model (`model`) or corpus (`data`).
+
+    Args:
+        remedy: what to do where it is not there.
+
+    Raises:
+        UsageError: it is not there.
+        CheckpointError: as `read_settings`.
+    """
+    folder, what = getattr(read_settings(run), name), {"model": "base model", "data": "corpus"}[name]
+    if not Path(folder).is_dir():
+        relative = "" if Path(folder).is_absolute() else " (relative to the folder where it was trained)"
+        raise UsageError(f"{run}: its {what}, {folder} in its config.json{relative}, is not here; {remedy}")
+    return folder
 
 
 def read_task(run: Path) -> Task:

@@ -41,7 +41,7 @@ def base_name(folder: str | Path) -> str:
     - the folder's name, behind `weights/` where it stands in a folder of that name.
     """
     folder = Path(folder).absolute()
-    for part in folder.parts:
+    for part in folder.resolve().parts:
         if cached := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
             return "/".join(cached.groups())
     named = read_json(folder / "config.json").get("_name_or_path")
@@ -106,9 +106,9 @@ def verify_shared(folder: Path) -> None:
 
 def other_base(saved: str | Path, base: str | Path) -> str:
     """What there is to say if the weights of a base model are not those that a saved model was trained on; nothing if
-    they are, or where no record says which those were."""
+    they are, where no record says which those were, or where there is no base."""
     trained_on = (read_record(saved) or {}).get("base", {}).get("fingerprint")
-    if trained_on in (None, weights_fingerprint(Path(base))):
+    if trained_on is None or not Path(base).is_dir() or trained_on == weights_fingerprint(Path(base)):
         return ""
     return (
         f"{base}: not the files of weights that {saved} was trained on; unless they hold the same numbers, it will "

@@ -350,6 +350,32 @@ def test_another_base_model_than_the_runs_is_noticed(run, tmp_path, capsys):
     assert f"{base}: not the files of weights" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("main, flags, name, remedy", [
+    (command, ["predict", "--run", "RUN", "notes.txt"], "model", "in place of --run give --model FOLDER"),
+    (evaluation.main, ["--run", "RUN", "--data", str(HOME / "data/sample")], "model", "--adapter RUN/best"),
+    (command, ["merge", "--run", "RUN", "--out", "merged"], "model", "give its folder with --model"),
+    (train.main, ["--resume", "RUN"], "model", "give its folder with --model"),
+    (train.main, ["--resume", "RUN", "--model", str(HOME / "weights/tiny")], "data", "give its folder with --data"),
+    (evaluation.main, ["--run", "RUN"], "data", "give its folder with --data"),
+    (command, ["compare", "RUN", "RUN"], "data", "from where that path leads to it"),
+])  # fmt: skip
+def test_relative_paths_of_a_run_lead_nowhere_in_another_folder(
+    main, flags, name, remedy, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("Fever came.\n")
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"model": "w/tiny", "data": "d/sample"}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, [str(run) if flag == "RUN" else flag for flag in flags])
+    told = " ".join(capsys.readouterr().err.split())
+    what = {"model": "base model, w/tiny", "data": "corpus, d/sample"}[name]
+    assert ended.value.code == 2 and "not the files of weights" not in told
+    assert f"{run}: its {what} in its config.json (relative to the folder where it was trained), is not here; " in told
+    assert remedy.replace("RUN", str(run)) in told
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_corpus_that_is_not_the_runs_is_told(there, run, tmp_path, capsys):
     if there:

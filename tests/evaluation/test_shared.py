@@ -264,6 +264,9 @@ def test_a_base_has_a_name_that_is_no_path_of_this_machine(place, named, expecte
     assert base_name(folder) == expected
     monkeypatch.chdir(folder.parent)
     assert base_name(folder.name) == expected
+    (tmp_path / "link").symlink_to(folder)
+    if "hub" in place:
+        assert base_name(tmp_path / "link") == expected
 
 
 def test_a_base_is_found_by_its_name(run, tmp_path, monkeypatch):

@@ -441,10 +441,11 @@ def test_a_run_folder_means_its_best_adapter(tmp_path, capsys):
     )
     assert "best: the run has saved no such model yet" in refusal(capsys, run)
     write_atomically(run / "best", lambda folder: save_adapter(adapted("q"), folder))
-    assert inspect.sources(str(run)) == (run / "best", "m")
-    assert inspect.sources(str(run / "best")) == (run / "best", None)
+    assert inspect.find_adapter(str(run)) == inspect.find_adapter(str(run / "best")) == run / "best"
     message = refusal(capsys, run)
-    assert "its base model m is no longer there" in message and f"--model, or inspect {run / 'best'}" in message
+    assert (
+        "its base model, m in its config.json (relative" in message and f"--model, or inspect {run / 'best'}" in message
+    )
     save_model(tiny_model(), tmp_path / "base")
     # with the base that it names, as with one that is given
     settings = asdict(Settings(model=str(tmp_path / "base"), data="d", out="o", lr=1e-3, batch_tokens=1))
