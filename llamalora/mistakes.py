@@ -73,6 +73,22 @@ def _instead(given: str, name: str, wanted: str) -> str:
     return f"; nothing is fetched from the Hub here, so first: {download(name)}"
 
 
+def file_instead(path: Path) -> str | None:
+    """What a file that cannot be read is instead, if that is known, and what to do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path}: a Git LFS pointer, not the file itself, which `git lfs pull` or `hf download` brings"
+    if re.match(rb"\s*<(!doctype )?html", start, re.IGNORECASE):
+        return f"{path}: a web page, not the file itself; download it again (a gated one needs hf auth login)"
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", start):
+        return f"{path}: a tiktoken vocabulary, which is not read; the tokenizer.json of the same model is needed"
+    return None
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run was started there."""
     return isinstance(_read(folder / "config.json").get("settings"), dict)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import InputError
-from ..mistakes import wrong_folder
+from ..mistakes import file_instead, wrong_folder
 
 PROBES = ("Input: a", "x  y", " lead", "a\nb", "[Disease]é[/Disease].")  # texts that tokenizers cut in different ways
 
@@ -183,8 +183,9 @@ def _byte_level_spelling(piece: str) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.model`, or `tokenizer.json` if that is alone, has other tokens, or
-    cuts texts otherwise (to see which, the package tokenizers must be installed).
+    """The tokenizer of a model folder: `tokenizer.model`, or `tokenizer.json` if that is alone, stands beside one that
+    is not sentencepiece's (Llama-3's is tiktoken's), has other tokens, or cuts texts otherwise (to see which, the
+    package tokenizers must be installed).
 
     Raises:
         TokenizerError: neither is there or it cannot be read, it lacks tokens that other files of the folder name, or
@@ -194,21 +195,25 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path, beside = folder / "tokenizer.model", folder / "tokenizer.json"
     rows = _read(folder / "config.json").get("vocab_size")
     rows = rows if isinstance(rows, int) else None
-    tokenizer: Tokenizer
-    if path.is_file():
-        adds_bos = _read(folder / "tokenizer_config.json").get("add_bos_token") is not False
-        tokenizer = pieces = SentencePieceTokenizer(path, adds_bos)
-        if beside.is_file() and not pieces.holds_all_of(beside):
-            tokenizer = JsonTokenizer(beside, rows)
-        elif beside.is_file() and find_spec("tokenizers"):
-            other = JsonTokenizer(beside, rows)
-            if any(pieces.encode(text) != other.encode(text) for text in PROBES):
-                tokenizer = other
-    elif beside.is_file():
-        tokenizer = JsonTokenizer(beside, rows)
-    else:
+    if not path.is_file() and not beside.is_file():
         missing = f"{folder}: has neither tokenizer.model nor tokenizer.json"
         raise TokenizerError(wrong_folder(folder, "model folder", missing))
+    pieces = None
+    if path.is_file():
+        adds_bos = _read(folder / "tokenizer_config.json").get("add_bos_token") is not False
+        try:
+            pieces = SentencePieceTokenizer(path, adds_bos)
+        except TokenizerError as error:
+            if not beside.is_file():
+                raise TokenizerError(file_instead(path) or str(error)) from None
+    tokenizer: Tokenizer
+    if pieces is None or beside.is_file() and not pieces.holds_all_of(beside):
+        tokenizer = JsonTokenizer(beside, rows)
+    elif beside.is_file() and find_spec("tokenizers"):
+        other = JsonTokenizer(beside, rows)
+        tokenizer = other if any(pieces.encode(text) != other.encode(text) for text in PROBES) else pieces
+    else:
+        tokenizer = pieces
     _check_added(folder, tokenizer)
     written = tokenizer.spell(tokenizer.encode_continuation(" x y"))
     if written != b" x y" and written.replace(b" ", b"") == b"xy":

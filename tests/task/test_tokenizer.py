@@ -403,6 +403,25 @@ def test_a_corrupt_file_beside_the_tokenizer_is_named(file, content, tiny_bytele
         load_tokenizer(tmp_path)
 
 
+OTHERS = {
+    "IQ== 0\nIg== 1\nIw== 2\n": "a tiktoken vocabulary.* tokenizer.json of the same model is needed",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 499723\n": "a Git LFS pointer.*hf download",
+    "<!DOCTYPE html><html>Access denied": "a web page",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS)
+def test_a_tokenizer_model_that_is_not_sentencepiece(content, tiny_bytelevel, tmp_path):
+    """As Llama-3 has it beside its tokenizer.json, which is read then; alone, it is named."""
+    folder = Path(shutil.copytree(tiny_bytelevel, tmp_path / "model"))
+    expected = load_tokenizer(folder)
+    (folder / "tokenizer.model").write_text(content)
+    assert all(load_tokenizer(folder).encode(text) == expected.encode(text) for text in STRINGS)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=f"tokenizer.model: {OTHERS[content]}"):
+        load_tokenizer(folder)
+
+
 def test_the_tokenizer_must_fit_the_model(tokenizer):
     size = tokenizer.vocab_size
     for fitting in (size, size + 1, round(size / 0.92)):
