@@ -21,18 +21,19 @@ from ..files import new_folder
 from ..lora.inject import adapt, lora_layers
 from ..lora.kinds import KINDS, kind_of
 from ..lora.layers import PARTS, LoRALayer
+from ..lora.peft_config import ADAPTER_CONFIG
 from ..lora.peft_format import Adapter, Factors, read_adapter
 from ..model.checkpoint import entries_of, model_files, skeleton, tensor_files
 from ..model.config import CheckpointError, read_config, read_json
 from ..model.llama import Llama
-from ..model.tensors import read_tensor, streamed, write_tensors
+from ..model.tensors import finite, read_tensor, streamed, write_tensors
 from ..progress import Bar
 from ..runs.shared import RECORD, copy_tokenizer, read_record, write_record
 from ..runs.state import CARD, MANIFEST
 from ..task.tokenizer import TokenizerError, check_fit, load_tokenizer
 
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, generation settings, licence; configurations aside
-OWN = ("config.json", RECORD, MANIFEST)  # of the base alone
+OWN = ("config.json", RECORD, MANIFEST, ADAPTER_CONFIG)  # of the base alone
 BLOCK = 2**18  # numbers that are merged at a time: they stay in a core's cache, and in memory that is used again
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -53,7 +54,8 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         the largest logit difference and the share of positions whose most likely token changed.
 
     Raises:
-        CheckpointError: what `load_model` and `read_adapter` refuse, or a merged weight that is not finite.
+        CheckpointError: what `load_model` and `read_adapter` refuse, a weight of the base, a merged one, or logits that are
+            not finite.
         RunError: a folder that cannot be written.
         UsageError: a probe that is empty.
         TokenizerError: a probe, but no tokenizer beside the base model.
@@ -139,7 +141,8 @@ def _write_merged(
 def _read_frozen(adapter: Adapter, files: dict[str, Path], name: str) -> Tensor:
     """A parameter of the base model, or what the adapter brings along in its place."""
     source = name if name in files else EMBEDDING
-    return adapter.frozen(name.removesuffix(".weight"), read_tensor(files[source], source))
+    weight = finite(read_tensor(files[source], source), files[source], source)
+    return adapter.frozen(name.removesuffix(".weight"), weight)
 
 
 class _Kinds:
@@ -263,6 +266,9 @@ def _compare(model: Llama, adapter: Adapter, files: dict[str, Path], folder: Pat
 
     both = [(model, apart), (skeleton(model.config), merged)]
     before, after = _side_by_side(lambda each: _logits(*each, ids), both)
+    if not (before.isfinite().all() and after.isfinite().all()):
+        base = next(iter(files.values())).parent
+        raise CheckpointError(f"{base} with {adapter.path.parent}: the logits on the probe are not finite")
     changed = (before.argmax(-1) != after.argmax(-1)).sum().item()
     return {
         "tokens": ids.shape[1],

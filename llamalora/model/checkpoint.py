@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import CheckpointError, LlamaConfig, read_config, read_json
 from .llama import Llama
-from .tensors import Entries, read_tensor, save_tensors, tensor_entries
+from .tensors import Entries, finite, read_tensor, save_tensors, tensor_entries
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary size of a shard
 
@@ -88,8 +88,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         dtype: of the weights; default as stored, where several dtypes are stored the one that holds the values of all.
 
     Raises:
-        CheckpointError: what `read_config` and `tensor_files` raise, or tensors that are missing,
-            unexpected or of another shape than the configuration asks for (all are listed).
+        CheckpointError: what `read_config` and `tensor_files` raise, tensors that are missing, unexpected or of another
+            shape than the configuration asks for (all are listed), or a value that is not finite in the dtype.
     """
     model = skeleton(read_config(folder))
     files = model_files(folder, model)
@@ -97,6 +97,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     dtype = dtype or reduce(torch.promote_types, (entries[name][0] for name in parameters))
     for name, parameter in parameters.items():
         tensor = read_tensor(files[name], name).to(device=device, dtype=dtype, copy=True)
+        finite(tensor, files[name], name)
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, parameter.requires_grad))
     if model.config.tie_word_embeddings:

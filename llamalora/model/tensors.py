@@ -155,6 +155,18 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
+def finite(tensor: Tensor, path: Path, name: str) -> Tensor:
+    """The tensor, read from that file under that name.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    # the sum is found much faster, and is finite unless it overflows
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity, as {tensor.dtype}")
+    return tensor
+
+
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")

@@ -32,7 +32,7 @@ from ..runs.state import CARD, clean_partial, load_checkpoint, save_checkpoint, 
 from .batch import MicroBatch, deal, show
 from .job import Job, prepare
 from .memory import explained
-from .step import MovementCheck, Optimizer, backward, learning_rate
+from .step import DivergedError, MovementCheck, Optimizer, backward, learning_rate
 from .steplog import StepLog, announce
 
 
@@ -41,6 +41,9 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
 
     Returns:
         The scores on the development split of the best model; None without such a split.
+
+    Raises:
+        DivergedError: gradients that are not finite, in many steps in a row or in all.
     """
     job = prepare(settings, world, resume)
     settings, folder, examples, steps = job.settings, job.folder, job.examples, job.steps
@@ -129,6 +132,11 @@ def train(settings: Settings, world: World, resume: bool = False) -> dict | None
             seconds = time.perf_counter() - started
             log.step(progress.cursor, epoch, loss, lr, update, [examples[index] for index in step], computed, seconds)
 
+            if progress.cursor == len(steps) and not progress.updates:
+                raise DivergedError(
+                    f"none of the {len(steps)} steps changed a parameter, for their gradients were not finite; take "
+                    "more steps (fp16 may skip the first few), or look for the cause with --precision fp32"
+                )
             regular = settings.save_every and progress.cursor % settings.save_every == 0
             if stop:
                 leave()

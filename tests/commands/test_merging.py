@@ -156,12 +156,15 @@ def test_companion_files_come_along(folders, tmp_path, capsys):
     base, adapter = folders
     (base / "generation_config.json").write_text('{"max_length": 9}')
     (base / "LICENSE.txt").write_text("a licence")
+    (base / "adapter_config.json").write_text("{}")  # with which transformers would look for an adapter
     (base / "pytorch_model.bin.index.json").write_text("{}")
     (base / "consolidated.00.pth").write_text("weights")
     merge_command(capsys, base, adapter, tmp_path / "out")
     expected = {"config.json", "model.safetensors", "tokenizer.model", "generation_config.json", "LICENSE.txt"}
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert expected <= found and not {"pytorch_model.bin.index.json", "consolidated.00.pth"} & found
+    assert (
+        expected <= found and not {"pytorch_model.bin.index.json", "consolidated.00.pth", "adapter_config.json"} & found
+    )
     assert (tmp_path / "out/tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
 
 
@@ -324,7 +327,14 @@ def test_a_run_names_its_own_base(folders, tmp_path, capsys):
     for name, tensor in tensors_of(tmp_path / "expected").items():
         assert torch.equal(tensors_of(tmp_path / "out")[name], tensor)
     base.rename(tmp_path / "moved")
-    refused(capsys, "base: no such model folder", "--run", place, "--out", tmp_path / "other")
+    refused(
+        capsys,
+        f"its base model, {base} in its config.json, is not here; give",
+        "--run",
+        place,
+        "--out",
+        tmp_path / "other",
+    )
     main(["merge", "--run", str(place), "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "other")])
 
 
@@ -352,7 +362,10 @@ def test_an_output_folder_in_use_is_left_alone(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    ("nan", "holds NaN or infinity"), ("missing", "lacks"), ("shape", "the base model needs"),
+    ("nan", "adapter_model.safetensors: base_model.model.model.layers.1.mlp.up_proj.lora_B.weight holds NaN"),
+    ("nan base", "base/model.safetensors: model.layers.1.mlp.up_proj.weight holds NaN or infinity"),
+    ("nan norm", "base/model.safetensors: model.norm.weight holds NaN or infinity"), ("huge", "logits on the probe"),
+    ("missing", "lacks"), ("shape", "the base model needs"),
     ("no adapter", "no such adapter folder"), ("no tokenizer", "--no-probe merges without one"),
     ("probe", "--probe is empty"), ("shard", "damaged or missing"), ("vocabulary", "has shape (404, 32), the base"),
     ("overflow", "up_proj.weight is not finite when it is merged into torch.float16"), ("alpha", "lora_alpha is nan"),
@@ -364,6 +377,14 @@ def test_a_failure_leaves_nothing_behind(spoil, message, folders, tmp_path, caps
     tensors, key = load_file(weights), "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     if spoil == "nan":
         tensors[key][3, 1] = torch.nan  # found on the way, when files have been written
+    elif spoil in ("nan base", "nan norm", "huge"):
+        path, name = base / "model.safetensors", "norm" if spoil == "nan norm" else "layers.1.mlp.up_proj"
+        changed = load_file(path)
+        if spoil == "huge":
+            changed = {name: tensor.float() * (1e30 if "norm" in name else 1) for name, tensor in changed.items()}
+        else:
+            changed[f"model.{name}.weight"][0] = torch.nan
+        save_file(changed, path)
     elif spoil == "missing":
         del tensors[key]
     elif spoil == "shape":

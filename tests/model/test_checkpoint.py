@@ -337,6 +337,15 @@ def test_folders_and_configs_that_cannot_be_read(tmp_path, folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 1e6])
+def test_weights_that_are_not_finite_are_refused(bad, tmp_path):
+    """Also where they are finite in the file, but not in the dtype that is asked for."""
+    save_model(tiny_model(), tmp_path)
+    edit_tensors(tmp_path / "model.safetensors", add={"model.norm.weight": torch.full((32,), bad)})
+    with pytest.raises(CheckpointError, match="safetensors: model.norm.weight holds NaN or infinity, as torch.float16"):
+        load_model(tmp_path, torch.float16)
+
+
 def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     save_model(model, tmp_path)

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import eval as evaluate
 import train
 from llamalora.cli import run_command
+from llamalora.lora.inject import trainable_parameters
 from llamalora.runs.folder import read_settings
 from llamalora.runs.settings import Settings
+from llamalora.training import loop
 
 pytestmark = pytest.mark.slow
 
@@ -278,6 +281,22 @@ def test_wrong_offset_is_refused_with_its_line(capsys, tmp_path):
     text[number] = "\t".join([fields[0], str(int(fields[1]) + 1), *fields[2:]])
     (tmp_path / "train.PubTator.txt").write_text("\n".join(text))
     assert f"train.PubTator.txt:{number + 1}:" in refused(capsys, "--data", tmp_path)
+
+
+def test_a_run_that_has_learnt_nothing_is_no_success(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "backward", lambda model, batch, *_: spoilt(model))
+    flags = (*SHORT, "--targets", "q", "--out", str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main, list(flags))
+    steps = len(metrics(tmp_path / "run"))
+    assert ended.value.code == 1
+    assert f"error: none of the {steps} steps changed a parameter" in capsys.readouterr().err
+
+
+def spoilt(model):
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    return torch.tensor(torch.nan, dtype=torch.float64)
 
 
 def test_a_finished_run_is_not_overwritten(capsys, whole):
