@@ -54,8 +54,7 @@ def merge_folders(base: Path, adapter_folder: Path, out: Path, probe: str | None
         the largest logit difference and the share of positions whose most likely token changed.
 
     Raises:
-        CheckpointError: what `load_model` and `read_adapter` refuse, a weight of the base, a merged one, or logits that are
-            not finite.
+        CheckpointError: what `load_model` and `read_adapter` refuse, or merged weights or logits that are not finite.
         RunError: a folder that cannot be written.
         UsageError: a probe that is empty.
         TokenizerError: a probe, but no tokenizer beside the base model.

@@ -13,11 +13,11 @@ from ..model.tensors import save_tensors
 from .inject import adapt, lora_layers
 from .kinds import KINDS, kind_of
 from .peft_config import ADAPTER_CONFIG
-from .peft_format import ADAPTER_WEIGHTS, Factors, factor_keys, read_adapter
+from .peft_format import ADAPTER_WEIGHTS, Factors, factor_keys, frozen_key, read_adapter
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
-    """Writes the LoRA layers of a model as a PEFT adapter folder.
+    """Writes the LoRA layers of a model as a PEFT adapter folder, with the frozen weights that `load_adapter` changed.
 
     Args:
         base_model: recorded as `base_model_name_or_path`.
@@ -33,6 +33,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= zip(factor_keys(name, layer.dora), layer.parts, strict=True)
+    for name in getattr(model, "brought", ()):
+        weight = layers[name].frozen if name in layers else model.get_parameter(f"{name}.weight")
+        tensors[frozen_key(name, name in layers)] = weight
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     config = _peft_config(model, base_model)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -75,7 +78,7 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
     """Injects LoRA layers as an adapter folder describes them and fills them, in place.
 
     Frozen weights that the folder brings along (a resized or trained embedding or head) take the place of the model's,
-    as in PEFT, with a warning where they differ; `save_adapter` does not save them again.
+    as in PEFT, with a warning where they differ. Those that do are `model.brought`, for `save_adapter`.
 
     Args:
         dropout: in place of the configuration's.
@@ -85,10 +88,12 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float | None = None)
     """
     adapter = read_adapter(folder, model)
     frozen = {name: adapter.frozen(name, model.get_parameter(f"{name}.weight")) for name in adapter.base}
+    brought = [name for name in frozen if not torch.equal(frozen[name], model.get_parameter(f"{name}.weight"))]
     dropout = adapter.config.lora_dropout if dropout is None else dropout
     ranks = {name: (layer.rank, adapter.alphas[name]) for name, layer in adapter.layers.items()}
     adapt(model, ranks, adapter.rslora, dropout, dora=adapter.dora)
     _fill(model, adapter.layers, frozen)
+    model.__dict__["brought"] = brought[:1] if model.tied else brought
     return model
 
 

@@ -93,6 +93,11 @@ class LoRALayer:
         return self._original is not None
 
     @property
+    def frozen(self) -> Tensor:
+        """W0, also of a merged layer."""
+        return self.weight if self._original is None else self._original
+
+    @property
     def dora(self) -> bool:
         return self.lora_magnitude is not None
 

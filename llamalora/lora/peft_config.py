@@ -15,10 +15,12 @@ from .kinds import kind_of
 ADAPTER_CONFIG = "adapter_config.json"
 # initialisations that leave the base model as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move its weights
 _HARMLESS_INITS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
+_BIASES = ("none", "all", "lora_only")  # to train, and this Llama has none: a tensor of one in the file is refused
 # other fields that say nothing about what the tensors mean
 _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # of the initialisation, which is checked
+    "fan_in_fan_out",  # which PEFT sets to false for linear layers
     *("megatron_core", "qalora_group_size", "runtime_config"),  # nothing without others, which are refused
 }
 # around the regular expressions of layers_pattern and of the keys of rank_pattern and alpha_pattern
@@ -121,9 +123,10 @@ def read_peft_config(path: Path) -> PeftConfig:
 
 
 def _refuse_unsupported(path: Path, given: dict) -> None:
-    for name, only in (("peft_type", "LORA"), ("bias", "none")):
-        if given.get(name, "none") != only:
-            raise CheckpointError(f"{path}: {name} is {given.get(name)!r}; only {only!r} is supported")
+    if given.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {given.get('peft_type')!r}; only 'LORA' is supported")
+    if given.get("bias", "none") not in _BIASES:
+        raise CheckpointError(f"{path}: bias is {given['bias']!r}, not one of {', '.join(_BIASES)}")
     init = given.get("init_lora_weights")
     if str(init).lower() not in _HARMLESS_INITS:
         raise CheckpointError(

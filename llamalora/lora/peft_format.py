@@ -132,6 +132,11 @@ def factor_keys(name: str, dora: bool = False) -> tuple[str, ...]:
     return tuple(f"{_PREFIX}{name}.{part}" for part in parts)
 
 
+def frozen_key(name: str, adapted: bool) -> str:
+    """Where PEFT looks for the frozen weight of embedding or head in a file."""
+    return f"{_PREFIX}{name}.{'base_layer.' if adapted else ''}weight"
+
+
 def read_adapter(folder: str | Path, model: Llama | None = None) -> Adapter:
     """What an adapter folder holds.
 
@@ -193,8 +198,7 @@ def read_layout(
             copies[key] = name
         else:
             strange.append(key)
-    # where PEFT looks for them, too
-    base = {name: f"{_PREFIX}{name}.{'base_layer.' if name in found else ''}weight" for name in copies.values()}
+    base = {name: frozen_key(name, name in found) for name in copies.values()}
     strange += copies.keys() - base.values()
     if strange:
         hint = f"; does {ADAPTER_CONFIG} lack use_dora?" if strange[0].endswith("lora_magnitude_vector") else ""

@@ -215,6 +215,20 @@ def test_frozen_weights_of_the_adapter_are_used_as_peft_uses_them(change, module
         load_adapter(model, tmp_path)
     close(logits(model, IDS), logits(theirs, IDS))
     assert model.tied == tied
+    save_adapter(model, tmp_path / "again")
+    close(logits(into_peft(tmp_path / "again", tied), IDS), logits(theirs, IDS))
+    merge(model)
+    save_adapter(model, tmp_path / "merged")
+    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+
+
+def test_frozen_weights_that_change_nothing_are_not_saved_again(tmp_path):
+    saved_by_peft(tmp_path, ["q_proj", "embed_tokens"])
+    model = tiny_model()
+    load_adapter(model, tmp_path)
+    save_adapter(model, tmp_path / "again")
+    lost = load_file(tmp_path / WEIGHTS).keys() - load_file(tmp_path / "again" / WEIGHTS).keys()
+    assert lost == {"base_model.model.model.embed_tokens.base_layer.weight"}
 
 
 def test_the_rows_that_differ_are_counted_and_rounding_is_no_difference(tmp_path):
@@ -335,13 +349,11 @@ def test_a_model_without_updates_is_not_saved_as_an_adapter(tmp_path):
 @pytest.mark.parametrize("field, value", [
     ("peft_type", "IA3"),
     ("modules_to_save", ["lm_head"]),
-    ("bias", "all"),
-    ("bias", "lora_only"),
+    ("bias", "some"),
     ("lora_bias", True),
     ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_4"),
     ("init_lora_weights", "olora"),
-    ("fan_in_fan_out", True),
     ("layer_replication", [[0, 1]]),
     ("trainable_token_indices", [1, 2]),
     ("r", None),
@@ -364,6 +376,20 @@ def test_harmless_initialisations_are_peft_s(init, tmp_path):
     close(logits(model, IDS), logits(theirs, IDS))
 
 
+@pytest.mark.parametrize("field, value", [("bias", "all"), ("bias", "lora_only"), ("fan_in_fan_out", True)])
+def test_what_says_nothing_of_a_llama_is_ignored_as_by_peft(field, value, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that fan_in_fan_out is set to false
+        theirs = saved_by_peft(tmp_path, ["q_proj", "embed_tokens"], **{field: value})
+        edit_config(tmp_path, **{field: value})
+        close(logits(into_peft(tmp_path), IDS), logits(theirs, IDS))
+    model = tiny_model()
+    load_adapter(model, tmp_path)
+    close(logits(model, IDS), logits(theirs, IDS))
+    edit_tensors(tmp_path, add={f"base_model.model.{Q0}.bias": torch.zeros(32)})
+    refused(tmp_path, f"{Q0}.bias fits no layer")
+
+
 @pytest.mark.parametrize("init", ["lora_ga", "loftq", "corda", "olora", "PiSSA", "some_new_one", 3])
 def test_other_initialisations_may_have_moved_the_base_model(init, folder):
     edit_config(folder, init_lora_weights=init)
@@ -378,7 +404,7 @@ def test_every_field_of_peft_s_configuration_is_understood_harmless_or_refused(f
 
     harmless = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
                 "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-                "runtime_config"}  # fmt: skip
+                "runtime_config", "fan_in_fan_out"}  # fmt: skip
     for name in [*(field.name for field in fields(peft.LoraConfig)), "a_field_of_next_year"]:
         before = (folder / "adapter_config.json").read_text()
         edit_config(folder, **{name: [{"x": 1}]})  # no value that any of the fields understood may have
