@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from .errors import InputError, RunError
+from .files import PACKAGE
 from .mistakes import nearest, nearest_path
 
 SCRIPTS = ("train.py", "eval.py")  # of a clone
@@ -225,7 +227,9 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
     # ends as an exception does, so that what has been written in part is removed
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        main(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            main(argv)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -243,6 +247,12 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_, **__) -> None:
+    """Ours as one line, for it is meant for the user; a library's with its place in the source."""
+    own = Path(filename).is_relative_to(PACKAGE)
+    sys.stderr.write(f"{message}\n" if own else warnings.formatwarning(message, category, filename, lineno))
 
 
 @contextmanager

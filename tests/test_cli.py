@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_model
 
+import llamalora
 from llamalora import __version__
 from llamalora.__main__ import MODULES, main
 from llamalora.cli import Parser, UsageError, called, check_new_file, check_there, refuse_idle, run_command
@@ -86,6 +88,15 @@ def test_unknown_commands(name, hint, capsys):
         run_command(main, [name])
     assert ended.value.code == 2
     assert f"error: unknown command {name!r}; {hint}" in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_one_line_and_a_library_s_keeps_its_place(capsys):
+    def warn(_):
+        for file in (Path(llamalora.__file__).with_name("x.py"), Path("/lib/other.py")):
+            warnings.warn_explicit("rows differ", UserWarning, str(file), 3, module="elsewhere")
+
+    run_command(warn, [])
+    assert capsys.readouterr().err == "rows differ\n/lib/other.py:3: UserWarning: rows differ\n"
 
 
 def shown(capsys, *argv: str) -> str:
