@@ -97,7 +97,7 @@ def is_run(folder: Path) -> bool:
 def _what_is(path: Path) -> str | None:
     """What is there, if it is something that this program reads or writes."""
     if not path.is_dir():
-        return "a file"
+        return "a GGUF file; take the model's safetensors" if path.suffix == ".gguf" else "a file"
     config = _read(path / "config.json")
     if is_run(path):
         base = config["settings"].get("model")
@@ -113,6 +113,15 @@ def _what_is(path: Path) -> str | None:
     endings = "pubtator|tsv|conllu?|iob2?|bio(es)?|bmes|txt|jsonl?|ndjson|xml|bioc"
     corpus_file = rf"(cdr_.*set|train|dev(el)?|valid(ation)?|test)\.({endings})"
     names = [entry.name.lower() for entry in path.iterdir()]
+    if cached := sorted(path.glob("snapshots/*/*config.json")):
+        return f"a folder of the Hub's cache; what it holds is in {cached[-1].parent}"
+    if "params.json" in names and any(name.endswith(".pth") for name in names):
+        return (
+            "a Llama as Meta gives it; take its repository that ends in -hf from the Hub, or convert it with "
+            "transformers' convert_llama_weights_to_hf.py"
+        )
+    if "config.json" not in names and any(name.endswith(".gguf") for name in names):
+        return "a folder of GGUF files; take the model's safetensors"
     if "config.json" not in names and any(re.match(corpus_file, name) for name in names):
         return "a corpus folder"
     return None

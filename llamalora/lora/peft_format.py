@@ -155,8 +155,9 @@ def read_adapter(folder: str | Path, model: Llama | None = None) -> Adapter:
     config = read_peft_config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        hint = "; pickled weights are not read" if (folder / "adapter_model.bin").is_file() else ""
-        raise CheckpointError(f"{path}: no such file{hint}")
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is pickled and not read; load it in peft, whose save_pretrained writes safetensors"
+        raise CheckpointError(f"{path}: no such file{hint if pickled else ''}")
     layers, base = read_layout(path, model, config.use_dora)
     for name, layer in layers.items():
         if layer.rank != config.rank(name):

@@ -1,6 +1,7 @@
 """Hugging Face model folders in and out: `config.json` and safetensors, one file or shards."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,9 +33,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(tensor_entries(single), single)
     if not index.is_file():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-        hint = "; its pickled weights are not read, convert them to safetensors" if pickled else ""
-        raise CheckpointError(f"{folder}: has no model.safetensors{hint}")
+        raise CheckpointError(f"{folder}: has no model.safetensors{_instead_of_weights(folder)}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map")
@@ -48,6 +47,19 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
         if found.get(name, folder / file) != folder / file:
             raise CheckpointError(f"{index}: says that {name} is in {file}, but it is in {found[name].name}")
     return found
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What else is there, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    shards = [name for name in names if re.search(r"-\d+-of-\d+\.safetensors$", name)]
+    if shards:
+        return f" and no model.safetensors.index.json, which says what its {len(shards)} shards hold; download it, too"
+    if others := [name for name in names if re.fullmatch(r"(?!adapter).*\.safetensors", name)]:
+        return f" but {', '.join(others)}; what is to be read must have that name"
+    if any(name.endswith((".bin", ".pth")) for name in names):
+        return "; its pickled weights are not read, convert them to safetensors (transformers' save_pretrained does)"
+    return ""
 
 
 def entries_of(files: Mapping[str, Path]) -> Entries:

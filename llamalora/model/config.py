@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..mistakes import is_run, wrong_folder
+from ..mistakes import file_instead, is_run, wrong_folder
 
 PRECISIONS = ("fp32", "fp16", "bf16")  # that matrix products can run in
 
@@ -275,7 +275,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        raise CheckpointError(file_instead(path) or f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
     return content

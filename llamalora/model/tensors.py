@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import RunError
+from ..mistakes import file_instead
 from .config import CheckpointError
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
@@ -171,7 +172,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+        raise CheckpointError(file_instead(path) or f"{path}: damaged or missing ({error})") from None
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):

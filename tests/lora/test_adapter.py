@@ -559,7 +559,7 @@ def test_damaged_and_missing_files(tmp_path, folder):
     (folder / WEIGHTS).unlink()
     refused(folder, f"{WEIGHTS}: no such file$")
     (folder / "adapter_model.bin").write_bytes(b"pickle")
-    refused(folder, "pickled weights are not read")
+    refused(folder, "adapter_model.bin is pickled and not read; load it in peft")
     save_file({}, folder / WEIGHTS)
     refused(folder, "holds no tensor")
     (folder / "adapter_config.json").write_text("{")

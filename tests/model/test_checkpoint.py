@@ -322,6 +322,47 @@ def test_weights_that_are_not_safetensors(file, folder):
     assert ("convert them to safetensors" in str(caught.value)) == (file is not None)
 
 
+def test_shards_without_their_index(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    shards = len(list(folder.glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=f"no model.safetensors.index.json, .* its {shards} shards .*download it"):
+        load_model(folder)
+
+
+def test_weights_by_another_name(tmp_path):
+    save_model(tiny_model(), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="has no model.safetensors but model.fp16.safetensors; .* that name"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content, named", [
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 123\n", "a Git LFS pointer.*git lfs pull"),
+    ("\n<html><head>Sign in</head></html>", "a web page.*download it again"),
+    ("nothing known", "damaged or missing|cannot be read"),
+])  # fmt: skip
+def test_downloads_that_brought_another_file(content, named, tmp_path):
+    save_model(tiny_model(), tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CheckpointError, match=f"{name}: ({named})"):
+            load_model(tmp_path)
+
+
+@pytest.mark.parametrize("files, said", [
+    (["params.json", "consolidated.00.pth", "tokenizer.model"], "a Llama as Meta gives it; take .* -hf .* or convert"),
+    (["llama-2-7b.Q4_K_M.gguf"], "GGUF files; take the model's safetensors"),
+    (["refs/main", "snapshots/0123/config.json"], "the Hub's cache; what it holds is in .*models--o--N/snapshots/0123"),
+])  # fmt: skip
+def test_other_folders_of_a_model_are_recognised(files, said, tmp_path):
+    folder = tmp_path / "models--o--N"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(CheckpointError, match=f"models--o--N: no model folder but .*{said}"):
+        load_model(folder)
+
+
 def test_folders_and_configs_that_cannot_be_read(tmp_path, folder):
     with pytest.raises(CheckpointError, match="nowhere: no such model folder"):
         load_model(tmp_path / "nowhere")
