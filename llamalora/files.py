@@ -68,7 +68,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
     It stands beside `target` and takes its place. Where an empty folder is there, which may be a mount point or the
     folder that a shell stands in, it stands inside, and what it holds moves up: a model's `config.json` last, without
-    which the rest is none.
+    which the rest is none. A process that is killed leaves a `NAME.tmp-PID`.
 
     Args:
         replace: a folder that is there gives way. Between two renames it is called `NAME.old`, and the new one until
