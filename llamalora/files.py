@@ -127,6 +127,8 @@ def why_not_new(folder: Path) -> str | None:
 def why_not_written(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which may be new: found out by trying."""
     target = Path(os.path.realpath(folder))
+    if target.is_symlink():
+        return "is a link that leads back to itself"
     above = next(path for path in (target, *target.parents) if path.exists())
     if not above.is_dir():
         return f"{above} is a file"

@@ -96,6 +96,8 @@ def test_what_cannot_be_written_is_found_out_before(place, monkeypatch):
     (place / "file").touch()
     assert why_not_new(Path("file")) == "exists and is not an empty folder"
     assert why_not_new(Path("file/new")) == f"{place / 'file'} is a file"
+    (place / "loop").symlink_to("loop")
+    assert why_not_new(Path("loop")) == "is a link that leads back to itself"
 
     def refuse(dir):
         raise OSError(errno.EROFS, "Read-only file system")
