@@ -31,7 +31,7 @@ from ..cli import Parser, UsageError, called
 from ..corpus.documents import CorpusError, corpus_statistics
 from ..corpus.read import read_documents
 from ..files import new_folder, why_not_new
-from ..model.config import read_json
+from ..model.config import CheckpointError, read_json
 from ..paper.printed import TABLE5
 from ..progress import Bar
 from ..task.tokenizer import check_fit, load_tokenizer
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     try:
         with new_folder(target) as folder, TemporaryDirectory(dir=folder.parent) as scratch:
             report = fetch(source, folder, Path(scratch))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise UsageError(f"{error}; nothing was written to {target}") from None
     shown = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
     flag = {"smollm2-135m": "--model", "bc5cdr": "--data"}[arguments.what]

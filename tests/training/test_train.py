@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -341,8 +343,10 @@ def test_targets_have_one_form():
     assert Settings(targets=nine).targets == Settings(targets="q,all").targets == "all"
 
 
-def test_rank_above_a_dimension_warns(tmp_path):
+def test_rank_above_a_dimension_warns(tmp_path, capsys):
     out = tmp_path / "run"
-    with pytest.warns(UserWarning, match="k_proj"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
         run_command(train.main, [*SHORT, "--epochs", "1", "--rank", "300", "--targets", "k", "--out", str(out)])
+    assert re.search("^the rank exceeds .*k_proj", capsys.readouterr().err, re.MULTILINE)
     assert read_settings(out).rank == 300
