@@ -24,7 +24,7 @@ def is_brat(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its folders.
+    """The files of a folder and its folders, but what a killed process left half written (see `files.new_folder`).
 
     Raises:
         CorpusError: a folder that cannot be read.
@@ -33,7 +33,8 @@ def _files(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
-    for place, _, names in os.walk(folder, onerror=refuse):
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not re.search(r"\.tmp-\d+$", name)]
         yield from (Path(place, name) for name in names)
 
 

@@ -210,3 +210,9 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(CorpusError, match="locked: cannot be read .Permission denied.; check its permissions"):
         read_documents(folder)
+
+
+def test_what_a_killed_process_left_is_no_document(folder):
+    (folder / "out.tmp-77").mkdir()
+    (folder / "out.tmp-77/half.txt").write_text("It")
+    assert all("tmp" not in document.id for document in read_documents(folder))
