@@ -1,7 +1,8 @@
 """Drafts for tagging: the answer repeats the source, so the source predicts it. `generate.py` verifies every draft.
 
 What the source does not foretell is where tags come. There a draft does as the answers before it did: what was
-mostly tagged is tagged again; and it ends where it has become more likely wrong than it is worth.
+mostly tagged is tagged again; and it ends where it has become more likely wrong than it is worth, the sooner the longer
+an answer has not gone on as its source.
 Everything is compared by characters, never by tokens, since a tag changes how the word beside it is cut.
 """
 
@@ -35,6 +36,7 @@ class _Copy:
     word: str = ""  # written since the last space: a tokenizer cuts it as a whole
     tail: str = ""  # the last characters, without tags
     learned: int = 0  # the source up to here has told of its words
+    faith: float = 1.0  # that the answer goes on as its source does: a quarter less each time that it has not
     tokens: int = 0  # of the answer that have been read
 
 
@@ -114,15 +116,18 @@ class SourceDrafter:
         copy.tail = (copy.tail + text)[-_TAIL:]
         if copy.source.startswith(text, before):
             copy.position += len(text)
-        elif len(copy.tail) == _TAIL:
-            ends = [match.end() for match in re.finditer(re.escape(copy.tail), copy.source)]
-            copy.position = min(ends, key=lambda end: abs(end - before - len(text)), default=before)
+            copy.faith = 1.0 if text else copy.faith
+        else:
+            copy.faith *= 0.75
+            if len(copy.tail) == _TAIL:
+                ends = [match.end() for match in re.finditer(re.escape(copy.tail), copy.source)]
+                copy.position = min(ends, key=lambda end: abs(end - before - len(text)), default=before)
         if not copy.mention:
             copy.learned = self.habits.passed(copy.source, copy.learned, copy.position)
 
     def _expect(self, copy: _Copy) -> tuple[str, int]:
         """How the answer should go on, and how many characters of that are likely enough."""
-        source, position, mention, chance = copy.source, copy.position, copy.mention, 1.0
+        source, position, mention, chance = copy.source, copy.position, copy.mention, copy.faith
         pieces = []
         # a tag has begun: it goes on as the one that is due, a closing tag of the open mention or an opening one
         if copy.pending:
@@ -134,7 +139,8 @@ class SourceDrafter:
                 fitting = [label for label, (opener, _) in self.tags.items() if opener.startswith(copy.pending)]
                 if not fitting:
                     return "", 0
-                label, chance = self.habits.label(source, position, fitting)
+                label, likely = self.habits.label(source, position, fitting)
+                chance *= likely
                 tag, mention = self.tags[label][0], (position, label)
             pieces.append(tag[len(copy.pending) :])
         # then the source, piece by piece, with tags where they were before, until all of it is likely wrong somewhere

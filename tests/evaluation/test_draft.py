@@ -88,6 +88,15 @@ def test_it_finds_its_place_behind_a_slip(tokenizer):
     assert drafted(drafter, tokenizer, "A mild fever follows a second dose").startswith(" of pindolol")
 
 
+def test_an_answer_that_leaves_its_source_is_not_drafted_until_it_is_back(tokenizer):
+    """For a model that repeated itself 18 tokens were drafted for each that it wrote."""
+    drafter = SourceDrafter(tokenizer, TASK, [TEXT], risk=0.3)
+    ids = tokenizer.encode_continuation(" A mild" + " no" * 20 + " A mild fever follows a second dose")
+    start, left = (len(tokenizer.encode_continuation(text)) for text in (" A mild", " A mild" + " no" * 20))
+    proposed = [len(drafter(0, ids[:end])) for end in range(len(ids))]
+    assert proposed[start] and not any(proposed[start + 8 : left]) and proposed[-1]
+
+
 def test_the_first_guess_is_a_mention_of_one_word(tokenizer):
     drafter = SourceDrafter(tokenizer, TASK, [TEXT], risk=0.01)
     assert drafted(drafter, tokenizer, "A mild [Disease]").startswith("fever[/Disease] foll")
