@@ -27,7 +27,7 @@ import torch
 
 from llamalora.cli import Parser, UsageError, check_least, run_command
 from llamalora.commands.audit import parse_capacity
-from llamalora.files import is_occupied
+from llamalora.files import why_not_new
 from llamalora.model.checkpoint import SHARD_BYTES, skeleton
 from llamalora.model.config import LLAMA_2, LlamaConfig
 from llamalora.model.free_memory import GIB, free_memory
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     check_least(arguments, layers=1, rank=1, sentences=1)
     scratch, most = Path(arguments.scratch), parse_capacity(arguments.most)
-    if is_occupied(scratch):
-        raise UsageError(f"--scratch {scratch}: exists and is not an empty folder")
+    if why := why_not_new(scratch):
+        raise UsageError(f"--scratch {scratch}: {why}")
     config = replace(LLAMA_2["llama-2-7b"], num_hidden_layers=arguments.layers)
     precision, _ = choose_precision(arguments.precision, CPU)
     parameters = sum(parameter.numel() for parameter in skeleton(config).parameters())

@@ -140,17 +140,20 @@ def load_trained(run: Path, which: str, precision: str, device: torch.device) ->
 
 
 def check_tags(task: Task, tokenizer: Tokenizer, folder: str) -> None:
-    """Refuses a tokenizer that takes a part of an answer for a special token, which is no text.
+    """Refuses a tokenizer that has a part of an answer as a special token, which is no text, or loses one.
 
     Raises:
-        TokenizerError: what an answer comes back as.
+        TokenizerError: the token, or what an answer comes back as.
     """
+    special = [piece for piece, token in tokenizer.vocabulary.items() if tokenizer.spellings[token] is None]
     for answer, written in _tokenised(task, tokenizer):
-        if len("".join(written.split())) < len("".join(answer.split())):
+        if found := next((piece for piece in special if piece in answer), None):
             raise TokenizerError(
-                f"{folder}: its tokenizer loses a part of {answer!r}, which comes back as {written!r}; "
-                "a tag must not be a special token (add it as an ordinary one)"
+                f"{folder}: its tokenizer has {found!r} as a special token, which a model may write but which is no "
+                "text; add it as an ordinary one"
             )
+        if len("".join(written.split())) < len("".join(answer.split())):
+            raise TokenizerError(f"{folder}: its tokenizer loses a part of {answer!r}, which comes back as {written!r}")
 
 
 def _tokenised(task: Task, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:

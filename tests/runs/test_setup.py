@@ -33,8 +33,18 @@ def test_tags_that_are_special_tokens_are_refused(tiny_bytelevel, tmp_path, spec
     if not special:
         check_tags(TASK, tokenizer, str(folder))
         return
-    with pytest.raises(TokenizerError, match="model: its tokenizer loses a part .* must not be a special token"):
+    with pytest.raises(TokenizerError, match=r"model: its tokenizer has '\[/?Disease\]' as a special token"):
         check_tags(TASK, tokenizer, str(folder))
+
+
+def test_a_tokenizer_that_loses_a_bracket_is_refused(tiny_bytelevel, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = shutil.copytree(tiny_bytelevel, tmp_path / "model")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Replace("[", "")
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="model: its tokenizer loses a part of .* comes back as"):
+        check_tags(TASK, load_tokenizer(folder), str(folder))
 
 
 def test_ordinary_tokenizers_keep_tags(tiny_bytelevel, tiny_sentencepiece):
