@@ -156,7 +156,7 @@ def repeated(kept: Kept) -> list[str]:
         "Intervals are over documents, and leave out what training again changes. Where that was tried, with another "
         f"seed or on another machine, F1 has a standard deviation of {deviation:.1f} points, about "
         f"{deviation * 2**0.5:.1f} for a difference of two runs. A verdict that rests on one seed, above all one of "
-        f"equality, is about those runs. {on_gpus(kept)}",
+        f"equality, is about those runs. {where(kept)}",
         "",
         "| flags | F1 (seed, machine) |",
         "| --- | --- |",
@@ -182,15 +182,22 @@ def of_methods(kept: Kept) -> list[str]:
     ]
 
 
-def on_gpus(kept: Kept) -> str:
-    """Which rows of the paper's tables ran on another kind of machine than the others."""
-    said = []
+def where(kept: Kept) -> str:
+    """Which rows ran on another kind of machine than most of the paper's tables, or of those beyond."""
+    on_gpu, on_cpu = [], []
     for table in defined(kept):
         for row in table.rows if table.name in PAPER else ():
             seeds = [str(seed) for seed, result in kept.by_seed(row, table.split).items() if _machine(result) == "GPU"]
             if seeds:
-                said.append(f"{' / '.join(row.title)} of Table {table.name} (seed {' and '.join(seeds)})")
-    return f"On a GPU ran {'; '.join(said)}; all else of Tables 1 to 4 on CPUs."
+                on_gpu.append(f"{' / '.join(row.title)} of Table {table.name} (seed {' and '.join(seeds)})")
+        for row in table.rows if table.name in BEYOND else ():
+            if _machine(kept.beside_again.by_seed(row, table.split)[0]) == "CPU":
+                on_cpu.append(row.title[0])
+    but = f", but for {', '.join(on_cpu)}" * bool(on_cpu)
+    return (
+        f"On a GPU ran {'; '.join(on_gpu)}; all else of Tables 1 to 4 on CPUs. The tables beyond the paper's ran on a "
+        f"GPU{but}."
+    )
 
 
 def how_it_was_run(kept: Kept) -> list[str]:
