@@ -202,8 +202,8 @@ class CUDAGraph:
 
 
 class _Capture(TorchDispatchMode):
-    """What `torch.cuda.graph` does. Results are spoiled at the end, since CUDA computes nothing while it captures; what
-    goes on on another GPU than the stream's is not captured.
+    """What `torch.cuda.graph` does. CUDA computes nothing while it captures: in the end results are spoiled, and what
+    was there before is as it was. What goes on on another GPU than the stream's is not captured.
 
     Raises:
         RuntimeError: the host waits for the device, or gives it something that it would not give it again; a pool
@@ -220,6 +220,7 @@ class _Capture(TorchDispatchMode):
         _used.add(graph.number)
         _graphs.add(graph)
         self.fresh = []
+        self.written = []  # tensors, each with what it held before an operation wrote to it
 
     def __enter__(self):
         set_stream(self.capture_stream)
@@ -228,12 +229,19 @@ class _Capture(TorchDispatchMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         set_stream(self.before)
+        as_one(lambda: [tensor.copy_(held) for tensor, held in reversed(self.written)], "capture")()
         spoil = [tensor for tensor in self.fresh if tensor.is_floating_point()]
         as_one(lambda: [tensor.fill_(torch.nan) for tensor in spoil], "capture")()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        schema = function._schema.arguments
+        places = [argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write]
+        known = dict(zip((argument.name for argument in schema), arguments, strict=False)) | named
+        for tensor in (known[place] for place in places if isinstance(known.get(place), torch.Tensor)):
+            self.written.append((tensor, as_one(tensor.cpu, "capture")()))
         before = _counted()
-        made = function(*arguments, **(named or {}))
+        made = function(*arguments, **named)
         after = _counted()
         if after["waits"] > before["waits"] or after["copy_ to the device"] > before["copy_ to the device"]:
             raise RuntimeError(f"{REFUSED} ({function})")
@@ -242,7 +250,7 @@ class _Capture(TorchDispatchMode):
             for tree in ((arguments, named), made)
         )
         if all(tensor.device == self.device for tensor in (*given, *results)):
-            self.graph.calls.append((function, arguments, named or {}, made))
+            self.graph.calls.append((function, arguments, named, made))
             storages = {tensor.untyped_storage().data_ptr() for tensor in given}
             self.fresh += [one for one in results if one.untyped_storage().data_ptr() not in storages]
         return made

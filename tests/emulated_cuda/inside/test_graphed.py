@@ -84,6 +84,18 @@ def test_autocast_must_have_nothing_to_cast(dtype, graphs):
     assert emulated.counts().get("graph", 0) > 0 if graphs else "graph" not in emulated.counts()
 
 
+def test_a_capture_writes_nothing():
+    """What it had written of the pass before would stand in slots of the cache that have since been filled."""
+    kept, graph = torch.zeros(4, device="cuda"), torch.cuda.CUDAGraph()
+    kept[:2].add_(1)
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        kept.add_(1)
+        kept[:2].mul_(3)
+    assert kept.tolist() == [1, 1, 0, 0]
+    graph.replay()
+    assert kept.tolist() == [6, 6, 1, 1]
+
+
 @pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
 def test_the_cache_grows_and_graphs_with_it(drafted, monkeypatch):
     """Shapes come again with a larger cache."""
