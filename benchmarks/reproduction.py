@@ -64,8 +64,8 @@ def defined(kept: Kept) -> list[Table]:
 
 
 def summaries(kept: Kept) -> dict[str, dict]:
-    """The tables' summaries by their names. Those beyond the paper were run on another machine than most of the paper's
-    tables: the rows that they share are taken from there, too."""
+    """The tables' summaries by their names. Most rows of those beyond the paper were run on another machine than the
+    paper's tables: the rows that they share are taken from there, too."""
     return {table.name: (kept.beside_again if table.name in BEYOND else kept).summary(table) for table in defined(kept)}
 
 

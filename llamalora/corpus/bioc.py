@@ -110,7 +110,7 @@ def _documents(records: Iterable[tuple[str, object]], reading: Reading) -> Itera
     locations is read from the first to the last. Offsets count characters, or bytes or UTF-16 units where only these
     fit the texts of a document's mentions.
     """
-    seen: dict[str, Document] = {}
+    seen: dict[str, int] = {}
     for where, record in records:
         try:
             document = _document(where, record, reading)

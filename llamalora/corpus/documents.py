@@ -81,18 +81,18 @@ class Reading:
             more = len(faults) - self.MOST
             raise CorpusError("\n  ".join(faults[: self.MOST] + [f"and {more} more faults"] * (more > 0)))
 
-    def is_new(self, where: str, document: Document, seen: dict[str, Document]) -> bool:
+    def is_new(self, where: str, document: Document, seen: dict[str, int]) -> bool:
         """Whether a document is the first of its id. A second one is left out if it is the same, as some corpora have,
         and else a fault.
 
         Args:
             where: its `file:line`.
-            seen: those before it by id; takes this one.
+            seen: hashes of those before it by id, since a stream may be long; takes this one.
         """
-        first = seen.setdefault(document.id, document)
-        if first is document:
+        if document.id not in seen:
+            seen[document.id] = hash(document)
             return True
-        if first == document:
+        if seen[document.id] == hash(document):
             self.notes["documents that stand twice, read once"] += 1
         else:
             what = f"a second document {document.id}, with another text or other mentions"

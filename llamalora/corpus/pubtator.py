@@ -109,7 +109,8 @@ def pubtator_documents(
     spans: dict[str, set[Span]] = {}
     seen: dict[str, int] = {}
     for record in pubtator_records(lines, reading, known):
-        _note_second(record, seen, reading)
+        if record.text is not None:
+            reading.is_new(record.where, Document(record.id, record.text, (), ()), seen)  # its mentions are added
         text = record.text if record.text is not None else texts.get(record.id, known.get(record.id))
         if text is None:
             continue  # which is a fault
@@ -118,24 +119,6 @@ def pubtator_documents(
         found = (_mention(where, columns, document, reading) for where, columns in record.mentions)
         spans.setdefault(record.id, set()).update(filter(None, found))
     return [Document(id, text, tuple(sorted(spans[id])), sentence_bounds(text)) for id, text in texts.items()]
-
-
-def _note_second(record: Record, seen: dict[str, int], reading: Reading) -> bool:
-    """Notes a document that stands there once more, and whether it does; one of another text is a fault.
-
-    Args:
-        seen: hashes of the texts before it, by id; takes this one.
-    """
-    again = record.text is not None and record.id in seen
-    if again and seen[record.id] != hash(record.text):
-        reading.faults.append(
-            f"{record.where}: a second document {record.id}, with another text; ids must be unique in a file"
-        )
-    elif again:
-        reading.notes["documents that stand twice, read once"] += 1
-    elif record.text is not None:
-        seen[record.id] = hash(record.text)
-    return again
 
 
 def _mention(where: str, columns: list[str], document: Document, reading: Reading) -> Span | None:
@@ -149,8 +132,10 @@ def pubtator_texts(lines: Iterable[tuple[str, str]], name: str, reading: Reading
     """The documents as they come, without their mentions."""
     seen: dict[str, int] = {}
     for record in pubtator_records(lines, reading):
-        if not _note_second(record, seen, reading) and record.text is not None:
-            yield Document(record.id, record.text, (), sentence_bounds(record.text))
+        if record.text is not None:
+            document = Document(record.id, record.text, (), sentence_bounds(record.text))
+            if reading.is_new(record.where, document, seen):
+                yield document
 
 
 # ---- writing ----

@@ -40,7 +40,7 @@ def span_documents(
         reading: takes notes, and what is wrong with single lines.
     """
     stem = re.sub(r"\.(jsonl|ndjson|json)(\.gz)?$", "", Path(name).name, flags=re.IGNORECASE)
-    seen: dict[str, Document] = {}
+    seen: dict[str, int] = {}
     for number, (where, record) in enumerate(json_records(lines, name, reading), start=1):
         if isinstance(record, list) and len(record) == 2 and isinstance(record[1], dict):
             record = {**record[1], "text": record[0]}

@@ -201,7 +201,7 @@ def test_a_stream_refuses_what_the_reader_refuses(tmp_path):
     """Two documents of one id gave mentions of one to the other."""
     path = write(tmp_path / "x.txt", "\n7|t|A fever that lasts.\n7|a|\n\n7|t|Rash.\n7|a|\n")
     for read in (read_documents, streamed):
-        with pytest.raises(CorpusError, match=":5: a second document 7, with another text; ids must be unique"):
+        with pytest.raises(CorpusError, match=":5: a second document 7, with another text .*; ids must be unique"):
             read(path)
 
 
